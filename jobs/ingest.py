@@ -1,0 +1,55 @@
+"""NIfTI files into the frame store: `python jobs/ingest.py --source DIR --store STORE [--grid 4mm]`.
+
+A second start skips what is complete. Exit status 0 when the store holds a run of the source, 1 when it holds none,
+2 when the command line is wrong.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+
+import yaml
+
+from neurostorm.cli import Job
+from neurostorm.config import ConfigError
+from neurostorm.ingest.discover import DiscoverError
+from neurostorm.ingest.fanout import ingest
+from neurostorm.ingest.template import MaskError
+from neurostorm.store import StoreError
+
+JOB = Job(
+    "ingest",
+    "Bring preprocessed fMRI (NIfTI in MNI space: BIDS derivatives, HCP or plain names) into a frame store.",
+    sections=("run", "ingest", "data"),
+    aliases={
+        "--source": "ingest.source",
+        "--store": "data.store",
+        "--grid": "ingest.grid",
+        "--dataset": "ingest.dataset",
+        "--mask": "ingest.mask",
+    },
+)
+PRESETS_FOR_GRID = {"2mm": "base", "4mm": "tiny", "reference": "paper"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the job; returns the exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    config = JOB.parse(argv)
+    settings = config.model_dump(mode="json", include={"ingest": True, "data": {"store"}})
+    print(yaml.safe_dump(settings, sort_keys=False).rstrip())
+    try:
+        report = ingest(config)
+    except (ConfigError, DiscoverError, MaskError, StoreError) as error:
+        print(f"jobs/ingest.py: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    print("\n".join(report.lines()))
+    if not report.in_store:
+        print("nothing was ingested: every file was quarantined, see the reasons above", file=sys.stderr)
+        return 1
+    print(f"next: python jobs/pretrain.py --preset {PRESETS_FOR_GRID[config.ingest.grid]} --store {config.data.store}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

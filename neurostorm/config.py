@@ -1,0 +1,230 @@
+"""The typed configuration tree of every job: one place for each setting, its unit, default and allowed range.
+
+    preset (presets.py)  ->  --config FILE.yaml  ->  --section.field VALUE  ->  validated, frozen Config
+                                                                                  |
+                                              printed first, kept as config.yaml with the run, logged to MLflow
+
+Sections are frozen pydantic models that refuse unknown keys. Names carry units (`tr_s`, `collective_timeout_s`).
+`cli.py` turns a command line into a Config; nothing here reads the command line.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Four = tuple[int, int, int, int]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names the field and the fix."""
+
+
+class Section(BaseModel):
+    """A branch of the tree: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class RunConfig(Section):
+    """Where a run lives and what it is called."""
+
+    name: str = Field("pretrain", description="name of the run in MLflow and of its folder", min_length=1)
+    output: Path = Field(Path("outputs"), description="folder for runs; each run gets OUTPUT/NAME; shared by all nodes")
+    seed: int = Field(0, ge=0, description="seed of weights, clip order and masks")
+
+    @property
+    def folder(self) -> Path:
+        """The run's own folder: OUTPUT/NAME, absolute, so that workers in other directories find it."""
+        return (self.output / self.name).absolute()
+
+
+class IngestConfig(Section):
+    """From NIfTI files to the frame store."""
+
+    source: Path | None = Field(None, description="folder of NIfTI files: BIDS derivatives, HCP or plain names")
+    dataset: str | None = Field(None, description="dataset name in the store; default: dataset_description.json's Name")
+    grid: Literal["2mm", "4mm", "reference"] = Field("2mm", description="the store's grid: 96^3 at 2 mm, 48^3 at 4 mm")
+    tr_s: float = Field(0.8, gt=0, le=10, description="repetition time that every run is resampled to, seconds")
+    mask: Path | None = Field(None, description="whole-brain mask NIfTI for the store; default: the ICBM template's")
+    chunk_frames: Positive = Field(10, description="frames per Zarr chunk")
+    codec: Literal["none", "zstd"] = Field("none", description="compression of frames; zstd pays on a slow network")
+    cpus_per_run: float = Field(1.0, gt=0, description="CPU cores that Ray reserves while one run is ingested")
+
+
+class DataConfig(Section):
+    """From the frame store to clips."""
+
+    store: Path = Field(Path("stores/neurostorm"), description="the frame store's folder; shared by all nodes")
+    clip_frames: Positive = Field(20, description="frames per clip")
+    clip_stride_frames: Positive | None = Field(None, description="frames between clip starts; default: clip_frames")
+    held_out: float = Field(0.1, gt=0, lt=1, description="share of subjects kept for validation")
+    normalise: Literal["voxel", "global"] = Field(
+        "voxel", description="signal the model sees: z of each voxel over time, or z over all brain voxels and frames"
+    )
+    max_bad_fraction: float = Field(
+        0.01, ge=0, le=1, description="stop when more than this share of clips is unreadable"
+    )
+    val_clips: Positive = Field(64, description="held-out clips per validation (fewer if the store has fewer)")
+
+
+class ModelConfig(Section):
+    """The 4D Swin encoder and its decoder."""
+
+    mixer: Literal["attention"] = Field("attention", description="what mixes the tokens of a window")
+    embed_dim: Positive = Field(36, description="channels of the first stage; doubles at each stage")
+    depths: tuple[Positive, ...] = Field((2, 2, 6, 2), description="blocks per stage")
+    heads: tuple[Positive, ...] = Field((3, 6, 12, 24), description="attention heads per stage")
+    patch: Four = Field((6, 6, 6, 1), description="voxels x voxels x voxels x frames per token")
+    window: Four = Field((4, 4, 4, 4), description="tokens per window along x, y, z and time")
+    first_window: Four = Field((4, 4, 4, 4), description="the window of the first stage")
+    full_last: bool = Field(False, description="the last stage's window spans all of space and never shifts")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth at the deepest block")
+    loss_on: Literal["brain", "all"] = Field("brain", description="voxels of masked patches that the loss counts")
+
+    @model_validator(mode="after")
+    def _stages_agree(self) -> "ModelConfig":
+        if len(self.depths) != len(self.heads):
+            raise ValueError(
+                f"depths has {len(self.depths)} stages but heads has {len(self.heads)}: give one per stage"
+            )
+        for stage, heads in enumerate(self.heads):
+            width = self.embed_dim * 2**stage
+            if width % heads:
+                raise ValueError(f"heads[{stage}]={heads} does not divide the stage's {width} channels")
+        if self.patch[3] != 1:
+            raise ValueError(f"patch[3]={self.patch[3]}: time is never patched, use 1")
+        return self
+
+
+class MaskConfig(Section):
+    """Which tokens the model does not see."""
+
+    kind: Literal["random", "window", "tube"] = Field("window", description="tokens, whole windows or time columns")
+    ratio: float = Field(0.5, gt=0, lt=1, description="share masked, exact for every clip")
+    window: Four = Field((4, 4, 4, 4), description="tokens per masked window (kind=window)")
+
+
+class StrdConfig(Section):
+    """Spatiotemporal Redundancy Dropout, in training only."""
+
+    enabled: bool = Field(False, description="drop attention elements with their redundancy")
+    space: Positive = Field(5, description="extent of the spatial neighbourhood, tokens")
+    time: Positive = Field(5, description="extent of the temporal neighbourhood, frames")
+
+
+class TrainConfig(Section):
+    """The optimisation."""
+
+    epochs: float = Field(30.0, gt=0, description="passes over the training clips")
+    max_steps: Positive | None = Field(None, description="stop after this many steps, whatever epochs says")
+    global_batch: Positive = Field(32, description="clips per optimiser step, over all workers")
+    micro_batch: Positive = Field(8, description="clips per forward pass of one worker; the rest is accumulated")
+    lr: float = Field(5e-5, gt=0, le=1, description="peak learning rate of AdamW")
+    min_lr_fraction: float = Field(0.01, ge=0, le=1, description="final learning rate as a share of the peak")
+    warmup_fraction: float = Field(0.05, ge=0, lt=1, description="share of the steps with rising learning rate")
+    weight_decay: float = Field(0.01, ge=0, le=1, description="AdamW weight decay, on matrices only")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW betas")
+    clip_norm: float = Field(1.0, ge=0, description="gradient norm is clipped to this; 0 = never")
+    zero_stage: int = Field(1, ge=0, le=3, description="DeepSpeed ZeRO stage")
+    dtype: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of forward and backward")
+    max_skipped_steps: Positive = Field(10, description="stop after this many non-finite steps in a row")
+    log_every: Positive = Field(10, description="steps between logged metrics")
+    validate_every: Positive = Field(500, description="steps between validations")
+
+
+class CheckpointConfig(Section):
+    """Saving and resuming."""
+
+    every: Positive = Field(500, description="steps between checkpoints")
+    keep: Positive = Field(3, description="newest checkpoints that stay on disk")
+    resume: Literal["auto", "never", "must"] = Field(
+        "auto", description="auto: go on from the newest checkpoint if any; never: refuse a used folder; must: need one"
+    )
+
+
+class ScaleConfig(Section):
+    """Workers and what each may use."""
+
+    workers: Positive = Field(1, description="training workers, one per GPU (or per core group)")
+    gpus_per_worker: int = Field(0, ge=0, le=1, description="GPUs per worker; 0 trains on the CPU")
+    cpus_per_worker: float = Field(1.0, gt=0, description="CPU cores that Ray reserves for a worker")
+    threads_per_worker: Positive = Field(1, description="torch threads of a worker on the CPU")
+    max_failures: int = Field(3, ge=-1, description="worker-group failures that are retried; -1: without end")
+    collective_timeout_s: Positive = Field(1800, description="seconds before a collective counts as hung")
+
+
+class TrackingConfig(Section):
+    """MLflow and pictures."""
+
+    uri: str | None = Field(None, description="MLflow server, http://... or sqlite:///...; default: OUTPUT/mlflow.db")
+    experiment: str = Field("neurostorm", description="MLflow experiment", min_length=1)
+    pictures: bool = Field(True, description="log reconstruction pictures at each validation")
+    clip_ledger: bool = Field(False, description="write the clips of every step to RUN/ledger, for audits")
+
+
+class Config(Section):
+    """Everything a job can be told."""
+
+    run: RunConfig = Field(default_factory=RunConfig)
+    ingest: IngestConfig = Field(default_factory=IngestConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    mask: MaskConfig = Field(default_factory=MaskConfig)
+    strd: StrdConfig = Field(default_factory=StrdConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    scale: ScaleConfig = Field(default_factory=ScaleConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> "Config":
+        batch, workers, micro = self.train.global_batch, self.scale.workers, self.train.micro_batch
+        if batch % workers:
+            raise ValueError(f"train.global_batch={batch} is not a multiple of scale.workers={workers}")
+        if (batch // workers) % micro:
+            raise ValueError(
+                f"train.micro_batch={micro} does not divide the {batch // workers} clips of one worker's step "
+                f"(train.global_batch / scale.workers): use a divisor of {batch // workers}"
+            )
+        return self
+
+    @property
+    def clips_per_worker(self) -> int:
+        """Clips that one worker takes in one optimiser step."""
+        return self.train.global_batch // self.scale.workers
+
+    def to_yaml(self, *sections: str) -> str:
+        """The tree, or only `sections` of it, as YAML that `--config` reads back."""
+        tree = self.model_dump(mode="json", include=set(sections) or None)
+        return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=100)
+
+    def flat(self, *sections: str) -> dict[str, Any]:
+        """`section.field -> plain value`, as MLflow parameters; only `sections` when given."""
+        tree = self.model_dump(mode="json")
+        return {
+            f"{section}.{field}": value
+            for section, fields in tree.items()
+            if not sections or section in sections
+            for field, value in fields.items()
+        }
+
+
+# What may differ between a checkpoint and the run that resumes it: everything else changes the result.
+RESUMABLE = frozenset(
+    {
+        "run.output", "run.name", "data.store", "data.max_bad_fraction", "train.micro_batch", "train.zero_stage",
+        "train.max_skipped_steps", "train.log_every", "train.validate_every",
+    }
+)  # fmt: skip
+
+
+def differing_keys(saved: Config, current: Config) -> list[str]:
+    """Settings that change the mathematics of a run and differ: `field: saved -> current`, empty when resumable."""
+    sections = ("run", "data", "model", "mask", "strd", "train")
+    before, after = saved.flat(*sections), current.flat(*sections)
+    return [
+        f"{key}: {before[key]} -> {after[key]}" for key in before if key not in RESUMABLE and before[key] != after[key]
+    ]

@@ -1,0 +1,70 @@
+"""Packed int8 clips to float patches, on the device that trains: one gather and one multiply-add.
+
+    frames int8 (B, L, V) --gather--> int8 (B, P, K) --/16, scale, shift--> float32 (B, P, K)
+
+P counts tokens in the model's packed order, K the voxels of a patch. int8 crosses the bus; nothing is ever unpacked to
+a dense volume on the CPU.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from neurostorm.data.pipeline import ClipBatch
+
+Q_PER_Z = 16.0  # the store's int8 holds 16 x z (store/codec.py)
+
+
+@dataclass(frozen=True)
+class Patches:
+    """What the model takes; B clips, P tokens, K voxels per patch, S patches of one frame.
+
+    values  float32 (B, P, K), token order of the model's geometry
+    centre  float32 (B, P, K) or None: each voxel's own mean in the same units (None means zero: voxel z)
+    inside  bool (B, S, K): the voxel is in the brain mask and in this run's field of view
+    """
+
+    values: torch.Tensor
+    centre: torch.Tensor | None
+    inside: torch.Tensor
+
+
+class ClipUnpacker(nn.Module):
+    """Turns a ClipBatch on any device into Patches.
+
+    patch_table  int64 (S, K): index of each patch voxel among the V packed mask voxels, V for voxels outside the mask
+    token_space  int64 (P,): patch index of each token; token_time int64 (P,): its frame
+    """
+
+    def __init__(self, patch_table: torch.Tensor, token_space: torch.Tensor, token_time: torch.Tensor) -> None:
+        super().__init__()
+        self.table: torch.Tensor
+        self.space: torch.Tensor
+        self.time: torch.Tensor
+        self.register_buffer("table", patch_table, persistent=False)
+        self.register_buffer("space", token_space, persistent=False)
+        self.register_buffer("time", token_time, persistent=False)
+
+    def forward(self, batch: ClipBatch) -> Patches:
+        """Patches of `batch`, which must be on this module's device."""
+        frames = nn.functional.pad(batch.frames, (0, 1))  # (B, L, V + 1): the last column stands for "outside"
+        voxels = self.table[self.space]  # (P, K)
+        values = frames[:, self.time[:, None], voxels].float() / Q_PER_Z  # (B, P, K)
+        # A stored voxel is constant zero only outside the run's field of view: z of a live one spans more than 1/32.
+        inside = (frames != 0).any(dim=1)[:, self.table]  # (B, S, K)
+        if batch.scale is None or batch.shift is None or batch.fill is None:
+            return Patches(values, None, inside)
+        scale = nn.functional.pad(batch.scale, (0, 1))[:, voxels]
+        centre = torch.cat([batch.shift, batch.fill[:, None]], dim=1)[:, voxels]
+        return Patches(torch.addcmul(centre, values, scale), centre, inside)
+
+    def to_device(self, batch: ClipBatch) -> ClipBatch:
+        """`batch` on this module's device, copied asynchronously where that is possible."""
+        device = self.table.device
+        return ClipBatch(
+            **{
+                name: None if value is None else value.to(device, non_blocking=True)
+                for name, value in vars(batch).items()
+            }
+        )

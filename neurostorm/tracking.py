@@ -1,0 +1,124 @@
+"""MLflow for one run: parameters once, metrics and pictures by step, artifacts at the end. Rank 0 only.
+
+    open_run()  ->  Tracker.metrics / image / artifact  ->  close()
+
+Where to: an HTTP server by URI, or SQLite under the output folder. A run that resumes goes on in the MLflow run whose
+id it kept. Ranks other than 0 hold a `Tracker` without a run, which does nothing: the loop needs no rank checks.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+
+def tracking_uri(uri: str | None, output: Path) -> str:
+    """The MLflow URI to use: `uri`, or an SQLite file in the output folder."""
+    return uri or f"sqlite:///{output.absolute() / 'mlflow.db'}"
+
+
+def code_revision() -> str:
+    """The commit that runs (with `-dirty` when changed), or a hash of the package's sources outside a repository."""
+    package = Path(__file__).resolve().parent
+    command = ["git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        answer = None
+    if answer is not None and answer.returncode == 0 and answer.stdout.strip():
+        return answer.stdout.strip()
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    return f"source-{digest.hexdigest()[:12]}"
+
+
+class Tracker:
+    """One MLflow run, or none at all (`Tracker()`), behind the four calls that the loop makes."""
+
+    def __init__(self, client: Any = None, run_id: str = "") -> None:
+        self._client, self.run_id = client, run_id
+
+    def metrics(self, values: dict[str, float], step: int) -> None:
+        """Logs `values` at `step`; names carry their unit, as `speed/clips_per_s`."""
+        if self._client is None or not values:
+            return
+        import time
+
+        from mlflow.entities import Metric
+
+        now_ms = int(time.time() * 1000)
+        self._client.log_batch(self.run_id, metrics=[Metric(k, float(v), now_ms, step) for k, v in values.items()])
+
+    def image(self, key: str, picture: NDArray[np.uint8], step: int) -> None:
+        """Logs an RGB picture (H, W, 3) under `key`; the dashboard shows all steps of a key with a slider."""
+        if self._client is not None:
+            self._client.log_image(self.run_id, picture, key=key, step=step)
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Stores a file, or a folder with all it holds, with the run."""
+        if self._client is None:
+            return
+        if path.is_dir():
+            self._client.log_artifacts(self.run_id, str(path), folder)
+        else:
+            self._client.log_artifact(self.run_id, str(path), folder)
+
+    def tag(self, name: str, value: str) -> None:
+        """Sets a tag of the run."""
+        if self._client is not None:
+            self._client.set_tag(self.run_id, name, value)
+
+    def close(self, status: str = "FINISHED") -> None:
+        """Ends the run as FINISHED, FAILED or KILLED."""
+        if self._client is not None:
+            self._client.set_terminated(self.run_id, status)
+
+
+def open_run(
+    folder: Path, *, uri: str, experiment: str, name: str, parameters: dict[str, Any], tags: dict[str, str]
+) -> Tracker:
+    """The MLflow run of the run folder `folder`: the one it began earlier, or a new one.
+
+    The run's id and server are kept in `folder/mlflow.json`, so that a restarted run goes on in the same MLflow run
+    even if it stopped before its first checkpoint. A file that names another server is left aside and a new run begins.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    client = MlflowClient(tracking_uri=uri)
+    kept = folder / "mlflow.json"
+    if kept.exists():
+        known = json.loads(kept.read_text())
+        if known["uri"] == uri:
+            try:
+                client.update_run(known["run_id"], status="RUNNING")
+                return Tracker(client, known["run_id"])
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+    run = client.create_run(_experiment_id(client, experiment, folder, uri), run_name=name, tags=tags)
+    tracker = Tracker(client, run.info.run_id)
+    for key, value in parameters.items():
+        client.log_param(run.info.run_id, key, value)
+    temporary = kept.with_suffix(".partial")
+    temporary.write_text(json.dumps({"uri": uri, "run_id": run.info.run_id}))
+    temporary.replace(kept)
+    return tracker
+
+
+def _experiment_id(client: Any, name: str, folder: Path, uri: str) -> str:
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    # Without a server that keeps artifacts, they lie beside the SQLite file and not in the working directory.
+    local = None if uri.startswith("http") else (folder.parent / "artifacts").absolute().as_uri()
+    return str(client.create_experiment(name, artifact_location=local))

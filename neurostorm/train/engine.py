@@ -1,0 +1,150 @@
+"""DeepSpeed behind the five things that the loop needs: call, backward, step, save and load, full weights.
+
+    model -> Engine (ZeRO 0-3, AdamW of ours, fp32 or autocast to bf16) -> engine(patches) -> backward -> step(lr)
+
+A step whose gradients are not finite on any rank changes no parameter on all of them: with ZeRO 1-3 DeepSpeed compares
+the global gradient norm before it steps, for ZeRO 0 `step` does the same here. Parameters stay fp32, with bf16 through
+autocast at every stage: bf16 parameters with stage 0 train wrongly in this DeepSpeed, and save little at this size.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from neurostorm.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """Whether the parameters changed, and the global gradient norm before clipping (inf when they did not)."""
+
+    applied: bool
+    gradient_norm: float
+
+
+def decayed(name: str, parameter: torch.Tensor) -> bool:
+    """Weight decay acts on matrices only: not on norms, biases, embeddings and mask tokens."""
+    return parameter.ndim >= 2 and not name.endswith(("pos_embed", "time_embed", "mask_token"))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's two groups: decayed matrices and the rest; frozen parameters are in neither."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for n, p in named if decayed(n, p)], "weight_decay": weight_decay},
+        {"params": [p for n, p in named if not decayed(n, p)], "weight_decay": 0.0},
+    ]
+
+
+def deepspeed_settings(train: TrainConfig, clips_per_worker: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration for ours."""
+    return {
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": clips_per_worker // train.micro_batch,
+        "gradient_clipping": train.clip_norm,
+        "zero_optimization": {"stage": train.zero_stage, "reduce_bucket_size": 50_000_000},
+        "zero_allow_untested_optimizer": True,
+        "torch_autocast": {"enabled": train.dtype == "bf16", "dtype": "bfloat16"},
+        "steps_per_print": 10**9,
+        "checkpoint": {"use_node_local_storage": False},
+    }
+
+
+def import_deepspeed() -> Any:
+    """deepspeed, prepared for the device: on the CPU its shared-memory op is not compiled (only inference needs it)."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class Engine:
+    """A model under DeepSpeed; needs an initialised torch.distributed process group."""
+
+    def __init__(self, model: nn.Module, train: TrainConfig, clips_per_worker: int, device: torch.device) -> None:
+        deepspeed = import_deepspeed()
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model, train.weight_decay), lr=train.lr, betas=train.betas, fused=device.type == "cuda"
+        )
+        self._stage = train.zero_stage
+        self._engine, *_ = deepspeed.initialize(
+            model=model.to(device),
+            optimizer=optimizer,
+            config=deepspeed_settings(train, clips_per_worker),
+            dist_init_required=False,
+        )
+
+    @property
+    def module(self) -> nn.Module:
+        """The model inside; with ZeRO 3 its parameters are shards."""
+        module: nn.Module = self._engine.module
+        return module
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """The model's forward pass."""
+        return self._engine(*arguments, **named)
+
+    def train(self, mode: bool = True) -> None:
+        """Training or evaluation mode of the model."""
+        self._engine.train(mode)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Gradients of `loss` / accumulation, added to those of the step's earlier micro-batches.
+
+        Between micro-batches DeepSpeed's own step only counts, so it is called here; the last one is left to `step`.
+        """
+        self._engine.backward(loss)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+
+    def step(self, lr: float) -> StepOutcome:
+        """One AdamW step at learning rate `lr`, or none on any rank if a gradient is not finite."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        if self._stage == 0 and not self._finite():
+            # Parameters without gradient are left alone by AdamW; the engine's counters still move on.
+            self._engine.optimizer.zero_grad(set_to_none=True)
+            self._engine.step()
+            return StepOutcome(False, float("inf"))
+        self._engine.step()
+        applied = bool(self._engine.was_step_applied())
+        norm = self._engine.get_global_grad_norm()
+        return StepOutcome(applied, float("inf") if norm is None else float(norm))
+
+    def _finite(self) -> bool:
+        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+        return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
+
+    def save(self, folder: Path) -> None:
+        """Every rank's shard of parameters and optimiser state into `folder`; a collective call."""
+        self._engine.save_checkpoint(str(folder), tag="state", save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Restores what `save` wrote, for the same number of workers; a collective call."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag="state")
+        if path is None:
+            raise RuntimeError(f"{folder}: DeepSpeed found no state of this rank; was it saved with as many workers?")
+
+    def full_weights(self) -> dict[str, torch.Tensor]:
+        """The model's state dict with whole fp32 tensors on the CPU, at every stage; a collective call."""
+        state = {name: value.detach().cpu() for name, value in self.module.state_dict().items()}
+        if self._stage == 3:
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            for name, parameter in self.module.named_parameters():
+                whole = safe_get_full_fp32_param(parameter) if parameter.requires_grad else self._gathered(parameter)
+                state[name] = whole.detach().float().cpu()
+        return state
+
+    @staticmethod
+    def _gathered(parameter: nn.Parameter) -> torch.Tensor:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()

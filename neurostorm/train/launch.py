@@ -1,0 +1,140 @@
+"""The driver of a pretraining run: check everything that can be checked now, then hand over to Ray Train.
+
+    config -> corpus and model fit? folder free or resumable? -> TorchTrainer -> summary
+
+A run is its folder OUTPUT/NAME. Started again, it goes on from the newest committed checkpoint there; a different
+configuration or number of workers is refused with what differs.
+"""
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.data
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from neurostorm.config import Config, ConfigError, differing_keys
+from neurostorm.data.corpus import Corpus, open_corpus
+from neurostorm.data.pipeline import clip_dataset
+from neurostorm.session import ensure_ray
+from neurostorm.tracking import tracking_uri
+from neurostorm.train import checkpoint
+from neurostorm.train.build import swin_config
+from neurostorm.train.worker import SUMMARY, train_worker
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a start of the run will do."""
+
+    first_step: int
+    total_steps: int
+    finished: bool
+
+
+def check(config: Config, corpus: Corpus) -> Plan:
+    """Whether this configuration can run in its folder now. Raises ConfigError naming the field and the fix."""
+    swin_config(config, corpus.store)
+    folder, resume = config.run.folder, config.checkpoint.resume
+    newest = checkpoint.newest(folder / "checkpoints")
+    total = corpus.plan.total_steps(config.train.epochs, config.train.max_steps)
+    if newest is None:
+        if resume == "must":
+            raise ConfigError(
+                f"checkpoint.resume=must: {folder}/checkpoints has no committed checkpoint to resume from"
+            )
+        return Plan(0, total, False)
+    if resume == "never":
+        raise ConfigError(f"checkpoint.resume=never: {folder} already holds a run; choose another run.name")
+    saved = Config.model_validate(newest.trainer["config"])
+    different = differing_keys(saved, config)
+    if different:
+        raise ConfigError(
+            f"{newest.path} was trained with other settings: {'; '.join(different)}; "
+            "take those settings again, or another run.name"
+        )
+    if newest.trainer["workers"] != config.scale.workers:
+        raise ConfigError(
+            f"{newest.path} was saved by {newest.trainer['workers']} workers and scale.workers={config.scale.workers}: "
+            f"resume with --scale.workers {newest.trainer['workers']}"
+        )
+    if newest.trainer["store_sha256"] != corpus.store.content_hash():
+        raise ConfigError(
+            f"{newest.path} was trained on another content of {corpus.store.path}: runs were added or removed since, "
+            "so the clip order differs; take another run.name"
+        )
+    return Plan(newest.step, total, newest.step >= total and (folder / SUMMARY).exists())
+
+
+def pretrain(config: Config) -> dict[str, Any]:
+    """Runs pretraining to its end on the Ray cluster and returns the summary.
+
+    Raises ConfigError or StoreError before anything starts, and Ray Train's error when the run fails for good.
+    """
+    corpus = open_corpus(config)
+    plan = check(config, corpus)
+    folder = config.run.folder
+    if not plan.finished:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(config.to_yaml())
+        logger.info(
+            "%d subjects, %d runs, %d frames; %s; %d clips per epoch; steps %d to %d",
+            corpus.subjects, len(corpus.runs), corpus.frames, corpus.split, corpus.plan.clips_per_epoch,
+            plan.first_step, plan.total_steps,
+        )  # fmt: skip
+        # The controller polls its workers at this interval; at its default of 2 s a failure is noticed late.
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        ensure_ray()
+        trainer(config).fit()
+    summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
+    return {**summary, "mlflow_uri": tracking_uri(config.tracking.uri, config.run.output)}
+
+
+def trainer(config: Config) -> Any:
+    """The Ray Train V2 trainer of a run."""
+    scale = config.scale
+    resources = {"CPU": scale.cpus_per_worker} | ({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"config": config.model_dump(mode="json")},
+        torch_config=TorchConfig(
+            backend="nccl" if scale.gpus_per_worker else "gloo", timeout_s=scale.collective_timeout_s
+        ),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=scale.workers, use_gpu=bool(scale.gpus_per_worker), resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=config.run.name,
+            storage_path=str(config.run.folder / "ray"),
+            failure_config=ray.train.FailureConfig(max_failures=scale.max_failures),
+            worker_runtime_env={"env_vars": worker_environment(config)},
+        ),
+        datasets={"train": lambda: training_data(config)},
+        dataset_config=ray.train.DataConfig(
+            execution_options=ray.data.ExecutionOptions(preserve_order=True), enable_shard_locality=False
+        ),
+    )
+
+
+def training_data(config: Config) -> Any:
+    """The clips still to be trained on; Ray Train calls this whenever a group of workers starts."""
+    corpus = open_corpus(config)
+    newest = checkpoint.newest(config.run.folder / "checkpoints")
+    total = corpus.plan.total_steps(config.train.epochs, config.train.max_steps)
+    first = min(newest.step if newest else 0, total - 1)
+    return clip_dataset(corpus.reader, corpus.plan, first_step=first, last_step=total, workers=config.scale.workers)
+
+
+def worker_environment(config: Config) -> dict[str, str]:
+    """Environment of the training workers: few threads that sleep while they wait, DeepSpeed's builds kept per user."""
+    variables = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(config.scale.threads_per_worker)}
+    if not config.scale.gpus_per_worker:
+        variables["DS_ACCELERATOR"] = "cpu"
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "neurostorm" / "torch_extensions"
+    return variables | {"TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(cache))}

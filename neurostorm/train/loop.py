@@ -1,0 +1,196 @@
+"""The training loop. It knows no Ray: whoever calls it brings clip batches, an engine and a process group.
+
+    batch -> patches -> loss -> backward (per micro-batch) -> finite on all ranks? -> step -> log, validate, save
+
+`Loop.run` starts at the step that the newest checkpoint reached. All randomness of a step follows from (seed, step,
+clip), so a resumed run repeats the uninterrupted one.
+"""
+
+import json
+import logging
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from neurostorm.config import Config
+from neurostorm.data.device import ClipUnpacker
+from neurostorm.data.pipeline import ClipBatch
+from neurostorm.model.mae import MaskedAutoencoder
+from neurostorm.tracking import Tracker
+from neurostorm.train import checkpoint
+from neurostorm.train.engine import Engine
+from neurostorm.train.health import BadClips, SkipGuard, clip_names
+from neurostorm.train.ranks import mean_over_ranks, sum_over_ranks
+from neurostorm.train.schedule import DROPOUT, MASK, draw_masks, learning_rate, seed_for
+from neurostorm.train.validate import Validation
+
+logger = logging.getLogger(__name__)
+
+
+class Window:
+    """Sums of the steps since the last log line, to be averaged over steps and ranks in one reduction."""
+
+    def __init__(self, stages: int, device: torch.device) -> None:
+        self._zero = torch.zeros(3 + stages, dtype=torch.float64, device=device)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets everything; the clock starts now."""
+        self.sums, self.micro_batches, self.steps = self._zero.clone(), 0, 0
+        self.wait_s, self.slowest_wait_s, self.began_s = 0.0, 0.0, time.perf_counter()
+
+    def add(self, sums: torch.Tensor, micro_batches: int, wait_s: float) -> None:
+        """Takes in one step: summed loss, baseline, masked fraction and STRD rates; the wait for its batch."""
+        self.sums += sums
+        self.micro_batches, self.steps = self.micro_batches + micro_batches, self.steps + 1
+        self.wait_s, self.slowest_wait_s = self.wait_s + wait_s, max(self.slowest_wait_s, wait_s)
+
+    def means(self) -> list[float]:
+        """Loss, baseline, masked fraction and STRD rates, averaged over steps and ranks; a collective call."""
+        return mean_over_ranks(self.sums / self.micro_batches)
+
+    def speed(self, global_batch: int) -> dict[str, float]:
+        """Metrics of time; the wait is this rank's."""
+        elapsed_s = max(time.perf_counter() - self.began_s, 1e-9)
+        return {
+            "speed/clips_per_s": global_batch * self.steps / elapsed_s,
+            "speed/step_s": elapsed_s / self.steps,
+            "data/wait_fraction": self.wait_s / elapsed_s,
+            "data/slowest_wait_s": self.slowest_wait_s,
+        }
+
+
+@dataclass
+class Loop:
+    """One worker's part of a pretraining run; `run()` does it.
+
+    batches      this worker's ClipBatch of each step from `first_step` on
+    runs         the manifest's run paths, for naming clips
+    trainer      what every checkpoint keeps beside the step
+    """
+
+    config: Config
+    engine: Engine
+    model: MaskedAutoencoder
+    unpack: ClipUnpacker
+    batches: Iterator[ClipBatch]
+    validation: Validation
+    tracker: Tracker
+    runs: Sequence[str]
+    trainer: dict[str, Any]
+    rank: int
+    first_step: int
+    total_steps: int
+    clips_per_epoch: int
+
+    def __post_init__(self) -> None:
+        train = self.config.train
+        self.folder = self.config.run.folder
+        self.device = self.unpack.table.device
+        self.guard = SkipGuard(train.max_skipped_steps)
+        self.bad_clips = BadClips(self.folder, self.rank, self.config.data.max_bad_fraction)
+        self.window = Window(len(self.config.model.depths), self.device)
+
+    def run(self) -> dict[str, float]:
+        """Trains to the last step; returns the final validation's metrics."""
+        result: dict[str, float] = {}
+        for step in range(self.first_step, self.total_steps):
+            waiting_s = time.perf_counter()
+            batch = next(self.batches)
+            wait_s = time.perf_counter() - waiting_s
+            self.bad_clips.note(batch, self.runs, step)
+            sums, micro_batches = self.forward_backward(batch, step)
+            outcome = self.engine.step(self.learning_rate(step))
+            self.guard.check(outcome.applied, step=step, clips=clip_names(batch, self.runs))
+            self.window.add(sums, micro_batches, wait_s)
+            done = step + 1
+            if self.config.tracking.clip_ledger:
+                self.write_ledger(step, batch, sums / micro_batches)
+            if done % self.config.train.log_every == 0 or done == self.total_steps:
+                self.log(done, outcome.gradient_norm)
+            if done % self.config.train.validate_every == 0 or done == self.total_steps:
+                result = self.validation.run(done)
+            if done % self.config.checkpoint.every == 0 or done == self.total_steps:
+                self.save(done)
+        return result or self.validation.run(self.total_steps)
+
+    def forward_backward(self, batch: ClipBatch, step: int) -> tuple[torch.Tensor, int]:
+        """Gradients of one step; returns the sums over micro-batches of loss, baseline, masked fraction, STRD rates."""
+        self.engine.train()
+        size = self.config.train.micro_batch
+        starts = range(0, len(batch.row), size)
+        sums = torch.zeros_like(self.window.sums)
+        for nth, start in enumerate(starts):
+            micro = batch.part(start, size)
+            patches = self.unpack(self.unpack.to_device(micro))
+            torch.manual_seed(seed_for(self.config.run.seed, DROPOUT, step, self.rank, nth))
+            mask = draw_masks(self.model, micro.row, self.config, MASK).to(self.device, non_blocking=True)
+            out = self.engine(patches.values, mask=mask, inside=patches.inside, centre=patches.centre)
+            self.engine.backward(out.loss)
+            parts = torch.stack([out.loss.detach(), out.baseline, out.masked_fraction])
+            sums += torch.cat([parts, out.strd_rates]).double()
+        return sums, len(starts)
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of `step` (counted from 0)."""
+        train = self.config.train
+        return learning_rate(
+            step,
+            self.total_steps,
+            peak=train.lr,
+            warmup_fraction=train.warmup_fraction,
+            min_fraction=train.min_lr_fraction,
+        )
+
+    def log(self, done: int, gradient_norm: float) -> None:
+        """Averages the window over ranks, logs it on rank 0 and starts a new one."""
+        loss, baseline, masked, *rates = self.window.means()
+        bad = sum_over_ranks([float(self.bad_clips.bad)], self.device)[0]
+        values = {
+            "loss/train": loss, "loss/train_predicting_mean": baseline, "mask/fraction": masked,
+            "strd/drop_rate": sum(rates) / len(rates), **{f"strd/drop_rate_stage{i}": r for i, r in enumerate(rates)},
+            "optim/lr": self.learning_rate(done - 1), "optim/gradient_norm": gradient_norm,
+            "data/bad_clips": bad, "health/skipped_steps": float(self.guard.total),
+            "progress/epoch": done * self.config.train.global_batch / self.clips_per_epoch,
+            **self.window.speed(self.config.train.global_batch), **memory(self.device),
+        }  # fmt: skip
+        self.tracker.metrics({name: value for name, value in values.items() if value == value}, done)
+        if self.rank == 0:
+            speed, wait = values["speed/clips_per_s"], values["data/wait_fraction"]
+            left_s = (self.total_steps - done) * values["speed/step_s"]
+            logger.info(
+                "step %d/%d  loss %.4f (predicting the mean %.4f)  %.1f clips/s  waiting %.0f %%  %.0f s left",
+                done, self.total_steps, loss, baseline, speed, 100 * wait, left_s,
+            )  # fmt: skip
+        self.window.restart()
+
+    def save(self, done: int) -> None:
+        """Commits a checkpoint of `done` finished steps; a collective call."""
+        checkpoint.save(
+            self.folder / "checkpoints", done, write_shards=self.engine.save, barrier=dist.barrier, rank=self.rank,
+            trainer=self.trainer, keep=self.config.checkpoint.keep,
+        )  # fmt: skip
+
+    def write_ledger(self, step: int, batch: ClipBatch, means: torch.Tensor) -> None:
+        """Appends this worker's clips of one step, and the step's mean loss over all workers, to RUN/ledger."""
+        loss = mean_over_ranks(means)[0]
+        path = self.folder / "ledger" / f"rank-{self.rank}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        entry = {"step": step, "loss": loss, "rows": batch.row.tolist(), "clips": clip_names(batch, self.runs)}
+        with path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """Peak memory of this process, and of its GPU, in MiB."""
+    unit = 1024 if sys.platform != "darwin" else 1024**2  # ru_maxrss counts KiB on Linux, bytes on macOS
+    peaks = {"memory/peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
+    if device.type == "cuda":
+        peaks["memory/gpu_peak_mib"] = torch.cuda.max_memory_allocated(device) / 1024**2
+    return peaks

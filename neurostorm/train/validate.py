@@ -1,0 +1,85 @@
+"""Loss on held-out clips, beside that of predicting each voxel's mean, and a picture of one reconstruction.
+
+    fixed held-out rows -> each rank reads its share -> equal number of forward passes on all ranks -> mean over clips
+
+The clips and their masks are the same at every validation of a run, so its points compare. ZeRO 3 needs every rank to
+make as many forward passes, so a short share is filled up with clips that do not count.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from neurostorm.config import Config
+from neurostorm.data.device import ClipUnpacker, Patches
+from neurostorm.data.pipeline import ClipReader
+from neurostorm.model.mae import MaeOutput, MaskedAutoencoder
+from neurostorm.pictures import reconstruction_figure
+from neurostorm.tracking import Tracker
+from neurostorm.train.engine import Engine
+from neurostorm.train.ranks import sum_over_ranks
+from neurostorm.train.schedule import VALIDATION, draw_masks
+
+
+def shares(
+    rows: NDArray[np.void], *, rank: int, workers: int, size: int
+) -> list[tuple[NDArray[np.void], NDArray[np.bool_]]]:
+    """Micro-batches of `size` rows for one rank and which of the rows count; equally many on every rank.
+
+    Row i goes to rank i mod workers, so that all rows count on exactly one rank.
+    """
+    per_rank = -(-len(rows) // workers)
+    position = np.arange(-(-per_rank // size) * size) * workers + rank
+    counts = position < len(rows)
+    taken = rows[np.minimum(position, len(rows) - 1)]
+    return [(taken[first : first + size], counts[first : first + size]) for first in range(0, len(position), size)]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One rank's part of validating a run; `rows` are the plan's held-out rows, the same on all ranks."""
+
+    config: Config
+    engine: Engine
+    model: MaskedAutoencoder
+    unpack: ClipUnpacker
+    reader: ClipReader
+    rows: NDArray[np.void]
+    tracker: Tracker
+    rank: int
+
+    def run(self, done: int) -> dict[str, float]:
+        """Validates after `done` steps: logs and returns the loss and its baseline; a collective call."""
+        sums = torch.zeros(3, dtype=torch.float64)
+        self.engine.train(False)
+        parts = shares(self.rows, rank=self.rank, workers=self.config.scale.workers, size=self.config.train.micro_batch)
+        for nth, (rows, counts) in enumerate(parts):
+            batch = self.unpack.to_device(self.reader.batch(rows))
+            patches = self.unpack(batch)
+            mask = draw_masks(self.model, batch.row, self.config, VALIDATION).to(batch.frames.device)
+            with torch.no_grad():
+                out = self.engine(patches.values, mask=mask, inside=patches.inside, centre=patches.centre)
+            usable = torch.from_numpy(counts) & ~batch.bad.cpu()
+            losses = torch.stack([out.clip_loss, out.clip_baseline]).double().cpu()
+            sums += torch.cat([losses[:, usable].sum(dim=1), usable.sum()[None]])
+            if nth == 0 and self.rank == 0 and self.config.tracking.pictures:
+                self.tracker.image("reconstruction", self.picture(patches, out, done), done)
+        loss, baseline, clips = sum_over_ranks(sums, self.unpack.table.device)
+        result = {"loss/validation": loss / max(clips, 1), "loss/validation_predicting_mean": baseline / max(clips, 1)}
+        self.tracker.metrics(result, done)
+        return result
+
+    def picture(self, patches: Patches, out: MaeOutput, done: int) -> NDArray[np.uint8]:
+        """The first clip's middle frame: target, what the model saw, its prediction, its error."""
+        frame = self.config.data.clip_frames // 2
+        hidden = out.mask[:1, :, None].expand_as(patches.values[:1])
+        target = patches.values[:1]
+        boxes = [target, target.masked_fill(hidden, 0), out.prediction[:1].float(), hidden.float()]
+        volumes = [self.model.to_volume(box)[0, 0, ..., frame].cpu().numpy() for box in boxes]
+        brain = self.reader.store.mask
+        unit = "z over time" if self.config.data.normalise == "voxel" else "z over the run"
+        return reconstruction_figure(
+            *volumes[:3], (volumes[3] > 0) & brain, title=f"held-out clip, frame {frame}, after {done} steps", unit=unit
+        )

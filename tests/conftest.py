@@ -1,0 +1,64 @@
+"""A small corpus for feeding and training: six subjects of smooth, slowly changing signal in a ball of voxels."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.ndimage import gaussian_filter
+
+from neurostorm.config import Config
+from neurostorm.store import Grid, create_store, quantise, run_path, write_manifest, write_run
+
+SHAPE = (24, 24, 24)
+
+
+@pytest.fixture(scope="session")
+def ball_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of 24^3 voxels (4 x 4 x 4 patches of 6) with one run of 48 frames for each of six subjects."""
+    path = tmp_path_factory.mktemp("corpus") / "ball.zarr"
+    axes = np.meshgrid(*[np.linspace(-1, 1, n) for n in SHAPE], indexing="ij")
+    mask = sum(axis**2 for axis in axes) < 0.9
+    create_store(path, grid=Grid("ball", SHAPE, 8.0, (-92.0, -92.0, -92.0)), mask=mask, tr_s=0.8, recipe="test")
+    for subject in range(6):
+        rng = np.random.default_rng(subject)
+        signal = gaussian_filter(rng.standard_normal((48, *SHAPE)), (2, 3, 3, 3))[:, mask]
+        mean, std = signal.mean(0), signal.std(0)
+        write_run(
+            path,
+            run_path("balls", f"sub-{subject}", "task-rest"),
+            frames=quantise((signal - mean) / std),
+            mean=(100 + mean).astype(np.float32),
+            std=std.astype(np.float32),
+            attributes={
+                "session": "", "task": "rest", "run_label": "", "entities": {"task": "rest"},
+                "source": f"sub-{subject}.nii", "source_sha256": f"{subject:064x}", "source_tr_s": 0.8,
+                "source_frames": 48, "tsnr_median": 50.0, "clipped_fraction": 0.0, "coverage": 1.0,
+                "global_mean": 100.0, "global_std": float(signal.std()),
+            },
+        )  # fmt: skip
+    write_manifest(path)
+    return path
+
+
+@pytest.fixture
+def ball_config(ball_store: Path, tmp_path: Path) -> Callable[..., Config]:
+    """Builds a small configuration on the ball store; sections are overridden by keyword, `train={"lr": 1}`."""
+
+    def make(**overrides: dict[str, Any]) -> Config:
+        tree: dict[str, dict[str, Any]] = {
+            "run": {"output": tmp_path / "outputs", "name": "test"},
+            "data": {"store": ball_store, "clip_frames": 4, "held_out": 0.34, "val_clips": 6},
+            "model": {"embed_dim": 8, "depths": (2, 1), "heads": (1, 2)},
+            "mask": {"window": (2, 2, 2, 2)},
+            "strd": {"enabled": True},
+            "train": {"global_batch": 4, "micro_batch": 1, "lr": 3e-3, "epochs": 1, "log_every": 2},
+            "scale": {"workers": 2, "cpus_per_worker": 0.5},
+            "tracking": {"clip_ledger": True},
+        }
+        for section, fields in overrides.items():
+            tree.setdefault(section, {}).update(fields)
+        return Config.model_validate(tree)
+
+    return make

@@ -1,0 +1,283 @@
+import dataclasses
+
+import pytest
+import torch
+from einops import rearrange
+
+from neurostorm.model.mae import MaskedAutoencoder, PatchExpanding
+from neurostorm.model.masking import MaskConfig
+from neurostorm.model.strd import StrdConfig
+from neurostorm.model.swin4d import SwinConfig
+
+TINY = SwinConfig((12, 12, 12, 6), (3, 3, 3, 1), embed_dim=16, depths=(2, 1), heads=(1, 2), window=(2, 2, 2, 3))
+RELEASED = ["mae__random_random", "mae__random_random_padT", "mae__window_random", "mae__window_random_fw2"]
+MINI = ["mini:mae__mini_random", "mini:mae__mini_window"]
+
+
+def ball(size=12):
+    axis = torch.linspace(-1, 1, size)
+    return sum(a**2 for a in torch.meshgrid(axis, axis, axis, indexing="ij")) < 0.8
+
+
+def tiny(**keywords):
+    return MaskedAutoencoder(TINY, **{"mask": MaskConfig("random", 0.5), "brain": ball(), **keywords})
+
+
+def smooth_clips(count, size=12, frames=6):
+    """Clips of three smooth maps with slow time courses, unit variance: (count, 1, X, Y, Z, T)."""
+    generator = torch.Generator().manual_seed(0)
+    axis = torch.linspace(0, torch.pi, size)
+    x, y, z = torch.meshgrid(axis, axis, axis, indexing="ij")
+    maps = torch.stack([x.cos(), y.cos(), (x + z).sin()])
+    phase = 6 * torch.rand(count, 3, 1, generator=generator) + torch.linspace(0, 3, frames)
+    clips = torch.einsum("bkt,kxyz->bxyzt", phase.sin(), maps)
+    return (clips / clips.std()).unsqueeze(1)
+
+
+def released(golden, name):
+    """A golden case and our model with the released parameters of everything but the mixers, which differ."""
+    case = golden(name)
+    mask = MaskConfig(case.config["spatial_mask"], case.config["mask_ratio"])
+    model = MaskedAutoencoder(case.swin, mask, loss_on="all")
+    shared = {key: value for key, value in case.state_dict.items() if key in model.state_dict()}
+    missing = model.load_state_dict(shared, strict=False).missing_keys
+    assert all(".attn." in key for key in missing)
+    return case, model
+
+
+def packed_mask(case, model):
+    """The released mask (raster of tokens, or of windows) as bool (B, P) in packed order."""
+    level = model.geometry(case.tensors["input"].shape[-1]).levels[0]
+    window = case.config["spatial_mask"] == "window"
+    place = level.blocks(model.mask_window).block_of_token if window else level.order
+    return case.tensors["mask"].bool()[:, place]
+
+
+@pytest.mark.parametrize("name", RELEASED + MINI)
+def test_loss_equals_the_released_one_for_its_prediction(golden, name, monkeypatch):
+    case, model = released(golden, name)
+    prediction = model.to_patches(case.tensors["pred"])
+    monkeypatch.setattr(model, "decode", lambda latent, geometry: prediction)
+    out = model(case.tensors["input"], mask=packed_mask(case, model))
+    assert out.loss.item() == pytest.approx(case.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_hidden_tokens_equal_the_released_ones(golden, name):
+    case, model = released(golden, name)
+    geometry = model.geometry(case.tensors["input"].shape[-1])
+    embedded = model.patch_embed(model.to_patches(case.tensors["input"]))
+    case.close(geometry.levels[0].to_grid(embedded), "patch_embed_out")
+    hidden = model.hide(embedded, packed_mask(case, model), geometry)
+    case.close(geometry.levels[0].to_grid(hidden), "masked_tokens")
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_both_ends_of_the_decoder_equal_the_released_ones(golden, name):
+    case, model = released(golden, name)
+    geometry = model.geometry(case.tensors["input"].shape[-1])
+    fine, coarse = geometry.levels[-2:]
+    latent = coarse.from_raster(rearrange(case.tensors["latent"], "b c d h w t -> b (d h w t) c"))
+    expanded = model.first_patch_expanding(latent, geometry.merges[-1])
+    case.close(fine.to_grid(expanded).movedim(1, -1), "first_expand_out")
+    last = geometry.levels[0].from_raster(rearrange(case.tensors["up2_out"], "b c d h w t -> b (d h w t) c"))
+    case.close(model.to_volume(model.decoder_pred(model.norm_up(last))), "pred")
+
+
+def test_patch_expanding_equals_the_released_one(golden):
+    case = golden("modules")
+    config = SwinConfig((4, 4, 12, 4), (1, 1, 2, 1), embed_dim=6, depths=(1, 1), heads=(1, 1))
+    expanding = PatchExpanding(config, 1)
+    expanding.load_state_dict(case.group("pexp.sd."))
+    geometry = MaskedAutoencoder(config, loss_on="all").geometry(4)
+    x = geometry.levels[1].from_raster(case.tensors["pexp_in"].flatten(1, 4))
+    out = geometry.levels[0].to_grid(expanding(x, geometry.merges[0]))
+    case.close(out.movedim(1, -1), "pexp_out")
+
+
+def test_paper_shape_has_the_released_names_outside_the_mixers():
+    with torch.device("meta"):
+        model = MaskedAutoencoder(SwinConfig((96, 96, 96, 20), full_last=True), loss_on="all")
+    names = {name.split(".")[0] for name in model.state_dict()}
+    assert names == {
+        "mask_token", "window_mask_token", "patch_embed", "pos_embeds", "layers",
+        "first_patch_expanding", "layers_up", "norm_up", "decoder_pred",
+    }  # fmt: skip
+    assert model.window_mask_token.shape == (256, 36) and len(model.layers_up) == 3
+
+
+@pytest.mark.parametrize(("kind", "strd"), [("random", False), ("window", True), ("tube", False)])
+def test_it_learns_clips_by_heart(kind, strd):
+    torch.manual_seed(0)
+    model = tiny(mask=MaskConfig(kind, 0.5), strd=StrdConfig(strd))
+    clips, generator = smooth_clips(4), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 4e-3)
+    for _ in range(60):
+        out = model.train()(clips, generator=generator)
+        out.loss.backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        out = model.eval()(clips, generator=generator)
+    assert out.loss < 0.5 * out.baseline
+
+
+def test_the_loss_counts_hidden_brain_voxels_inside_the_field_of_view():
+    model = tiny().eval()
+    clips, centre = smooth_clips(2), torch.randn(2, 1, 12, 12, 12, 1).expand(-1, -1, -1, -1, -1, 6)
+    inside = torch.ones(2, 12, 12, 12, dtype=torch.bool)
+    inside[1, :, :, 8:] = False
+    out = model(clips, inside=inside, centre=centre, generator=torch.Generator().manual_seed(0))
+    hidden = model.to_volume(out.mask[..., None].expand_as(out.prediction))
+    counted = hidden & ball()[None, None, ..., None] & inside[:, None, ..., None]
+    prediction = model.to_volume(out.prediction)
+    for sample, where in enumerate(counted):
+        error = (prediction - clips)[sample][where].square().mean()
+        deviation = (clips - centre)[sample][where].square().mean()
+        assert torch.allclose(out.clip_loss[sample], error, rtol=1e-5)
+        assert torch.allclose(out.clip_baseline[sample], deviation, rtol=1e-5)
+    assert torch.allclose(out.loss, out.clip_loss.mean()) and torch.allclose(out.baseline, out.clip_baseline.mean())
+    assert out.masked_fraction == 0.5 and out.loss.requires_grad and not out.baseline.requires_grad
+
+
+def test_without_a_centre_the_baseline_predicts_zero():
+    model = tiny(loss_on="all", brain=None)
+    clips = smooth_clips(2)
+    out = model(clips)
+    hidden = out.mask[..., None].expand_as(out.prediction)
+    target = model.to_patches(clips)
+    assert torch.allclose(out.baseline, target[hidden].square().mean(), rtol=1e-5)
+    assert torch.allclose(out.loss, (out.prediction - target)[hidden].square().mean(), rtol=1e-5)
+
+
+def test_only_counted_voxels_receive_a_gradient():
+    model = tiny()
+    out = model(smooth_clips(2))
+    (grad,) = torch.autograd.grad(out.loss, out.prediction)
+    brain = model.brain_patches[model.geometry(6).space_of_token]
+    assert torch.equal(grad != 0, out.mask[..., None] & brain & (grad != 0))
+    assert (grad != 0)[out.mask[..., None] & brain].float().mean() > 0.99
+
+
+def test_predictions_do_not_depend_on_what_is_hidden():
+    model = tiny().eval()
+    patches = model.to_patches(smooth_clips(2))
+    mask = model.draw_mask(2, 6, torch.Generator().manual_seed(0))
+    elsewhere = torch.where(mask[..., None], torch.randn_like(patches), patches)
+    prediction = model(patches, mask).prediction
+    assert torch.equal(model(elsewhere, mask).prediction, prediction)
+    assert not torch.equal(model(torch.where(mask[..., None], patches, elsewhere + 1), mask).prediction, prediction)
+
+
+def test_values_that_are_not_counted_do_not_matter():
+    model = tiny().eval()
+    patches = model.to_patches(smooth_clips(1))
+    mask = model.draw_mask(1, 6, torch.Generator().manual_seed(0))
+    brain = model.brain_patches[model.geometry(6).space_of_token]
+    odd = torch.where(mask[..., None] & ~brain, 1e6, patches)  # hidden, so only the loss could see it
+    assert torch.equal(model(odd, mask).loss, model(patches, mask).loss)
+
+
+def test_a_clip_without_counted_voxels_costs_nothing_and_still_has_a_graph():
+    model = tiny()
+    inside = torch.zeros(2, 12, 12, 12, dtype=torch.bool)
+    out = model(smooth_clips(2), inside=inside)
+    out.loss.backward()
+    assert out.loss == 0 and out.baseline == 0
+    assert all((p.grad == 0).all() for p in model.parameters() if p.requires_grad)
+    inside[1] = True
+    out = model(smooth_clips(2), inside=inside)
+    assert out.clip_loss[0] == 0 and out.clip_loss[1] > 0
+
+
+def test_the_loss_does_not_depend_on_how_clips_are_batched():
+    model, clips = tiny().eval(), smooth_clips(3)
+    mask = model.draw_mask(3, 6)
+    inside = torch.rand(3, 12, 12, 12) > 0.3
+    whole = model(clips, mask, inside=inside)
+    parts = torch.cat([model(clips[s], mask[s], inside=inside[s]).clip_loss for s in (slice(0, 1), slice(1, 3))])
+    assert torch.allclose(parts, whole.clip_loss, rtol=1e-5) and torch.allclose(parts.mean(), whole.loss, rtol=1e-5)
+
+
+def test_volume_and_patches_are_two_views_of_one_clip():
+    model = tiny()
+    volume = torch.randn(2, 1, 12, 12, 12, 6)
+    patches = model.to_patches(volume)
+    assert torch.equal(model.to_volume(patches), volume)
+    mask = model.draw_mask(2, 6)
+    assert torch.equal(model(volume, mask).loss, model(patches, mask).loss)
+
+
+def test_the_patch_table_gathers_the_patches_of_packed_voxels():
+    model, brain, volume = tiny(), ball(), torch.randn(2, 1, 12, 12, 12, 6)
+    volume[:, :, ~brain] = 0
+    packed = rearrange(volume[:, 0][:, brain], "b v t -> b t v")  # what a frame store holds
+    padded = torch.cat([packed, packed.new_zeros(2, 6, 1)], -1)
+    geometry, table = model.geometry(6), model.patch_table(brain)
+    space, time = geometry.space_of_token, geometry.time_of_token
+    assert torch.equal(padded[:, time[:, None], table[space]], model.to_patches(volume))
+
+
+def test_strd_rates_are_reported_in_training_only():
+    model = tiny(strd=StrdConfig(True))
+    assert (model.train()(smooth_clips(1)).strd_rates > 0).all()
+    assert not model.eval()(smooth_clips(1)).strd_rates.any()
+
+
+@pytest.mark.parametrize("kind", ["random", "window", "tube"])
+def test_no_trainable_parameter_is_left_without_a_gradient(kind):
+    model = tiny(mask=MaskConfig(kind, 0.5))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01 * torch.randn_like(parameter)
+    model(smooth_clips(2)).loss.backward()
+    idle = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    assert idle == ({"mask_token"} if kind == "window" else {"window_mask_token"})
+    assert not any(p.requires_grad for name, p in model.named_parameters() if name in idle)
+
+
+def test_parameters_in_bfloat16_and_autocast_give_a_float32_loss():
+    model = tiny(strd=StrdConfig(True))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(smooth_clips(1))
+    out.loss.backward()
+    half = model.bfloat16()(smooth_clips(1).bfloat16())
+    half.loss.backward()
+    for result in (out, half):
+        assert result.loss.dtype == torch.float32 and result.loss.isfinite()
+
+
+def test_three_stages_and_shorter_clips_work():
+    swin = dataclasses.replace(TINY, img_size=(24, 24, 24, 6), depths=(1, 1, 1), heads=(1, 1, 1))
+    model = MaskedAutoencoder(swin, MaskConfig("window", 0.5), loss_on="all")
+    out = model(torch.randn(1, 1, 24, 24, 24, 4))
+    assert out.prediction.shape == (1, 512 * 4, 27) and out.latent.shape == (1, 8 * 4, 64) and out.loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"brain": None}, "brain = None: loss_on='brain' needs the mask"),
+        ({"brain": torch.zeros(12, 12, 12, dtype=torch.bool)}, "non-empty mask"),
+        ({"brain": torch.ones(12, 12, 13, dtype=torch.bool)}, r"brain of shape \(12, 12, 13\)"),
+        ({"loss_on": "skull"}, "loss_on = 'skull'"),
+        ({"mask": MaskConfig("columns")}, "mask.kind"),
+        ({"strd": StrdConfig(True, 0)}, "strd.space"),
+    ],
+)
+def test_impossible_values_are_refused_by_name(keywords, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**keywords)
+
+
+def test_networks_without_a_decoder_are_refused():
+    with pytest.raises(ValueError, match="depths"):
+        MaskedAutoencoder(dataclasses.replace(TINY, depths=(2,), heads=(1,)), loss_on="all")
+    with pytest.raises(ValueError, match="in_chans"):
+        MaskedAutoencoder(dataclasses.replace(TINY, in_chans=2), loss_on="all")
+
+
+def test_patches_of_another_grid_are_refused():
+    with pytest.raises(ValueError, match=r"patches of shape \(1, 100, 27\): expected \(B, 64 x frames, 27\)"):
+        tiny()(torch.zeros(1, 100, 27))

@@ -1,0 +1,124 @@
+import dataclasses
+
+import pytest
+import torch
+
+from neurostorm.model.strd import StrdConfig
+from neurostorm.model.swin4d import DropPath, PatchMerging, SwinConfig, SwinEncoder
+
+TINY = SwinConfig((12, 12, 12, 6), (3, 3, 3, 1), embed_dim=8, depths=(2, 2), heads=(2, 2), window=(2, 2, 2, 4))
+PAPER = SwinConfig((96, 96, 96, 20), full_last=True)
+
+
+def test_paper_shape_has_the_released_parameters():
+    with torch.device("meta"):
+        encoder = SwinEncoder(PAPER)
+    assert sum(p.numel() for p in encoder.parameters()) == 4_314_636
+    assert len(encoder.state_dict()) == 163
+
+
+def test_patch_merging_equals_the_released_one(golden):
+    case = golden("modules")
+    merging = PatchMerging(SwinConfig((4, 4, 6, 4), (1, 1, 1, 1), embed_dim=6, depths=(1, 1), heads=(1, 1)), 0)
+    merging.load_state_dict(case.group("pm.sd."))
+    encoder = SwinEncoder(SwinConfig((4, 4, 12, 4), (1, 1, 2, 1), embed_dim=6, depths=(1, 1), heads=(1, 1)))
+    geometry = encoder.geometry(4)
+    packed = geometry.levels[0].from_raster(case.tensors["pm_in"].flatten(1, 4))
+    merged = geometry.levels[1].to_grid(merging(packed, geometry.merges[0]))
+    case.close(merged.movedim(1, -1), "pm_out")
+
+
+def test_frames_and_samples_of_a_batch_are_independent():
+    encoder = SwinEncoder(TINY).eval()
+    volume = torch.randn(3, 1, 12, 12, 12, 6)
+    assert torch.allclose(encoder(volume)[1:2], encoder(volume[1:2]), atol=1e-5)
+
+
+@pytest.mark.parametrize("frames", [1, 3, 5, 6])
+def test_shorter_clips_work(frames):
+    assert SwinEncoder(TINY).eval()(torch.randn(1, 1, 12, 12, 12, frames)).shape == (1, 16, 2, 2, 2, frames)
+
+
+def test_a_longer_clip_or_another_volume_is_refused():
+    encoder = SwinEncoder(TINY)
+    with pytest.raises(ValueError, match="a clip of 7 frames: this model takes 1 to 6"):
+        encoder(torch.randn(1, 1, 12, 12, 12, 7))
+    with pytest.raises(ValueError, match="volume of shape"):
+        encoder(torch.randn(1, 1, 12, 12, 15, 6))
+
+
+def test_strd_acts_in_training_only_and_reports_a_rate_per_stage():
+    encoder = SwinEncoder(TINY, StrdConfig(True))
+    plain = SwinEncoder(TINY)
+    plain.load_state_dict(encoder.state_dict())
+    volume = torch.randn(2, 1, 12, 12, 12, 6)
+    assert torch.equal(encoder.eval()(volume), plain.eval()(volume))
+    assert torch.equal(plain.train()(volume), plain.eval()(volume))
+    encoder.train()
+    tokens = encoder.patch_embed(encoder.to_patches(volume))
+    dropped, rates = encoder.encode(tokens, encoder.geometry(6))
+    assert rates.shape == (2,) and (rates > 0).all() and not rates.requires_grad
+    assert not torch.allclose(dropped, plain.encode(tokens, plain.geometry(6))[0], atol=1e-4)
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    encoder = SwinEncoder(dataclasses.replace(TINY, drop_path=0.5), StrdConfig(True)).train()
+    volume, grads = torch.randn(2, 1, 12, 12, 12, 6), []
+    for recompute in (False, True):
+        encoder.activation_checkpointing = recompute
+        torch.manual_seed(3)
+        encoder.zero_grad()
+        encoder(volume).square().sum().backward()
+        grads.append([p.grad.clone() for p in encoder.parameters()])
+    for plain, recomputed in zip(*grads, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def test_drop_path_zeroes_whole_samples_and_keeps_the_mean():
+    layer, x = DropPath(0.25), torch.ones(4000, 2, 3)
+    torch.manual_seed(0)
+    out = layer.train()(x)
+    assert torch.equal(out.amin((1, 2)), out.amax((1, 2)))
+    assert out.mean().item() == pytest.approx(1.0, abs=0.03)
+    assert torch.equal(layer.eval()(x), x)
+
+
+def test_drop_path_rates_rise_over_all_blocks():
+    config = dataclasses.replace(TINY, drop_path=0.3)
+    assert config.drop_path_rates(0) + config.drop_path_rates(1) == pytest.approx([0.0, 0.1, 0.2, 0.3])
+
+
+def test_bfloat16_autocast_stays_near_float32():
+    encoder = SwinEncoder(TINY).eval()
+    volume = torch.randn(1, 1, 12, 12, 12, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = encoder(volume)
+    full = encoder(volume)
+    assert (half - full).abs().max() < 0.05 * full.abs().max()
+
+
+def test_parameters_in_bfloat16_run():
+    encoder = SwinEncoder(TINY, StrdConfig(True)).bfloat16().train()
+    out = encoder(torch.randn(1, 1, 12, 12, 12, 6))
+    out.sum().backward()
+    assert out.dtype == torch.bfloat16 and all(p.grad.isfinite().all() for p in encoder.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"img_size": (12, 12, 9, 6)}, "img_size"),
+        ({"patch_size": (3, 3, 3, 2)}, "patch_size"),
+        ({"window": (2, 2, 2)}, "window"),
+        ({"first_window": (2, 2, 2, 0)}, "first_window"),
+        ({"depths": (2, 0)}, "depths"),
+        ({"heads": (2,)}, "heads"),
+        ({"heads": (2, 3)}, r"heads\[1\] must divide the stage's width 16"),
+        ({"embed_dim": 0}, "embed_dim"),
+        ({"drop_path": 1.0}, "drop_path"),
+        ({"mixer": "fourier"}, "mixer = 'fourier': one of attention"),
+    ],
+)
+def test_impossible_values_are_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        SwinEncoder(dataclasses.replace(TINY, **change))

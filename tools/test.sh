@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Checks the whole project: set-up, lint, types, import floors, tests. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+tools/setup.sh dev
+
+export RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true OMP_WAIT_POLICY=PASSIVE
+bin=$PWD/.venv/bin
+step() { printf '\n== %s\n' "$*"; "$@"; }
+
+step "$bin/ruff" check .
+step "$bin/ruff" format --check .
+step "$bin/mypy"
+step "$bin/lint-imports" --no-logo
+step "$bin/python" -m pytest "$@"
