@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neurostorm.config import Config, ConfigError
-from neurostorm.data.pipeline import ClipReader
+from neurostorm.data.clips import ClipReader
 from neurostorm.data.plan import ClipPlan, split, validation_rows
 from neurostorm.store.manifest import read_manifest
 from neurostorm.store.reader import FrameStore

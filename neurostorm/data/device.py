@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from neurostorm.data.pipeline import ClipBatch
+from neurostorm.data.clips import ClipBatch
 
 Q_PER_Z = 16.0  # the store's int8 holds 16 x z (store/codec.py)
 
@@ -47,7 +47,8 @@ class ClipUnpacker(nn.Module):
         self.register_buffer("time", token_time, persistent=False)
 
     def forward(self, batch: ClipBatch) -> Patches:
-        """Patches of `batch`, which must be on this module's device."""
+        """Patches of `batch`, wherever it lies, on this module's device."""
+        batch = batch.to(self.table.device)
         frames = nn.functional.pad(batch.frames, (0, 1))  # (B, L, V + 1): the last column stands for "outside"
         voxels = self.table[self.space]  # (P, K)
         values = frames[:, self.time[:, None], voxels].float() / Q_PER_Z  # (B, P, K)
@@ -58,13 +59,3 @@ class ClipUnpacker(nn.Module):
         scale = nn.functional.pad(batch.scale, (0, 1))[:, voxels]
         centre = torch.cat([batch.shift, batch.fill[:, None]], dim=1)[:, voxels]
         return Patches(torch.addcmul(centre, values, scale), centre, inside)
-
-    def to_device(self, batch: ClipBatch) -> ClipBatch:
-        """`batch` on this module's device, copied asynchronously where that is possible."""
-        device = self.table.device
-        return ClipBatch(
-            **{
-                name: None if value is None else value.to(device, non_blocking=True)
-                for name, value in vars(batch).items()
-            }
-        )

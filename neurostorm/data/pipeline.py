@@ -5,100 +5,21 @@
              -> streaming split with preserved order: rank r gets blocks r, r + W, ... -> ClipBatch
 
 Each block says which step and rank it is for, and `batches` refuses any other: a wrong order stops the run instead of
-silently training on other clips. A clip that cannot be read becomes a clip without data (the loss counts nothing
-of it) that carries `bad`, so that the worker names and counts it.
-
-`read_step` is also the path without Ray: validation, tests and the Ray path share it.
+silently training on other clips. `ClipReader` does the reading, here in tasks and elsewhere without Ray.
 """
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import ray
-import torch
 from numpy.typing import NDArray
 from ray.data.block import BlockAccessor, BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
+from neurostorm.data.clips import ClipBatch, ClipReader
 from neurostorm.data.plan import ClipPlan
-from neurostorm.store.reader import ClipReadError, FrameStore
-
-logger = logging.getLogger(__name__)
-
-Columns = dict[str, NDArray[Any]]
-
-
-@dataclass(frozen=True)
-class ClipBatch:
-    """The clips of one worker in one optimiser step, on the CPU; B clips, L frames, V mask voxels.
-
-    row, run, start  int64/int32 (B): place in the plan's stream, run in the manifest, first frame
-    bad              bool (B): the clip could not be read and holds no data
-    frames           int8 (B, L, V): 16 x voxel z
-    scale, shift     float32 (B, V) and fill float32 (B): z of the voxel to global z (normalise=global), else None
-    """
-
-    row: torch.Tensor
-    run: torch.Tensor
-    start: torch.Tensor
-    bad: torch.Tensor
-    frames: torch.Tensor
-    scale: torch.Tensor | None = None
-    shift: torch.Tensor | None = None
-    fill: torch.Tensor | None = None
-
-    def part(self, first: int, count: int) -> "ClipBatch":
-        """Clips [first, first + count) as views."""
-        pick = slice(first, first + count)
-        return ClipBatch(**{name: None if value is None else value[pick] for name, value in vars(self).items()})
-
-
-@dataclass(frozen=True)
-class ClipReader:
-    """Reads plan rows as columns of numpy arrays; picklable, so that read tasks carry it.
-
-    runs       the manifest's run paths, in the order that the plan's `run` column indexes
-    normalise  `voxel`: frames alone; `global`: also each voxel's scale and shift to z over the whole run
-    """
-
-    store: FrameStore
-    runs: tuple[str, ...]
-    clip_frames: int
-    normalise: str
-
-    def read(self, rows: NDArray[np.void]) -> Columns:
-        """The columns of ClipBatch for `rows`, with unreadable clips zeroed and marked."""
-        shape = (len(rows), self.clip_frames, self.store.voxel_count)
-        columns: Columns = {name: np.ascontiguousarray(rows[name]) for name in ("row", "run", "start")}
-        columns |= {"bad": np.zeros(len(rows), bool), "frames": np.zeros(shape, np.int8)}
-        if self.normalise == "global":
-            columns |= {name: np.zeros((len(rows), shape[2]), np.float32) for name in ("scale", "shift")}
-            columns["fill"] = np.zeros(len(rows), np.float32)
-        for index, row in enumerate(rows):
-            try:
-                self._read_clip(columns, index, self.runs[row["run"]], int(row["start"]))
-            except ClipReadError as error:
-                logger.warning("%s", error)
-                columns["bad"][index] = True
-                columns["frames"][index] = 0
-        return columns
-
-    def _read_clip(self, columns: Columns, index: int, run: str, start: int) -> None:
-        columns["frames"][index] = self.store.frames(run, start, self.clip_frames)
-        if self.normalise == "global":
-            mean, std = self.store.moments(run)
-            attributes = self.store.run_attributes(run)
-            centre, spread = attributes["global_mean"], attributes["global_std"]
-            columns["scale"][index] = std / spread
-            columns["shift"][index] = (mean - centre) / spread
-            columns["fill"][index] = -centre / spread  # outside the mask the intensity is zero
-
-    def batch(self, rows: NDArray[np.void]) -> ClipBatch:
-        """`rows` read here and now, as tensors."""
-        return ClipBatch(**{name: torch.from_numpy(values) for name, values in self.read(rows).items()})
 
 
 class ClipSource(Datasource):

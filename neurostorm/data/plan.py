@@ -60,8 +60,10 @@ def split(subjects: Sequence[str], frames: Sequence[int], *, clip_frames: int, h
         count = min(max(1, round(held_out * len(names))), len(names) - 1)
         held = np.isin(np.asarray(subjects), names[:count])
         index = np.arange(len(lengths), dtype=np.int32)
-        whole = [Segments(index[side], np.zeros(side.sum(), np.int32), lengths[side]) for side in (~held, held)]
-        parted = Split(*whole, f"{count} of {len(names)} subjects held out")
+        train, validation = (
+            Segments(index[side], np.zeros(side.sum(), np.int32), lengths[side]) for side in (~held, held)
+        )
+        parted = Split(train, validation, f"{count} of {len(names)} subjects held out")
     for side, segments in (("training", parted.train), ("validation", parted.validation)):
         if not (segments.frames >= clip_frames).any():
             raise ValueError(

@@ -29,6 +29,7 @@ from neurostorm.ingest.nifti import (
     repetition_time_s,
 )
 from neurostorm.ingest.standardize import (
+    MASK_SHARE,
     SpatialPlan,
     Standardised,
     TemporalPlan,
@@ -42,7 +43,6 @@ logger = logging.getLogger(__name__)
 
 RECIPE, RECIPE_VERSION = "mni-voxelz", 1
 MIN_COVERAGE = 0.05  # share of the store's brain that a run must show; a single slab of tissue still passes
-MASK_SHARE = 0.5  # of a voxel must lie in the run's own brain mask
 SAME_PLACE_MM = 1e-3
 
 Status = Literal["ingested", "complete", "changed", "quarantined"]
@@ -185,7 +185,7 @@ def field_of_view(source: Source, header: RunHeader, target: FrameStore) -> Spat
 
     RunError: hardly any of the store's brain is covered; the run's mask is empty, of another shape, or elsewhere.
     """
-    plan = plan_spatial(header.shape, header.affine, target.grid, target.mask)
+    plan = plan_spatial(header.shape, header.affine, target.grid.affine, target.mask)
     if plan.inside.mean() < MIN_COVERAGE:
         raise RunError(
             f"lies outside the grid: it covers {plan.inside.mean():.1%} of the store's brain mask "
@@ -193,7 +193,7 @@ def field_of_view(source: Source, header: RunHeader, target: FrameStore) -> Spat
         )
     if source.mask_path is None:
         return plan
-    plan = plan.restricted_to(_brain_share(source.mask_path, header, plan, target) > MASK_SHARE)
+    plan = plan.within(_own_brain(source.mask_path, header))
     if plan.inside.mean() < MIN_COVERAGE:
         raise RunError(
             f"has a brain mask, {source.mask_path.name}, that meets only {plan.inside.mean():.1%} of the store's: "
@@ -202,24 +202,25 @@ def field_of_view(source: Source, header: RunHeader, target: FrameStore) -> Spat
     return plan
 
 
-def _brain_share(path: Path, header: RunHeader, plan: SpatialPlan, target: FrameStore) -> NDArray[np.float32]:
-    """Share of each packed voxel inside a run's brain mask, (V,) float32; by the mask's own affine where it differs."""
+def _own_brain(path: Path, header: RunHeader) -> NDArray[np.bool_]:
+    """A run's brain mask on the run's voxels, bool (X * Y * Z) in Fortran order; by affine if it has another grid."""
     try:
         volume, affine = read_volume(path)
     except RunError as error:
         raise RunError(f"has a brain mask, {path.name}, that {error}") from error
-    brain = (np.nan_to_num(volume) > 0).astype(np.float32)
+    brain = np.nan_to_num(volume) > 0
     if not brain.any():
         raise RunError(f"has an empty brain mask, {path.name}: no voxel is above 0")
-    same_place = np.allclose(affine, header.affine, rtol=0, atol=SAME_PLACE_MM)
-    if same_place and brain.shape != header.shape:
+    if not np.allclose(affine, header.affine, rtol=0, atol=SAME_PLACE_MM):
+        plan = plan_spatial(brain.shape, affine, header.affine, np.ones(header.shape, bool))
+        share = plan.matrix @ brain.ravel(order="F").astype(np.float32)
+        brain = (share > MASK_SHARE).reshape(header.shape)
+    elif brain.shape != header.shape:
         raise RunError(
             f"has a brain mask, {path.name}, of shape {brain.shape} where the run has {header.shape} "
             "with the same affine: one of them was cropped without it"
         )
-    if not same_place:
-        plan = plan_spatial((brain.shape[0], brain.shape[1], brain.shape[2]), affine, target.grid, target.mask)
-    return plan.matrix @ brain.ravel(order="F")
+    return brain.ravel(order="F")
 
 
 @lru_cache(maxsize=4)

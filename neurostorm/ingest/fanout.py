@@ -171,7 +171,7 @@ def ensure_ray() -> None:
     os.environ.setdefault("RAY_task_oom_retries", str(CRASH_RETRIES))  # endless, otherwise
     address = None if os.environ.get("RAY_ADDRESS") else "local"
     ray.init(address=address, logging_level=logging.WARNING)
-    # The bar on the driver says it all. Ray Data sets the level of "ray.data" anew at each execution, of this one never.
+    # Our progress bar says enough. Ray Data resets the level of "ray.data" at each execution, but not of its children.
     logging.getLogger("ray.data._internal").setLevel(logging.ERROR)
 
 

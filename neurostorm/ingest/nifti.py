@@ -204,16 +204,16 @@ def _read_header(path: Path) -> RunHeader:
     size = next((size for size in _HEADERS for order in ("little", "big") if _leading_int(block, order) == size), None)
     if size is None or len(block) < size:
         raise RunError("is not a NIfTI file: its first bytes are no NIfTI-1 or NIfTI-2 header")
+    magic = block[344:348] if size == 348 else block[4:8]
+    if magic in _HEADER_FILE:
+        raise RunError("is the header half of a .hdr/.img pair: convert it to one .nii or .nii.gz file")
+    if magic not in _SINGLE_FILE:
+        raise RunError("is not a NIfTI file: the magic word of the header is missing (Analyze 7.5?)")
     try:
         header = _HEADERS[size](block[:size], check=True)
         dtype, shape = header.get_data_dtype(), tuple(int(n) for n in header.get_data_shape())
     except (HeaderDataError, ValueError, KeyError) as error:
         raise RunError(f"has a damaged NIfTI header: {error}") from error
-    magic = bytes(block[344:348] if size == 348 else block[4:8])
-    if magic in _HEADER_FILE:
-        raise RunError("is the header half of a .hdr/.img pair: convert it to one .nii or .nii.gz file")
-    if magic not in _SINGLE_FILE:
-        raise RunError("is not a NIfTI file: the magic word of the header is missing (Analyze 7.5?)")
     if dtype.kind not in "iuf":
         raise RunError(f"holds {dtype} data: a run needs real numbers")
     space, frames = _axes(shape)

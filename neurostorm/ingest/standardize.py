@@ -4,11 +4,12 @@
                       sparse V x xyz              sparse T' x T
 
 Both plans are sparse matrices made once per run from geometry alone, so resampling is two products and touches only
-the voxels of the store's mask. One rule makes every weight, in space and in time: a target sample is a box, as wide
-as its own spacing or the source's, whichever is larger, and each source sample counts by its overlap with the box.
+the voxels of the store's mask. One rule makes every weight, in space and in time: the source is interpolated linearly,
+and where the target's samples are r > 1 source samples apart, the interpolant is averaged over a box of sqrt(r^2 - 1)
+(widths add in quadrature: 1 from the interpolation, the rest from the box).
 
-    target finer than or equal to the source   the box has the source's width: this is (tri)linear interpolation
-    target coarser                             the box has the target's width: an average, so nothing is aliased
+    target finer than or equal to the source   no box: (tri)linear interpolation
+    target coarser                             an average, so that nothing is aliased; linear fields stay exact
     centres coincide at equal spacing          one weight of 1: an exact copy
 
 Slice timing is ignored: a frame's voxels all count as acquired at k * TR. Memory: the source voxels that are needed
@@ -24,14 +25,17 @@ from scipy import sparse
 
 from neurostorm.ingest.nifti import RunError
 from neurostorm.store.codec import clipped_fraction, quantise, signal_to_quantisation_noise_db
-from neurostorm.store.layout import Grid
 
 Bool = NDArray[np.bool_]
 Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
 
+MASK_SHARE = 0.5  # of a packed voxel's weight must lie in the run's own brain mask
 COINCIDE = 1e-3  # share of a voxel within which two centres are the same place
 SAME_TR = 1e-6  # relative difference within which two TRs are the same
 CONSTANT = 1e-6  # std below this share of the mean is the rounding of float32, not signal
+_POINT = 1e-6  # a box below this width is a point
+_NO_WEIGHT = 1e-6  # smaller weights are rounding
 _PLAN_WEIGHTS = 1 << 20  # weights made at a time: bounds what planning needs
 _BLOCK_VALUES = 1 << 18  # source or stored values worked on at a time, 1 MB of float32
 
@@ -41,22 +45,28 @@ class SpatialPlan:
     """How the packed voxels of the store are made of a source's voxels.
 
     Attributes:
-        kind: "copy" (exact), "linear" (trilinear) or "average" (the source is finer, boxes are averaged).
+        kind: "copy" (exact), "linear" (trilinear) or "average" (the source is finer).
         matrix: (V, X * Y * Z) float32 CSR over the source's voxels in Fortran order; rows sum to 1, or are empty.
-        inside: (V,) the row is not empty: the voxel's whole support lies within the source's array.
+        inside: (V,) the row is not empty: the voxel's box lies between the source's first and last centres.
     """
 
     kind: str
     matrix: sparse.csr_array
     inside: Bool
 
-    def restricted_to(self, keep: Bool) -> "SpatialPlan":
-        """The same plan with the rows outside `keep` (V,) emptied."""
-        keep = keep & self.inside
-        counts = np.diff(self.matrix.indptr)
-        chosen = np.repeat(keep, counts)
-        starts = np.concatenate([[0], np.cumsum(np.where(keep, counts, 0))])
-        parts = (self.matrix.data[chosen], self.matrix.indices[chosen], starts)
+    def within(self, brain: Bool) -> "SpatialPlan":
+        """The plan with only the source voxels inside `brain` (X * Y * Z, Fortran order).
+
+        A packed voxel stays when more than half of its weight does. Its weights are scaled to a sum of 1 again, so that
+        the zeros (or the scalp) around a brain do not bleed into its rim.
+        """
+        share = self.matrix @ brain.astype(np.float32)
+        keep = self.inside & (share > MASK_SHARE)
+        rows = np.repeat(np.arange(len(keep), dtype=np.int32), np.diff(self.matrix.indptr))
+        chosen = keep[rows] & brain[self.matrix.indices]
+        starts = np.concatenate([[0], np.cumsum(np.bincount(rows[chosen], minlength=len(keep)))])
+        data = self.matrix.data[chosen] / share[rows[chosen]]
+        parts = (data, self.matrix.indices[chosen], starts)
         return SpatialPlan(self.kind, sparse.csr_array(parts, shape=self.matrix.shape), keep)
 
 
@@ -104,37 +114,39 @@ class Standardised:
 
 
 def plan_spatial(
-    source_shape: tuple[int, int, int], source_affine: NDArray[np.float64], grid: Grid, mask: Bool
+    source_shape: tuple[int, ...],
+    source_affine: Float64,
+    target_affine: Float64,
+    wanted: Bool,
 ) -> SpatialPlan:
-    """Plan how a volume comes onto the mask's voxels of a grid; only affines decide, never array indices.
+    """Plan how a volume comes onto voxels of another grid; only affines decide, never array indices.
 
     Args:
         source_shape: X, Y, Z of the source's array.
-        source_affine: (4, 4) source index -> mm.
-        grid: the target.
-        mask: bool of `grid.shape`; its V voxels, in C order, are the rows of the plan.
+        source_affine, target_affine: (4, 4) index -> mm.
+        wanted: bool (X', Y', Z') on the target grid; its V true voxels, in C order, are the rows of the plan.
     """
-    to_source = np.linalg.inv(source_affine) @ grid.affine
-    centres = np.argwhere(mask) @ to_source[:3, :3].T + to_source[:3, 3]  # (V, 3) in source voxels
-    width = np.linalg.norm(to_source[:3, :3], axis=1)  # a target voxel's extent along each source axis
+    to_source = np.linalg.inv(source_affine) @ target_affine
+    centres = np.argwhere(wanted) @ to_source[:3, :3].T + to_source[:3, 3]  # (V, 3) in source voxels
+    ratio = np.linalg.norm(to_source[:3, :3], axis=1)  # extent of a target voxel along each source axis, source voxels
     aligned = bool(np.abs(centres - np.rint(centres)).max(initial=0.0) < COINCIDE)
     if aligned:
         centres = np.rint(centres)
-    average = bool((width > 1 + COINCIDE).any())  # along any axis
-    width = np.where(width > 1 + COINCIDE, width, 1.0)
-    low, high = centres - width / 2, centres + width / 2
-    edge = np.asarray(source_shape) - 0.5
-    inside: Bool = np.all((low >= -0.5 - COINCIDE) & (high <= edge + COINCIDE), axis=1)
-    centres = np.clip(centres, -0.5 + width / 2, edge - width / 2)  # only what COINCIDE let through, or is not inside
+    box = _box(ratio)
+    average = bool(box.any())
+    last = np.asarray(source_shape) - 1.0
+    reaches = (centres - box / 2 >= -COINCIDE) & (centres + box / 2 <= last + COINCIDE)
+    inside: Bool = np.all(reaches, axis=1)
+    centres = np.clip(centres, box / 2, np.maximum(last - box / 2, box / 2))  # moves only what is within COINCIDE
     kind = "average" if average else "copy" if aligned else "linear"
-    return SpatialPlan(kind, _overlap_matrix(centres, width, inside, source_shape), inside)
+    return SpatialPlan(kind, _weight_matrix(centres, box, inside, source_shape), inside)
 
 
 def plan_temporal(source_frames: int, source_tr_s: float, target_tr_s: float) -> TemporalPlan:
     """Plan the stored frames at 0, target_tr_s, 2 target_tr_s ... up to the last acquired time, (T - 1) source_tr_s.
 
     Acquired frame k is a sample at k * source_tr_s. Near the ends an average's box is narrowed on both sides alike, so
-    that the centre of its weights stays at the target time and no phase is lost.
+    that its centre stays at the target time and no phase is lost.
 
     Raises RunError when fewer than two frames result.
     """
@@ -146,8 +158,8 @@ def plan_temporal(source_frames: int, source_tr_s: float, target_tr_s: float) ->
     if count < 2:
         raise RunError(f"lasts {source_frames * source_tr_s:g} s: too short for two frames {target_tr_s:g} s apart")
     centres = np.minimum(np.arange(count) * ratio, source_frames - 1)
-    room = 2 * np.minimum(centres + 0.5, source_frames - 0.5 - centres)
-    index, weight = _overlaps(centres, np.minimum(max(ratio, 1.0), room), source_frames)
+    room = 2 * np.minimum(centres, source_frames - 1 - centres)
+    index, weight = _weights(centres, np.minimum(_box(np.asarray(ratio)), room), source_frames)
     rows = np.repeat(np.arange(count), index.shape[1])
     matrix = sparse.coo_array((weight.ravel(), (rows, index.ravel())), shape=(count, source_frames)).tocsr()
     matrix.eliminate_zeros()
@@ -196,34 +208,41 @@ def standardise(
     return _summary(result, mean, std, decibels, clipped)
 
 
-def _overlaps(
-    centres: NDArray[np.float64], width: float | NDArray[np.float64], size: int
-) -> tuple[NDArray[np.intp], Float32]:
-    """Overlap of boxes with the unit cells around 0 .. size - 1, along one axis.
+def _box(ratio: Float64) -> Float64:
+    """Width of the average, in source samples, for targets `ratio` source samples apart; 0 for interpolation."""
+    return np.where(ratio > 1 + COINCIDE, np.sqrt(np.maximum(ratio**2 - 1, 0.0)), 0.0)
+
+
+def _weights(centres: Float64, box: Float64, size: int) -> tuple[NDArray[np.intp], Float32]:
+    """Weights of the linear interpolant's averages over boxes, along one axis with samples at 0 .. size - 1.
 
     Args:
-        centres: (N,) boxes, in source samples; they must lie within -0.5 .. size - 0.5.
-        width: of the boxes, one or (N,).
+        centres: (N,) middles of the boxes, in source samples.
+        box: widths, one or (N,); each box must lie within 0 .. size - 1.
 
     Returns:
-        index (N, K) of the cells that can be touched, and weight (N, K) float32 with rows that sum to 1.
+        index (N, K) of the samples that can matter, and weight (N, K) float32 with rows that sum to 1.
     """
-    low, high = centres - np.asarray(width) / 2, centres + np.asarray(width) / 2
-    reach = int(np.ceil(np.max(width))) + 1
-    index = np.floor(low + 0.5).astype(np.intp)[:, None] + np.arange(reach)
-    weight = np.minimum(high[:, None], index + 0.5) - np.maximum(low[:, None], index - 0.5)
-    weight = np.clip(weight, 0, None)
-    weight[(weight < 1e-6) | (index < 0) | (index >= size)] = 0
+    low, high = centres - box / 2, centres + box / 2
+    index = np.floor(low).astype(np.intp)[:, None] + np.arange(int(np.ceil(np.max(box))) + 2)
+    width = np.broadcast_to(box, centres.shape)[:, None]
+    averaged = (_hat_integral(high[:, None] - index) - _hat_integral(low[:, None] - index)) / np.maximum(width, _POINT)
+    weight = np.where(width > _POINT, averaged, np.clip(1 - np.abs(centres[:, None] - index), 0, None))
+    weight[(weight < _NO_WEIGHT) | (index < 0) | (index >= size)] = 0
     weight /= weight.sum(axis=1, keepdims=True)
     return np.clip(index, 0, size - 1), weight.astype(np.float32)
 
 
-def _overlap_matrix(
-    centres: NDArray[np.float64], width: NDArray[np.float64], inside: Bool, shape: tuple[int, int, int]
-) -> sparse.csr_array:
-    """(V, X * Y * Z) CSR: products of the three axes' overlaps, rows outside empty; made in pieces."""
+def _hat_integral(x: Float64) -> Float64:
+    """Integral from minus infinity to `x` of the hat function 1 - |u| on -1 .. 1."""
+    x = np.clip(x, -1, 1)
+    return 0.5 + x - np.sign(x) * x**2 / 2
+
+
+def _weight_matrix(centres: Float64, box: Float64, inside: Bool, shape: tuple[int, ...]) -> sparse.csr_array:
+    """(V, X * Y * Z) CSR: products of the three axes' weights, rows outside empty; made in pieces."""
     rows = np.flatnonzero(inside)
-    per_row = int(np.prod(np.ceil(width) + 1))
+    per_row = int(np.prod(np.ceil(box) + 2))
     step = max(1, _PLAN_WEIGHTS // per_row)
     weights: list[Float32] = []
     columns: list[NDArray[np.int32]] = []
@@ -234,7 +253,7 @@ def _overlap_matrix(
         column = np.zeros((len(part), 1), np.int64)
         weight = np.ones((len(part), 1), np.float32)
         for axis in (2, 1, 0):  # x last, so that a row's columns rise
-            index, share = _overlaps(centres[part, axis], float(width[axis]), shape[axis])
+            index, share = _weights(centres[part, axis], box[axis], shape[axis])
             column = (column[:, :, None] + index[:, None, :] * stride[axis]).reshape(len(part), -1)
             weight = (weight[:, :, None] * share[:, None, :]).reshape(len(part), -1)
         used = weight > 0
@@ -278,7 +297,7 @@ def _second_stage(held: Float32, rows: sparse.csr_array) -> Float32:
     return block
 
 
-def _moments(block: Float32) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _moments(block: Float32) -> tuple[Float64, Float64]:
     """Mean and std over frames, accumulated in float64; std 0 where a voxel only varies by rounding."""
     mean = block.mean(axis=0, dtype=np.float64)
     std = block.std(axis=0, dtype=np.float64)
@@ -286,7 +305,7 @@ def _moments(block: Float32) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     return np.where(signal, mean, 0.0), np.where(signal, std, 0.0)
 
 
-def _z_scores(block: Float32, mean: NDArray[np.float64], std: NDArray[np.float64]) -> Float32:
+def _z_scores(block: Float32, mean: Float64, std: Float64) -> Float32:
     """(T', block) float32; 0 where std is 0."""
     scale = np.divide(1.0, std, out=np.zeros_like(std), where=std > 0).astype(np.float32)
     z = block - mean.astype(np.float32)
@@ -294,9 +313,7 @@ def _z_scores(block: Float32, mean: NDArray[np.float64], std: NDArray[np.float64
     return z
 
 
-def _summary(
-    frames: NDArray[np.int8], mean: NDArray[np.float64], std: NDArray[np.float64], decibels: Float32, clipped: int
-) -> Standardised:
+def _summary(frames: NDArray[np.int8], mean: Float64, std: Float64, decibels: Float32, clipped: int) -> Standardised:
     """The run with its figures, over the voxels that have signal."""
     signal = std > 0
     total = float(mean[signal].mean())

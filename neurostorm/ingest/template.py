@@ -64,7 +64,7 @@ def _template_outline() -> tuple[Bool, NDArray[np.float64]]:
 def _share(outline: Bool, affine: NDArray[np.float64], grid: Grid) -> NDArray[np.float32]:
     """Share of each voxel of the grid inside the outline, (X, Y, Z) float32. Beyond its array is outside."""
     padded, shifted = _padded(outline, affine, grid)
-    plan = plan_spatial(padded.shape, shifted, grid, np.ones(grid.shape, bool))
+    plan = plan_spatial(padded.shape, shifted, grid.affine, np.ones(grid.shape, bool))
     return (plan.matrix @ padded.ravel(order="F").astype(np.float32)).reshape(grid.shape)
 
 
@@ -78,7 +78,7 @@ def _padded(outline: Bool, affine: NDArray[np.float64], grid: Grid) -> tuple[Boo
 
 
 def _check_inside(path: Path, outline: Bool, affine: NDArray[np.float64], mask: Bool, grid: Grid) -> None:
-    """MaskError unless the grid holds the mask: volumes must agree to a tenth (a resampled surface moves by less)."""
+    """MaskError unless nine tenths of the mask lie inside the grid."""
     if not mask.any():
         raise MaskError(f"ingest.mask={path}: lies outside the {grid.name} grid; is it in MNI space?")
     inside_mm = np.argwhere(outline) @ affine[:3, :3].T + affine[:3, 3]

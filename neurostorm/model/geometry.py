@@ -8,10 +8,8 @@ stage as a packed sequence, so that every block works on ``(B, P, C)`` and never
          +--halve d, h, w--> coordinates of the next level, and the merge table (parents, 8 children)
 
 The packed order keeps the tokens of one unshifted window together, window after window, so even blocks are pure views;
-shifted windows and merges are one gather each. Tables are built once from coordinates with numpy, live on their device
-as plain tensors outside the state dict, and are cached per (grid, frames, windows, device).
-
-Everything is derived from the coordinate list alone: a level of fewer tokens is the same code with a shorter list.
+shifted windows and merges are one gather each. Tables come from the coordinates alone (fewer tokens are the same code
+with a shorter list), are built once per (grid, windows) and live on their device, outside the state dict.
 """
 
 from collections.abc import Sequence
@@ -306,9 +304,8 @@ def _window_major_key(cells: np.ndarray, window: Axes, shift: Axes, grid: tuple[
     """Sort key (cells,): raster number of the window first, raster number in the grid second."""
     number = (cells - np.array(shift)) // np.array(window) + 1  # a shifted axis starts with a cut window, number -1
     windows = tuple(g // w + 2 for g, w in zip(grid, window, strict=True))
-    return np.ravel_multi_index(tuple(number.T), windows) * int(np.prod(grid)) + np.ravel_multi_index(
-        tuple(cells.T), grid
-    )
+    major, minor = np.ravel_multi_index(tuple(number.T), windows), np.ravel_multi_index(tuple(cells.T), grid)
+    return major * int(np.prod(grid)) + minor
 
 
 def _merge_table(child: Level, parent: Level) -> WindowTable:
@@ -325,7 +322,7 @@ def _table(
     groups: list[np.ndarray], tokens: int, device: torch.device, cells: list[np.ndarray] | None = None
 ) -> WindowTable:
     flat = np.concatenate([group.ravel() for group in groups])
-    inverse = np.full(tokens + 1, len(flat))
+    inverse = np.full(tokens + 1, len(flat))  # the last is where padding writes
     inverse[flat] = np.arange(len(flat))
     inverse = inverse[:tokens]
     indices = [torch.from_numpy(group).to(device) for group in groups]

@@ -28,6 +28,7 @@ def local_path(path: StorePath) -> Path:
 
 
 def is_group(path: Path) -> bool:
+    """Whether a Zarr v3 node stands at `path`; for a run this means that it is complete."""
     return (path / "zarr.json").is_file()
 
 

@@ -170,7 +170,8 @@ def remove_partials(path: StorePath, older_than_s: float = 24 * 3600.0) -> int:
 
 def _publish_store(target: Path, header: dict[str, Any], inside: NDArray[np.bool_]) -> None:
     """Build the empty store beside `target` and rename it there; a store that came first is left as it is."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    if occupied and not is_group(target):  # asked last: another process may have published just now
         raise StoreError(f"{target} exists and is not a frame store: choose another path, or an empty folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.parent / f".{target.name}.{uuid.uuid4().hex}.partial"

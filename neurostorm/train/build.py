@@ -1,10 +1,19 @@
-"""The model of a configuration on a store's grid, and the export of what it learned."""
+"""From a configuration and a corpus to the parts of one rank, resumed, and from a trained engine to files. Ray-free.
 
+config + store -> model, unpacker, engine -> newest checkpoint -> Loop ... -> export
+"""
+
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from neurostorm.config import Config, ConfigError
+from neurostorm.data.clips import ClipBatch
+from neurostorm.data.corpus import Corpus
 from neurostorm.data.device import ClipUnpacker
 from neurostorm.model.hub import save_pretrained
 from neurostorm.model.mae import MaskedAutoencoder
@@ -12,7 +21,13 @@ from neurostorm.model.masking import MaskConfig
 from neurostorm.model.strd import StrdConfig
 from neurostorm.model.swin4d import SwinConfig
 from neurostorm.store.reader import FrameStore
+from neurostorm.tracking import Tracker, code_revision
+from neurostorm.train import checkpoint
 from neurostorm.train.engine import Engine
+from neurostorm.train.loop import Loop
+from neurostorm.train.validate import Validation
+
+logger = logging.getLogger(__name__)
 
 
 def swin_config(config: Config, store: FrameStore) -> SwinConfig:
@@ -54,6 +69,63 @@ def build_unpacker(model: MaskedAutoencoder, store: FrameStore, frames: int, dev
     geometry = model.geometry(frames)
     table = model.patch_table(torch.from_numpy(store.mask))
     return ClipUnpacker(table, geometry.space_of_token, geometry.time_of_token).to(device)
+
+
+def assemble(
+    config: Config,
+    corpus: Corpus,
+    tracker: Tracker,
+    feed: Callable[..., Iterator[ClipBatch]],
+    *,
+    rank: int,
+    device: torch.device,
+) -> Loop:
+    """The loop of one rank, at the step that the newest checkpoint reached.
+
+    feed  called with `first_step=`, gives this rank's batches from that step on
+    Needs an initialised process group; a collective call.
+    """
+    model = build_model(config, corpus.store)
+    unpack = build_unpacker(model, corpus.store, config.data.clip_frames, device)
+    engine = Engine(model, config.train, config.clips_per_worker, device)
+    first_step = resume(config, engine, rank)
+    return Loop(
+        config=config,
+        engine=engine,
+        model=model,
+        unpack=unpack,
+        batches=feed(first_step=first_step),
+        validation=Validation(config, engine, model, unpack, corpus.reader, corpus.validation, tracker, rank),
+        tracker=tracker,
+        runs=corpus.runs,
+        trainer={
+            "config": config.model_dump(mode="json"),
+            "workers": dist.get_world_size(),
+            "mlflow_run_id": tracker.run_id,
+            "code_revision": code_revision(),
+            "store_sha256": corpus.store.content_hash(),
+        },
+        rank=rank,
+        first_step=first_step,
+        total_steps=corpus.plan.total_steps(config.train.epochs, config.train.max_steps),
+        clips_per_epoch=corpus.plan.clips_per_epoch,
+    )
+
+
+def resume(config: Config, engine: Engine, rank: int) -> int:
+    """Loads the newest checkpoint, which rank 0 chooses for all, and returns its number of finished steps."""
+    found: list[Any] = [None]
+    if rank == 0:
+        newest = checkpoint.newest(config.run.folder / "checkpoints")
+        found = [(str(newest.path), newest.step)] if newest else [None]
+    dist.broadcast_object_list(found, src=0)
+    if found[0] is None:
+        return 0
+    path, step = found[0]
+    engine.load(Path(path))
+    if rank == 0:
+        logger.info("resuming after step %d from %s", step, path)
+    return int(step)
 
 
 def export(engine: Engine, config: Config, store: FrameStore, folder: Path, *, rank: int, step: int) -> None:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from neurostorm.data.pipeline import ClipBatch
+from neurostorm.data.clips import ClipBatch
 
 
 class NonFiniteError(RuntimeError):

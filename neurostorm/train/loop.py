@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 
 from neurostorm.config import Config
+from neurostorm.data.clips import ClipBatch
 from neurostorm.data.device import ClipUnpacker
-from neurostorm.data.pipeline import ClipBatch
 from neurostorm.model.mae import MaskedAutoencoder
 from neurostorm.tracking import Tracker
 from neurostorm.train import checkpoint
@@ -128,7 +128,7 @@ class Loop:
         sums = torch.zeros_like(self.window.sums)
         for nth, start in enumerate(starts):
             micro = batch.part(start, size)
-            patches = self.unpack(self.unpack.to_device(micro))
+            patches = self.unpack(micro)
             torch.manual_seed(seed_for(self.config.run.seed, DROPOUT, step, self.rank, nth))
             mask = draw_masks(self.model, micro.row, self.config, MASK).to(self.device, non_blocking=True)
             out = self.engine(patches.values, mask=mask, inside=patches.inside, centre=patches.centre)

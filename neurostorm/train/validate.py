@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from neurostorm.config import Config
+from neurostorm.data.clips import ClipReader
 from neurostorm.data.device import ClipUnpacker, Patches
-from neurostorm.data.pipeline import ClipReader
 from neurostorm.model.mae import MaeOutput, MaskedAutoencoder
 from neurostorm.pictures import reconstruction_figure
 from neurostorm.tracking import Tracker
@@ -56,12 +56,12 @@ class Validation:
         self.engine.train(False)
         parts = shares(self.rows, rank=self.rank, workers=self.config.scale.workers, size=self.config.train.micro_batch)
         for nth, (rows, counts) in enumerate(parts):
-            batch = self.unpack.to_device(self.reader.batch(rows))
+            batch = self.reader.batch(rows)
             patches = self.unpack(batch)
-            mask = draw_masks(self.model, batch.row, self.config, VALIDATION).to(batch.frames.device)
+            mask = draw_masks(self.model, batch.row, self.config, VALIDATION).to(patches.values.device)
             with torch.no_grad():
                 out = self.engine(patches.values, mask=mask, inside=patches.inside, centre=patches.centre)
-            usable = torch.from_numpy(counts) & ~batch.bad.cpu()
+            usable = torch.from_numpy(counts) & ~batch.bad
             losses = torch.stack([out.clip_loss, out.clip_baseline]).double().cpu()
             sums += torch.cat([losses[:, usable].sum(dim=1), usable.sum()[None]])
             if nth == 0 and self.rank == 0 and self.config.tracking.pictures:
@@ -76,10 +76,17 @@ class Validation:
         frame = self.config.data.clip_frames // 2
         hidden = out.mask[:1, :, None].expand_as(patches.values[:1])
         target = patches.values[:1]
-        boxes = [target, target.masked_fill(hidden, 0), out.prediction[:1].float(), hidden.float()]
-        volumes = [self.model.to_volume(box)[0, 0, ..., frame].cpu().numpy() for box in boxes]
-        brain = self.reader.store.mask
+        boxes = (target, target.masked_fill(hidden, 0), out.prediction[:1].float(), hidden.float())
+        seen, masked, predicted, unseen = [self.model.to_volume(box)[0, 0, ..., frame].cpu().numpy() for box in boxes]
+        store = self.reader.store
         unit = "z over time" if self.config.data.normalise == "voxel" else "z over the run"
         return reconstruction_figure(
-            *volumes[:3], (volumes[3] > 0) & brain, title=f"held-out clip, frame {frame}, after {done} steps", unit=unit
+            seen,
+            masked,
+            predicted,
+            (unseen > 0) & store.mask,
+            brain=store.mask,
+            affine=store.grid.affine,
+            title=f"held-out clip, frame {frame}, after {done} steps",
+            unit=unit,
         )

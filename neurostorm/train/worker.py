@@ -2,27 +2,24 @@
 
     config -> corpus, model, engine -> newest checkpoint -> Loop.run -> export -> summary.json (rank 0)
 
-This module and `launch` are the only ones of training that know Ray.
+This module and `launch` are the only ones of training that know Ray; `build.assemble` is the same for all callers.
 """
 
 import json
 import logging
-from pathlib import Path
+import warnings
+from functools import partial
 from typing import Any
 
 import ray.train
 import torch
-import torch.distributed as dist
 
 from neurostorm.config import Config
 from neurostorm.data.corpus import Corpus, open_corpus
 from neurostorm.data.pipeline import batches
 from neurostorm.tracking import Tracker, code_revision, open_run, tracking_uri
 from neurostorm.train import checkpoint
-from neurostorm.train.build import build_model, build_unpacker, export
-from neurostorm.train.engine import Engine
-from neurostorm.train.loop import Loop
-from neurostorm.train.validate import Validation
+from neurostorm.train.build import assemble, export
 
 logger = logging.getLogger(__name__)
 
@@ -32,15 +29,16 @@ SUMMARY = "summary.json"
 def train_worker(settings: dict[str, Any]) -> None:
     """One worker's part of a pretraining run; `settings` holds the configuration tree under `config`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated", category=FutureWarning)  # DeepSpeed's
     config = Config.model_validate(settings["config"])
     context = ray.train.get_context()
-    rank, workers = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
+    rank, device = context.get_world_rank(), ray.train.torch.get_device()
     torch.set_num_threads(config.scale.threads_per_worker)
     corpus = open_corpus(config)
     tracker = open_tracker(config, corpus) if rank == 0 else Tracker()
     try:
-        loop = assemble(config, corpus, tracker, rank=rank, workers=workers, device=device)
+        feed = partial(batches, ray.train.get_dataset_shard("train"), rank=rank, clips=config.clips_per_worker)
+        loop = assemble(config, corpus, tracker, feed, rank=rank, device=device)
         final = loop.run()
         export(loop.engine, config, corpus.store, config.run.folder / "model", rank=rank, step=loop.total_steps)
         if rank == 0:
@@ -48,54 +46,6 @@ def train_worker(settings: dict[str, Any]) -> None:
     except BaseException:
         tracker.close("FAILED")
         raise
-
-
-def assemble(
-    config: Config, corpus: Corpus, tracker: Tracker, *, rank: int, workers: int, device: torch.device
-) -> Loop:
-    """The loop of one rank, at the step that the newest checkpoint reached."""
-    model = build_model(config, corpus.store)
-    unpack = build_unpacker(model, corpus.store, config.data.clip_frames, device)
-    engine = Engine(model, config.train, config.clips_per_worker, device)
-    first_step = resume(config, engine, rank)
-    share = ray.train.get_dataset_shard("train")
-    return Loop(
-        config=config,
-        engine=engine,
-        model=model,
-        unpack=unpack,
-        batches=batches(share, rank=rank, first_step=first_step, clips=config.clips_per_worker),
-        validation=Validation(config, engine, model, unpack, corpus.reader, corpus.validation, tracker, rank),
-        tracker=tracker,
-        runs=corpus.runs,
-        trainer={
-            "config": config.model_dump(mode="json"),
-            "workers": workers,
-            "mlflow_run_id": tracker.run_id,
-            "code_revision": code_revision(),
-            "store_sha256": corpus.store.content_hash(),
-        },
-        rank=rank,
-        first_step=first_step,
-        total_steps=corpus.plan.total_steps(config.train.epochs, config.train.max_steps),
-        clips_per_epoch=corpus.plan.clips_per_epoch,
-    )
-
-
-def resume(config: Config, engine: Engine, rank: int) -> int:
-    """Loads the newest checkpoint, which rank 0 chooses for all, and returns its number of finished steps."""
-    found: list[Any] = [None]
-    if rank == 0:
-        newest = checkpoint.newest(config.run.folder / "checkpoints")
-        found = [(str(newest.path), newest.step)] if newest else [None]
-    dist.broadcast_object_list(found, src=0)
-    if found[0] is None:
-        return 0
-    path, step = found[0]
-    engine.load(Path(path))
-    if rank == 0:
-        logger.info("resuming after step %d from %s", step, path)
-    return int(step)
 
 
 def open_tracker(config: Config, corpus: Corpus) -> Tracker:

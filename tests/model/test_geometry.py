@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import pad
 
 from neurostorm.model.geometry import (
+    Geometry,
     dense_geometry,
     effective_window,
     join_windows,
@@ -147,6 +148,26 @@ def test_blocks_partition_the_grid(grid, block):
     for number, at in zip(blocks.block_of_token.tolist(), map(tuple, corner.tolist()), strict=True):
         assert by_number.setdefault(number, at) == at
     assert sorted(by_number) == list(range(blocks.total))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.tuples(*[st.sampled_from([2, 4])] * 3, st.integers(1, 4)), st.integers(0, 100))
+def test_a_level_may_lack_tokens(grid, seed):
+    present = np.random.default_rng(seed).random(np.prod(grid)) < 0.4
+    present[seed % len(present)] = True
+    geometry = Geometry(raster_coords(grid)[present], grid, ((2, 2, 2, 2),) * 2, CPU)
+    child, parent = geometry.levels
+    assert torch.equal(child.order.sort().values, torch.from_numpy(np.flatnonzero(present)))
+    x = torch.rand(2, len(child), 3) + 1
+    raster = child.to_raster(x)
+    assert not raster[:, ~present].any() and torch.equal(child.from_raster(raster), x)
+    for shifted in (False, True):
+        table = child.windows((2, 2, 2, 2), shifted)
+        assert torch.equal(join_windows(split_windows(x, table), table), x)
+    dense = child.to_grid(x).unfold(2, 2, 2).unfold(3, 2, 2).unfold(4, 2, 2).flatten(-3)  # (2, 3, d, h, w, T, 8)
+    (children,) = split_windows(x, geometry.merges[0])
+    expected = parent.from_raster(dense.movedim(1, -1).flatten(1, 4).flatten(-2))  # absent children are zeros
+    assert torch.equal(children.reshape(2, len(parent), -1), expected)
 
 
 def test_a_window_as_long_as_an_axis_does_not_shift_it():

@@ -248,6 +248,15 @@ def test_parameters_in_bfloat16_and_autocast_give_a_float32_loss():
         assert result.loss.dtype == torch.float32 and result.loss.isfinite()
 
 
+def test_the_decoder_keeps_the_window_where_the_encoder_has_others():
+    swin = dataclasses.replace(TINY, first_window=(4, 4, 4, 1), full_last=True)
+    model, tokens = MaskedAutoencoder(swin, loss_on="all").eval(), []
+    for stack in (*model.layers, *model.layers_up):
+        stack.blocks[0].attn.register_forward_hook(lambda _module, inputs, _out: tokens.append(inputs[0].shape[1]))
+    model(torch.randn(1, 1, 12, 12, 12, 6))
+    assert tokens == [4 * 4 * 4, 2 * 2 * 2 * 3, 2 * 2 * 2 * 3]
+
+
 def test_three_stages_and_shorter_clips_work():
     swin = dataclasses.replace(TINY, img_size=(24, 24, 24, 6), depths=(1, 1, 1), heads=(1, 1, 1))
     model = MaskedAutoencoder(swin, MaskConfig("window", 0.5), loss_on="all")

@@ -78,6 +78,13 @@ def test_a_renamed_a_missing_and_an_extra_key_are_all_named(golden):
     assert "layers.1.blocks.0.norm1.weight (5,) instead of (12,)" in shapes
 
 
+@pytest.mark.parametrize("extra", ["layers.0.blocks.0.mamba.D", "decoder_pred.bias"])
+def test_a_key_too_many_is_refused(golden, extra):
+    case = golden("mini:swift_encoder__mini")
+    with pytest.raises(ReferenceMismatch, match=f"Unexpected: \\['{extra}'\\]"):
+        load_reference({**case.state_dict, extra: torch.zeros(1)}, case.config)
+
+
 def test_missing_hyperparameters_are_named(golden):
     case = golden("mini:swift_encoder__mini")
     config = {key: value for key, value in case.config.items() if key not in ("num_heads", "window_size")}

@@ -53,6 +53,12 @@ def test_neighbourhoods_equal_the_released_masks(golden):
             assert np.array_equal(mask[0].numpy(), expected), (window, space, time, kind)
 
 
+def test_a_window_of_one_patch_has_no_spatial_redundancy_to_drop():
+    near = bucket_of((1, 1, 1, 8)).neighbours(5, 5)
+    h = torch.randn(3, 8, 4)
+    assert near.time.any() and not drop_probability(strd._affinity(h, h), near.space, near.time).any()
+
+
 @pytest.mark.parametrize("shifted", [False, True])
 def test_gradients_equal_those_of_autograd_with_the_same_drops(shifted):
     table = dense_geometry((4, 2, 4, 4), ((2, 2, 2, 2),), CPU).levels[0].windows((2, 2, 2, 2), shifted)

@@ -61,15 +61,20 @@ def test_strd_acts_in_training_only_and_reports_a_rate_per_stage():
     assert not torch.allclose(dropped, plain.encode(tokens, plain.geometry(6))[0], atol=1e-4)
 
 
-def test_activation_checkpointing_changes_no_gradient():
+def test_activation_checkpointing_keeps_less_and_changes_no_gradient():
     encoder = SwinEncoder(dataclasses.replace(TINY, drop_path=0.5), StrdConfig(True)).train()
-    volume, grads = torch.randn(2, 1, 12, 12, 12, 6), []
+    volume, grads, kept = torch.randn(2, 1, 12, 12, 12, 6), [], []
     for recompute in (False, True):
         encoder.activation_checkpointing = recompute
+        saved = []
         torch.manual_seed(3)
         encoder.zero_grad()
-        encoder(volume).square().sum().backward()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
+            loss = encoder(volume).square().sum()
+        loss.backward()
         grads.append([p.grad.clone() for p in encoder.parameters()])
+        kept.append(sum(saved))
+    assert kept[1] < kept[0] / 3
     for plain, recomputed in zip(*grads, strict=True):
         assert torch.equal(plain, recomputed)
 
@@ -81,6 +86,15 @@ def test_drop_path_zeroes_whole_samples_and_keeps_the_mean():
     assert torch.equal(out.amin((1, 2)), out.amax((1, 2)))
     assert out.mean().item() == pytest.approx(1.0, abs=0.03)
     assert torch.equal(layer.eval()(x), x)
+
+
+def test_a_block_whose_branches_are_dropped_passes_its_input_on():
+    encoder = SwinEncoder(TINY).train()
+    block, level, x = encoder.layers[0].blocks[0], encoder.geometry(6).levels[0], torch.randn(2, 384, 8)
+    block.drop_path.rate = 1 - 1e-12
+    assert torch.equal(block(x, level.windows(TINY.window, False)), x)
+    block.drop_path.rate = 0.0
+    assert not torch.equal(block(x, level.windows(TINY.window, False)), x)
 
 
 def test_drop_path_rates_rise_over_all_blocks():

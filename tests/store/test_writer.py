@@ -168,6 +168,22 @@ def test_who_loses_the_race_for_the_store_checks_the_winner(
         create_store(example.path, **example.properties)
 
 
+def test_a_store_that_appears_while_one_looks_is_welcome(
+    make_example: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = make_example("sudden.zarr")
+    look, rivals = Path.exists, [example.properties]
+
+    def late(path: Path, **options: Any) -> bool:
+        if path == example.path and rivals:
+            create_store(path, **rivals.pop())
+        return look(path, **options)
+
+    monkeypatch.setattr(Path, "exists", late)
+    create_store(example.path, **example.properties)
+    assert not rivals and FrameStore.open(example.path).runs() == []
+
+
 def test_the_same_store_again_is_no_work_and_another_is_refused(example: Any) -> None:
     run = example.add()
     create_store(example.path, **example.properties)

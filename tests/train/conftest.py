@@ -1,0 +1,66 @@
+"""Runs several ranks of a pretraining run as processes, without Ray, and reads their ledgers."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from neurostorm.config import Config
+
+PROGRAM = Path(__file__).with_name("rank_program.py")
+ROOT = PROGRAM.parents[2]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@pytest.fixture
+def run_ranks() -> Callable[..., None]:
+    """Runs all ranks of a configuration to their end; their output is the assertion's message if one fails."""
+
+    def run(config: Config, *options: int, expect: int = 0) -> None:
+        folder = config.run.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(config.to_yaml())
+        workers, port = config.scale.workers, free_port()
+        environment = {
+            **os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu",
+            "PYTHONPATH": str(ROOT),
+        }  # fmt: skip
+        command = [sys.executable, str(PROGRAM), str(folder / "config.yaml")]
+        ranks = [
+            subprocess.Popen(
+                [*command, str(rank), str(workers), str(port), *map(str, options)],
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+            )
+            for rank in range(workers)
+        ]  # fmt: skip
+        outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [expect] * workers, "\n".join(outputs)[-4000:]
+
+    return run
+
+
+@pytest.fixture
+def read_ledger() -> Callable[[Config], dict[int, dict]]:
+    """step -> {"loss", "rows" of all ranks in order}; a step that was repeated after a crash counts as it was last."""
+
+    def read(config: Config) -> dict[int, dict]:
+        steps: dict[int, dict] = {}
+        for rank in range(config.scale.workers):
+            lines = (config.run.folder / "ledger" / f"rank-{rank}.jsonl").read_text().splitlines()
+            last = {entry["step"]: entry for entry in map(json.loads, lines)}
+            for step, entry in last.items():
+                merged = steps.setdefault(step, {"loss": entry["loss"], "rows": []})
+                assert merged["loss"] == entry["loss"], "ranks disagree on the mean loss"
+                merged["rows"] += entry["rows"]
+        return steps
+
+    return read

@@ -1,0 +1,72 @@
+"""One rank of a pretraining run without Ray: `python rank_program.py CONFIG.yaml RANK WORKERS PORT [STOP_AFTER] [POISON]`.
+
+STOP_AFTER > 0: the process ends without any clean-up after so many steps, as if it were killed.
+POISON >= 0: the clips of that step hold infinite values on rank 0.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from neurostorm.config import Config
+from neurostorm.data.clips import ClipBatch
+from neurostorm.data.corpus import open_corpus
+from neurostorm.tracking import Tracker
+from neurostorm.train.build import assemble, export
+
+
+def main(path: str, rank: int, workers: int, port: int, stop_after: int = 0, poison: int = -1) -> None:
+    config = Config.model_validate(yaml.safe_load(Path(path).read_text()))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers)
+    corpus = open_corpus(config)
+
+    def feed(first_step: int) -> Iterator[ClipBatch]:
+        for step in range(first_step, corpus.plan.total_steps(config.train.epochs, config.train.max_steps)):
+            if stop_after and step == stop_after:
+                os._exit(9)
+            yield corpus.reader.batch(corpus.plan.step_rows(step, rank, workers))
+
+    loop = assemble(config, corpus, Tracker(), feed, rank=rank, device=torch.device("cpu"))
+    if poison >= 0:
+        poison_step(loop, poison)
+    loop.run()
+    export(loop.engine, config, corpus.store, config.run.folder / "model", rank=rank, step=loop.total_steps)
+
+
+def poison_step(loop, step: int) -> None:
+    """Makes the loss of one step infinite on rank 0, and records what the step did to the parameters."""
+    forward_backward, engine_step, now = loop.forward_backward, loop.engine.step, {}
+
+    def unpack_infinite(batch):
+        patches = type(loop.unpack).forward(loop.unpack, batch)
+        return type(patches)(patches.values * float("inf"), patches.centre, patches.inside)
+
+    def poisoned(batch, at):
+        now["step"] = at
+        if at == step and loop.rank == 0:
+            loop.unpack.forward = unpack_infinite
+        try:
+            return forward_backward(batch, at)
+        finally:
+            loop.unpack.__dict__.pop("forward", None)
+
+    def watched(lr):
+        before = loop.engine.full_weights()
+        outcome = engine_step(lr)
+        after = loop.engine.full_weights()
+        changed = any(not torch.equal(before[name], after[name]) for name in before)
+        with (loop.folder / f"steps-{loop.rank}.txt").open("a") as file:
+            file.write(f"{now['step']} applied={outcome.applied} changed={changed}\n")
+        return outcome
+
+    loop.forward_backward, loop.engine.step = poisoned, watched
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(int, sys.argv[2:]))
