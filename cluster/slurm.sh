@@ -92,7 +92,7 @@ while kill -0 "$step" 2>/dev/null; do
 done
 
 if [ ! -e "$MARKER" ]; then
-    say "the run is not finished (srun ended with $status); the reason is above, Ray's own logs in $RAY_TMPDIR on each node"
+    say "the run is not finished (srun: $status); the reason is above, Ray's own logs are in $RAY_TMPDIR on each node"
     exit $((status > 0 ? status : 1))
 fi
 say "finished: $OUTPUT/$NAME"

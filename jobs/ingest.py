@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     config = JOB.parse(argv)
     settings = config.model_dump(mode="json", include={"ingest": True, "data": {"store"}})
-    print(yaml.safe_dump(settings, sort_keys=False).rstrip())
+    print(yaml.safe_dump(settings, sort_keys=False).rstrip(), flush=True)
     try:
         report = ingest(config)
     except (ConfigError, DiscoverError, MaskError, StoreError) as error:

@@ -16,4 +16,5 @@ def ensure_ray() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = None if os.environ.get("RAY_ADDRESS") else "local"
     ray.init(address=address, logging_level=logging.WARNING)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # Our progress bars say enough. Ray Data resets the level of "ray.data" at each execution, but not of its children.
+    logging.getLogger("ray.data._internal").setLevel(logging.ERROR)

@@ -1,6 +1,7 @@
 """A small corpus for feeding and training: six subjects of smooth, slowly changing signal in a ball of voxels."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,13 @@ def ball_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def ball_config(ball_store: Path, tmp_path: Path) -> Callable[..., Config]:
+@pytest.fixture(scope="session")
+def ball_config_in(ball_store: Path) -> Callable[..., Config]:
     """Builds a small configuration on the ball store; sections are overridden by keyword, `train={"lr": 1}`."""
 
-    def make(**overrides: dict[str, Any]) -> Config:
+    def make(output: Path, **overrides: dict[str, Any]) -> Config:
         tree: dict[str, dict[str, Any]] = {
-            "run": {"output": tmp_path / "outputs", "name": "test"},
+            "run": {"output": output, "name": "test"},
             "data": {"store": ball_store, "clip_frames": 4, "held_out": 0.34, "val_clips": 6},
             "model": {"embed_dim": 8, "depths": (2, 1), "heads": (1, 2)},
             "mask": {"window": (2, 2, 2, 2)},
@@ -62,3 +63,9 @@ def ball_config(ball_store: Path, tmp_path: Path) -> Callable[..., Config]:
         return Config.model_validate(tree)
 
     return make
+
+
+@pytest.fixture
+def ball_config(ball_config_in: Callable[..., Config], tmp_path: Path) -> Callable[..., Config]:
+    """`ball_config_in` this test's own folder."""
+    return partial(ball_config_in, tmp_path / "outputs")

@@ -9,6 +9,7 @@
 import hashlib
 import json
 import logging
+import os
 import time
 from dataclasses import dataclass
 from functools import lru_cache
@@ -116,13 +117,7 @@ def ingest_run(source: Source, store: Path, *, chunk_frames: int = 10, codec: st
     if result.coverage < MIN_COVERAGE:
         raise RunError(f"shows signal in only {result.coverage:.1%} of the store's brain mask")
     facts = _names(source) | _quality(result) | _processing(spatial, temporal)
-    facts |= {
-        "source_sha256": digest.hexdigest(),
-        "source_frames": header.frames,
-        "source_tr_s": tr_s,
-        "source_size_bytes": status.st_size,
-        "source_mtime_ns": status.st_mtime_ns,
-    }
+    facts |= _origin(digest.hexdigest(), status, header.frames, tr_s)
     arrays: dict[str, NDArray[Any]] = {"frames": result.frames, "mean": result.mean, "std": result.std}
     written = write_run(store, source.run, attributes=facts, chunk_frames=chunk_frames, codec=codec, **arrays)
     return Outcome(
@@ -140,7 +135,7 @@ def ingest_run(source: Source, store: Path, *, chunk_frames: int = 10, codec: st
 
 
 def outcome_if_complete(source: Source, store: Path, *, check_bytes: bool) -> Outcome | None:
-    """ "complete" or "changed" when the store has the run; None when the run has yet to be ingested.
+    """The outcome "complete" or "changed" when the store has the run; None when it has yet to be ingested.
 
     The file's size and time settle it when they are as they were. Otherwise its sha256 does: with `check_bytes` it is
     computed now, without it None is returned, so that a worker does it rather than the driver.
@@ -149,15 +144,16 @@ def outcome_if_complete(source: Source, store: Path, *, check_bytes: bool) -> Ou
     if source.refused or not (store / source.run / "zarr.json").is_file():
         return None
     facts = target.run_attributes(source.run)
-    quality = {name: facts[name] for name in ("frames", "tr_s", "coverage", "tsnr_median", "quantisation_db")}
+    figures = ("frames", "tr_s", "coverage", "tsnr_median", "quantisation_db")
+    quality = {name: facts[name] for name in figures if facts.get(name) is not None}
     same = Outcome(str(source.path), source.run, "complete", **quality)
     try:
         status = source.path.stat()
-        if (status.st_size, status.st_mtime_ns) == (facts["source_size_bytes"], facts["source_mtime_ns"]):
+        if (status.st_size, status.st_mtime_ns) == (facts.get("source_size_bytes"), facts.get("source_mtime_ns")):
             return same
         if not check_bytes:
             return None
-        if status.st_size == facts["source_size_bytes"] and file_sha256(source.path) == facts["source_sha256"]:
+        if file_sha256(source.path) == facts.get("source_sha256"):
             return same
     except OSError as error:
         raise RunError(f"cannot be read: {error.strerror or error}") from error
@@ -223,9 +219,14 @@ def _own_brain(path: Path, header: RunHeader) -> NDArray[np.bool_]:
     return brain.ravel(order="F")
 
 
-@lru_cache(maxsize=4)
 def _open_store(path: Path) -> FrameStore:
-    """A worker ingests many runs: the store's mask is read once per process."""
+    """A worker ingests many runs: the store's mask is read once per process, and again if the store was made anew."""
+    header = path / "zarr.json"
+    return _open_this_store(path, header.stat().st_mtime_ns if header.is_file() else 0)
+
+
+@lru_cache(maxsize=4)
+def _open_this_store(path: Path, made_ns: int) -> FrameStore:
     return FrameStore.open(path)
 
 
@@ -238,6 +239,16 @@ def _names(source: Source) -> dict[str, Any]:
         "run_label": source.run_label,
         "entities": source.entities,
         "source": str(source.path),
+    }
+
+
+def _origin(sha256: str, status: os.stat_result, frames: int, tr_s: float) -> dict[str, Any]:
+    return {
+        "source_sha256": sha256,
+        "source_frames": frames,
+        "source_tr_s": tr_s,
+        "source_size_bytes": status.st_size,
+        "source_mtime_ns": status.st_mtime_ns,
     }
 
 

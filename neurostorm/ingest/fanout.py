@@ -29,6 +29,7 @@ from neurostorm.ingest.convert import RECIPE, RECIPE_VERSION, Outcome, attempt, 
 from neurostorm.ingest.discover import DiscoverError, Source, discover, read_participants
 from neurostorm.ingest.nifti import RunError
 from neurostorm.ingest.template import brain_mask
+from neurostorm.session import ensure_ray
 from neurostorm.store import (
     GRIDS,
     add_quarantine,
@@ -142,7 +143,9 @@ def spread(sources: Sequence[Source], work: Callable[[Source], Outcome], cpus_pe
     """
     if not sources:
         return
+    os.environ.setdefault("RAY_task_oom_retries", str(CRASH_RETRIES))  # endless, otherwise
     ensure_ray()
+    _warn_of_waiting(cpus_per_run)
     for first in range(0, len(sources), WAVE_RUNS):
         wave = sources[first : first + WAVE_RUNS]
         rows = [{"source": pickle.dumps(source)} for source in wave]
@@ -163,16 +166,13 @@ def spread(sources: Sequence[Source], work: Callable[[Source], Outcome], cpus_pe
             yield Outcome(str(source.path), source.run, "quarantined", reason)
 
 
-def ensure_ray() -> None:
-    """Connect to the cluster that RAY_ADDRESS names, as inside `ray job submit`, or start a local one; once."""
-    if ray.is_initialized():
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_task_oom_retries", str(CRASH_RETRIES))  # endless, otherwise
-    address = None if os.environ.get("RAY_ADDRESS") else "local"
-    ray.init(address=address, logging_level=logging.WARNING)
-    # Our progress bar says enough. Ray Data resets the level of "ray.data" at each execution, but not of its children.
-    logging.getLogger("ray.data._internal").setLevel(logging.ERROR)
+def _warn_of_waiting(cpus_per_run: float) -> None:
+    """Ray would wait without a word for a node that is large enough; on a growing cluster it may yet come."""
+    largest = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+    if cpus_per_run > largest:
+        logger.warning(
+            "ingest.cpus_per_run=%g, but the largest node has %g cores: waiting for one", cpus_per_run, largest
+        )
 
 
 def _task(row: dict[str, Any], work: Callable[[Source], Outcome]) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def plan_temporal(source_frames: int, source_tr_s: float, target_tr_s: float) ->
     rows = np.repeat(np.arange(count), index.shape[1])
     matrix = sparse.coo_array((weight.ravel(), (rows, index.ravel())), shape=(count, source_frames)).tocsr()
     matrix.eliminate_zeros()
-    return TemporalPlan("average" if ratio > 1 else "linear", matrix.astype(np.float32))
+    return TemporalPlan("average" if _box(np.asarray(ratio)) > 0 else "linear", matrix.astype(np.float32))
 
 
 def standardise(

@@ -7,6 +7,7 @@ the global gradient norm before it steps, for ZeRO 0 `step` does the same here. 
 autocast at every stage: bf16 parameters with stage 0 train wrongly in this DeepSpeed, and save little at this size.
 """
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,19 +108,21 @@ class Engine:
         """One AdamW step at learning rate `lr`, or none on any rank if a gradient is not finite."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        if self._stage == 0 and not self._finite():
-            # Parameters without gradient are left alone by AdamW; the engine's counters still move on.
-            self._engine.optimizer.zero_grad(set_to_none=True)
+        if self._stage == 0:
+            norm = self._gradient_norm()
+            if not math.isfinite(norm):
+                self._engine.zero_grad()
+                self._engine.micro_steps += 1  # all that the engine's own step would have kept
+                return StepOutcome(False, norm)
             self._engine.step()
-            return StepOutcome(False, float("inf"))
+            return StepOutcome(True, norm)
         self._engine.step()
         applied = bool(self._engine.was_step_applied())
-        norm = self._engine.get_global_grad_norm()
-        return StepOutcome(applied, float("inf") if norm is None else float(norm))
+        return StepOutcome(applied, float(self._engine.get_global_grad_norm()) if applied else float("inf"))
 
-    def _finite(self) -> bool:
+    def _gradient_norm(self) -> float:
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
-        return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))
+        return float(nn.utils.get_total_norm(gradients))
 
     def save(self, folder: Path) -> None:
         """Every rank's shard of parameters and optimiser state into `folder`; a collective call."""
@@ -133,13 +136,13 @@ class Engine:
 
     def full_weights(self) -> dict[str, torch.Tensor]:
         """The model's state dict with whole fp32 tensors on the CPU, at every stage; a collective call."""
-        state = {name: value.detach().cpu() for name, value in self.module.state_dict().items()}
+        state = {name: value.detach().to("cpu", copy=True) for name, value in self.module.state_dict().items()}
         if self._stage == 3:
             from deepspeed.utils import safe_get_full_fp32_param
 
             for name, parameter in self.module.named_parameters():
                 whole = safe_get_full_fp32_param(parameter) if parameter.requires_grad else self._gathered(parameter)
-                state[name] = whole.detach().float().cpu()
+                state[name] = whole.detach().float().to("cpu", copy=True)
         return state
 
     @staticmethod

@@ -1,7 +1,6 @@
-"""One rank of a pretraining run without Ray: `python rank_program.py CONFIG.yaml RANK WORKERS PORT [STOP_AFTER] [POISON]`.
+"""One rank of a pretraining run without Ray: `python rank_program.py CONFIG.yaml RANK WORKERS PORT POISONED_STEP`.
 
-STOP_AFTER > 0: the process ends without any clean-up after so many steps, as if it were killed.
-POISON >= 0: the clips of that step hold infinite values on rank 0.
+The clips of the poisoned step hold infinite values on rank 0; -1 poisons none.
 """
 
 import os
@@ -20,16 +19,15 @@ from neurostorm.tracking import Tracker
 from neurostorm.train.build import assemble, export
 
 
-def main(path: str, rank: int, workers: int, port: int, stop_after: int = 0, poison: int = -1) -> None:
+def main(path: str, rank: int, workers: int, port: int, poison: int) -> None:
     config = Config.model_validate(yaml.safe_load(Path(path).read_text()))
     torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers)
     corpus = open_corpus(config)
 
     def feed(first_step: int) -> Iterator[ClipBatch]:
         for step in range(first_step, corpus.plan.total_steps(config.train.epochs, config.train.max_steps)):
-            if stop_after and step == stop_after:
-                os._exit(9)
             yield corpus.reader.batch(corpus.plan.step_rows(step, rank, workers))
 
     loop = assemble(config, corpus, Tracker(), feed, rank=rank, device=torch.device("cpu"))

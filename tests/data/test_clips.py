@@ -1,0 +1,106 @@
+"""Clips as the reader gives them: the stored bytes, the voxels' own scale, and no data where a chunk is damaged."""
+
+import json
+import logging
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+PLACES = [(3, 0), (0, 20), (8, 19), (3, 7)]
+
+
+def test_a_clip_is_the_stored_frames_of_its_run_from_its_start(uneven, rows_of):
+    columns = uneven.reader().read(rows_of(PLACES))
+    assert columns["row"].tolist() == [100, 101, 102, 103]
+    assert list(zip(columns["run"].tolist(), columns["start"].tolist(), strict=True)) == PLACES
+    for clip, (run, start) in zip(columns["frames"], PLACES, strict=True):
+        assert np.array_equal(clip, uneven.frames[uneven.runs[run]][start : start + 6])
+    assert columns["frames"].dtype == np.int8
+    assert not columns["bad"].any()
+    assert set(columns) == {"row", "run", "start", "bad", "frames"}, "voxel z needs nothing else"
+
+
+def test_scale_and_shift_turn_the_bytes_into_z_over_the_run(uneven, rows_of):
+    columns = uneven.reader(normalise="global").read(rows_of(PLACES))
+    for clip, (number, start) in enumerate(PLACES):
+        run = uneven.runs[number]
+        z = uneven.frames[run][start : start + 6] / np.float64(16)
+        intensity = uneven.mean[run] + z * uneven.std[run]
+        centre, spread = uneven.overall[run]
+        found = columns["frames"][clip] / np.float64(16) * columns["scale"][clip] + columns["shift"][clip]
+        np.testing.assert_allclose(found, (intensity - centre) / spread, atol=1e-5)
+        assert columns["fill"][clip] == pytest.approx((0 - centre) / spread)  # no signal outside the mask
+
+
+@pytest.fixture
+def damaged(uneven, tmp_path):
+    """A copy of the store in which one byte of frames 8 to 11 of run 3 is another."""
+    path = tmp_path / "damaged.zarr"
+    shutil.copytree(uneven.path, path)
+    shard = path / uneven.runs[3] / "frames" / "0.0"
+    content = bytearray(shard.read_bytes())
+    content[2 * (4 * uneven.mask.sum() + 4) + 50] ^= 1  # two whole chunks, each with its checksum, come before
+    shard.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("normalise", ["voxel", "global"])
+def test_an_unreadable_clip_holds_no_data_is_marked_and_named_and_leaves_the_others(
+    normalise, uneven, damaged, rows_of, caplog
+):
+    rows = rows_of([(3, 2), (3, 4), (2, 6), (3, 12)])
+    whole = uneven.reader(normalise=normalise).read(rows)
+    assert whole["frames"][1].any()
+    with caplog.at_level(logging.WARNING, "neurostorm.data.clips"):
+        found = uneven.reader(normalise=normalise, path=damaged).read(rows)
+    assert found["bad"].tolist() == [False, True, False, False], "only the clip of frames 4 to 9 touches 8 to 11"
+    assert not found["frames"][1].any()
+    for name in whole:
+        if name != "bad":
+            assert np.array_equal(found[name][[0, 2, 3]], whole[name][[0, 2, 3]])
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [f"{uneven.runs[3]}, clip from frame 4"]
+
+
+def test_moments_that_cannot_be_read_make_the_clip_bad_too(uneven, rows_of, tmp_path):
+    path = tmp_path / "momentless.zarr"
+    shutil.copytree(uneven.path, path)
+    (path / uneven.runs[0] / "std" / "0").unlink()
+    rows = rows_of([(0, 0), (1, 0)])
+    found = uneven.reader(normalise="global", path=path).read(rows)
+    assert found["bad"].tolist() == [True, False]
+    assert not found["frames"][0].any()
+    assert not uneven.reader(path=path).read(rows)["bad"].any(), "voxel z needs no moments"
+
+
+def test_a_batch_holds_what_was_read_and_its_parts_are_views(uneven, rows_of):
+    reader, rows = uneven.reader(normalise="global"), rows_of(PLACES)
+    batch, columns = reader.batch(rows), reader.read(rows)
+    for name, values in columns.items():
+        assert np.array_equal(getattr(batch, name).numpy(), values)
+    part = batch.part(1, 2)
+    for name in columns:
+        assert torch.equal(getattr(part, name), getattr(batch, name)[1:3])
+    part.frames[0, 0, 0] = 99
+    assert batch.frames[1, 0, 0] == 99
+    assert len(batch.part(3, 2).row) == 1
+
+
+def test_mapping_a_batch_leaves_out_what_is_not_there(uneven, rows_of):
+    seen = []
+    doubled = uneven.reader().batch(rows_of(PLACES)).map(lambda values: seen.append(values) or values + values)
+    assert len(seen) == 5
+    assert doubled.row.tolist() == [200, 202, 204, 206]
+    assert doubled.scale is None and doubled.shift is None and doubled.fill is None
+    assert doubled.part(0, 2).to(torch.device("cpu")).scale is None
+
+
+def test_a_reader_travels_as_a_path_and_not_as_data(uneven, rows_of):
+    reader = uneven.reader(normalise="global")
+    reader.read(rows_of(PLACES))  # with arrays open
+    packed = pickle.dumps(reader)
+    assert len(packed) < 2000 + len(json.dumps(uneven.runs))
+    for name, values in pickle.loads(packed).read(rows_of(PLACES)).items():
+        assert np.array_equal(values, reader.read(rows_of(PLACES))[name])
