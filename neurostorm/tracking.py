@@ -26,7 +26,12 @@ def tracking_uri(uri: str | None, output: Path) -> str:
 
 
 def code_revision() -> str:
-    """The commit that runs (with `-dirty` when changed), or a hash of the package's sources outside a repository."""
+    """The commit that runs (with `-dirty` when changed), or a hash of the package's sources outside a repository.
+
+    Ray uploads a job's working directory without `.git`; whoever submits may say the commit in NEUROSTORM_REVISION.
+    """
+    if named := os.environ.get("NEUROSTORM_REVISION"):
+        return named
     package = Path(__file__).resolve().parent
     command = ["git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
@@ -121,4 +126,6 @@ def _experiment_id(client: Any, name: str, folder: Path, uri: str) -> str:
         return str(found.experiment_id)
     # Without a server that keeps artifacts, they lie beside the SQLite file and not in the working directory.
     local = None if uri.startswith("http") else (folder.parent / "artifacts").absolute().as_uri()
-    return str(client.create_experiment(name, artifact_location=local))
+    # The kind opens MLflow's pages for training rather than those for language models.
+    kind = {"mlflow.experimentKind": "custom_model_development"}
+    return str(client.create_experiment(name, artifact_location=local, tags=kind))

@@ -77,10 +77,22 @@ RAY_ADDRESS=127.0.0.1:$gcs_port "$bin/python" jobs/ingest.py --preset tiny --sou
 
 say "pretraining: ray job submit -- python jobs/pretrain.py"
 submit=(--preset tiny --store "$output/store" --output "$output" ${extra[@]+"${extra[@]}"})
-"$bin/ray" job submit --address "$address" --working-dir "$root" -- "$bin/python" jobs/pretrain.py "${submit[@]}" \
+revision=$("$bin/python" -c 'from neurostorm.tracking import code_revision; print(code_revision())')
+"$bin/ray" job submit --address "$address" --working-dir "$root" \
+    --runtime-env-json "{\"env_vars\": {\"NEUROSTORM_REVISION\": \"$revision\"}}" \
+    -- "$bin/python" jobs/pretrain.py "${submit[@]}" \
     || fail "the job did not finish; its output is above, its files are in $output"
 
 say "done"
+"$bin/python" - "$output"/*/summary.json <<'PY'
+import json
+import sys
+
+for path in sys.argv[1:]:
+    summary = json.load(open(path))
+    loss, mean = summary["loss/validation"], summary["loss/validation_predicting_mean"]
+    print(f"{path}: held-out masked loss {loss:.4f}; predicting each voxel's mean {mean:.4f}")
+PY
 cat <<EOF
 Look at the run:   .venv/bin/mlflow server --backend-store-uri sqlite:///$output/mlflow.db --host 127.0.0.1 --port 5000
                    then open http://127.0.0.1:5000 (experiment "neurostorm": losses, reconstructions, the model)

@@ -87,7 +87,7 @@ def _problem(path: Path) -> str | None:
         files = json.loads((path / MARKER).read_text())["files"]
     except FileNotFoundError:
         return "it was not committed (a save was interrupted)"
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"its marker {MARKER} cannot be read ({error})"
     for name, expected in files.items():
         try:

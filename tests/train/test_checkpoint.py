@@ -1,0 +1,201 @@
+"""A checkpoint is whole or does not count: interrupted, damaged and foreign ones are passed over, old ones removed."""
+
+import json
+import logging
+import threading
+
+import pytest
+
+from neurostorm.train import checkpoint
+from neurostorm.train.checkpoint import CheckpointError
+
+
+def nothing():
+    """The barrier of a single rank."""
+
+
+def shard(text, name="rank-0.bin"):
+    """Writes one rank's part, 3 kB of `text`, as the engine would."""
+
+    def write(path):
+        (path / "state").mkdir(exist_ok=True)
+        (path / "state" / name).write_text(text * (3000 // len(text)))
+
+    return write
+
+
+def save(folder, step, *, write_shards=None, barrier=nothing, rank=0, keep=9, **trainer):
+    checkpoint.save(
+        folder, step, write_shards=write_shards or shard(f"step {step}"), barrier=barrier, rank=rank,
+        trainer=trainer, keep=keep,
+    )  # fmt: skip
+
+
+def steps_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "run" / "checkpoints"
+
+
+@pytest.fixture
+def two(folder):
+    """A folder with the checkpoints of steps 50 and 100."""
+    save(folder, 50, config={"a": 1})
+    save(folder, 100, config={"a": 1})
+    return folder
+
+
+def test_the_newest_committed_checkpoint_is_found_with_what_it_keeps(folder):
+    assert checkpoint.newest(folder) is None
+    for step in (9, 100, 50):
+        save(folder, step, workers=2, config={"lr": step})
+    found = checkpoint.newest(folder)
+    assert (found.step, found.path.name) == (100, "step-00000100")
+    assert found.trainer == {"step": 100, "workers": 2, "config": {"lr": 100}}
+    assert (found.path / "state" / "rank-0.bin").read_text().startswith("step 100")
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def lengthen(file):
+    file.write_bytes(file.read_bytes() + b"\0")
+
+
+DAMAGES = [
+    ("state/rank-0.bin", flip, "state/rank-0.bin is damaged"),
+    ("state/rank-0.bin", cut, "state/rank-0.bin is damaged"),
+    ("state/rank-0.bin", lengthen, "state/rank-0.bin is damaged"),
+    ("state/rank-0.bin", lambda file: file.unlink(), "state/rank-0.bin cannot be read"),
+    ("trainer.json", flip, "trainer.json is damaged"),
+    ("trainer.json", lambda file: file.unlink(), "trainer.json cannot be read"),
+    ("COMMITTED", lambda file: file.unlink(), "not committed"),
+    ("COMMITTED", cut, "COMMITTED cannot be read"),
+    ("COMMITTED", lambda file: file.write_bytes(b""), "COMMITTED cannot be read"),
+    ("COMMITTED", lambda file: file.write_bytes(b"\xff\xfe\0"), "COMMITTED cannot be read"),
+    ("COMMITTED", lambda file: file.write_text("{}"), "COMMITTED cannot be read"),
+    ("COMMITTED", lambda file: file.write_text("null"), "COMMITTED cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "words"), DAMAGES)
+def test_a_broken_checkpoint_is_passed_over_with_a_warning_for_the_next_older(name, damage, words, two, caplog):
+    damage(two / "step-00000100" / name)
+    with caplog.at_level(logging.WARNING, "neurostorm.train.checkpoint"):
+        found = checkpoint.newest(two)
+    assert found.step == 50
+    (record,) = caplog.records
+    assert "step-00000100" in record.getMessage()
+    assert words in record.getMessage()
+
+
+def test_when_all_are_broken_there_is_none(two, caplog):
+    for step in ("step-00000050", "step-00000100"):
+        flip(two / step / "state" / "rank-0.bin")
+    assert checkpoint.newest(two) is None
+    assert len(caplog.records) == 2
+
+
+def test_only_the_newest_committed_ones_stay(folder):
+    for step in range(10, 60, 10):
+        save(folder, step, keep=2)
+        assert checkpoint.newest(folder).step == step
+    assert steps_in(folder) == ["step-00000040", "step-00000050"]
+
+
+def test_an_uncommitted_folder_neither_counts_as_kept_nor_is_it_removed(folder):
+    save(folder, 10, keep=2)
+    (folder / "step-00000015").mkdir()  # perhaps another start is writing it
+    save(folder, 20, keep=2)
+    assert steps_in(folder) == ["step-00000010", "step-00000015", "step-00000020"]
+
+
+def test_what_an_interrupted_save_of_the_same_step_left_is_replaced(folder):
+    left = folder / "step-00000010" / "state"
+    left.mkdir(parents=True)
+    (left / "rank-7.bin").write_text("from a run with more workers")
+    save(folder, 10)
+    found = checkpoint.newest(folder)
+    assert found.step == 10
+    assert not (found.path / "state" / "rank-7.bin").exists()
+    assert set(json.loads((found.path / "COMMITTED").read_text())["files"]) == {"state/rank-0.bin", "trainer.json"}
+
+
+def test_a_save_that_fails_while_writing_commits_nothing(two):
+    def full_disk(path):
+        shard("half")(path)
+        assert not (path / "COMMITTED").exists()
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        save(two, 150, write_shards=full_disk, keep=1)
+    assert not (two / "step-00000150" / "COMMITTED").exists()
+    assert checkpoint.newest(two).step == 100
+    assert len(steps_in(two)) == 3, "nothing is pruned for a checkpoint that is not there"
+
+
+def test_nothing_is_committed_before_all_ranks_have_written(two):
+    reached = []
+
+    def second_fails():
+        reached.append(len(reached))
+        if len(reached) == 2:
+            raise RuntimeError("a rank died")
+
+    with pytest.raises(RuntimeError, match="a rank died"):
+        save(two, 150, barrier=second_fails)
+    assert checkpoint.newest(two).step == 100
+
+
+def test_the_marker_is_the_last_file_to_appear(folder, monkeypatch):
+    appeared = []
+    replace = checkpoint.Path.replace
+
+    def watched(self, target):
+        appeared.append((target.name, sorted(path.name for path in target.parent.rglob("*") if path.is_file())))
+        return replace(self, target)
+
+    monkeypatch.setattr(checkpoint.Path, "replace", watched)
+    save(folder, 10)
+    assert [name for name, _ in appeared] == ["trainer.json", "COMMITTED"]
+    assert appeared[-1][1] == ["COMMITTED.partial", "rank-0.bin", "trainer.json"]
+
+
+def test_ranks_save_together_and_the_marker_covers_all_of_them(folder):
+    barrier = threading.Barrier(2, timeout=20)
+    ranks = [
+        threading.Thread(
+            target=save, args=(folder, 10),
+            kwargs={"write_shards": shard(f"rank {rank}", f"rank-{rank}.bin"), "barrier": barrier.wait, "rank": rank},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for thread in ranks:
+        thread.start()
+    for thread in ranks:
+        thread.join()
+    assert checkpoint.newest(folder).step == 10
+    flip(folder / "step-00000010" / "state" / "rank-1.bin")
+    assert checkpoint.newest(folder) is None
+
+
+def test_a_rank_that_does_not_see_the_folder_says_so_and_writes_nothing(folder):
+    with pytest.raises(CheckpointError, match=r"step-00000010.*run\.output must be a shared folder"):
+        save(folder, 10, rank=1)
+    assert not folder.exists()
+
+
+def test_ranks_above_zero_write_their_shard_only(folder):
+    (folder / "step-00000010").mkdir(parents=True)
+    save(folder, 10, rank=1)
+    assert [path.name for path in (folder / "step-00000010").rglob("*") if path.is_file()] == ["rank-0.bin"]

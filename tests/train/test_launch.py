@@ -1,0 +1,200 @@
+"""What the driver decides before anything starts: fresh, resumed, refused or finished; which clips are still to come."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from neurostorm.config import Config, ConfigError
+from neurostorm.data.corpus import Corpus, open_corpus
+from neurostorm.store import StoreError, write_manifest
+from neurostorm.train import checkpoint, launch
+from neurostorm.train.launch import Plan, check, training_data, worker_environment
+
+STEPS = 12  # of one epoch of the ball store: 48 clips, four at a time
+
+
+@pytest.fixture
+def stop_at() -> Callable[..., None]:
+    """Leaves a committed checkpoint of a configuration, as a run that stopped after `step` steps does."""
+
+    def stop(config: Config, step: int, corpus: Corpus | None = None) -> None:
+        checkpoint.save(
+            config.run.folder / "checkpoints", step, rank=0, barrier=lambda: None, keep=9,
+            write_shards=lambda path: (path / "shard").write_text("weights"),
+            trainer={
+                "config": config.model_dump(mode="json"), "workers": config.scale.workers,
+                "store_sha256": (corpus or open_corpus(config)).store.content_hash(),
+            },
+        )  # fmt: skip
+
+    return stop
+
+
+def outcome(config):
+    return check(config, open_corpus(config))
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_fresh_run_starts_at_step_0(resume, ball_config):
+    assert outcome(ball_config(checkpoint={"resume": resume})) == Plan(0, STEPS, False)
+    assert outcome(ball_config(checkpoint={"resume": resume}, train={"max_steps": 5})).total_steps == 5
+
+
+@pytest.mark.parametrize("resume", ["auto", "must"])
+def test_a_run_that_stopped_goes_on_after_its_newest_checkpoint(resume, ball_config, stop_at):
+    stop_at(ball_config(), 3)
+    stop_at(ball_config(), 7)
+    assert outcome(ball_config(checkpoint={"resume": resume})) == Plan(7, STEPS, False)
+
+
+def test_a_broken_newest_checkpoint_means_going_on_after_the_one_before(ball_config, stop_at, caplog):
+    config = ball_config()
+    stop_at(config, 3)
+    stop_at(config, 7)
+    (config.run.folder / "checkpoints" / "step-00000007" / "shard").write_text("wei")
+    assert outcome(config).first_step == 3
+    assert "step-00000007" in caplog.text
+
+
+def test_resume_must_needs_a_committed_checkpoint(ball_config):
+    config = ball_config(checkpoint={"resume": "must"})
+    (config.run.folder / "checkpoints" / "step-00000004").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"checkpoint\.resume=must: .*test/checkpoints has no committed"):
+        outcome(config)
+
+
+def test_resume_never_refuses_a_used_folder(ball_config, stop_at):
+    stop_at(ball_config(), 3)
+    with pytest.raises(ConfigError, match=r"checkpoint\.resume=never: .*test already holds a run.*run\.name"):
+        outcome(ball_config(checkpoint={"resume": "never"}))
+
+
+def test_settings_that_change_the_result_are_refused_with_both_values(ball_config, stop_at):
+    stop_at(ball_config(), 3)
+    with pytest.raises(ConfigError) as refused:
+        outcome(ball_config(train={"lr": 1e-4}, mask={"ratio": 0.75}, data={"val_clips": 5}))
+    for words in ("step-00000003", "train.lr: 0.003 -> 0.0001", "mask.ratio: 0.5 -> 0.75", "run.name"):
+        assert words in str(refused.value)
+    assert "train.epochs" not in str(refused.value), "only what differs"
+
+
+def test_settings_that_do_not_change_the_result_may_differ(ball_config, stop_at):
+    stop_at(ball_config(), 3)
+    other = ball_config(
+        train={"micro_batch": 2, "log_every": 7, "validate_every": 9}, checkpoint={"every": 3, "keep": 1},
+        scale={"max_failures": 0}, tracking={"pictures": False},
+    )  # fmt: skip
+    assert outcome(other).first_step == 3
+
+
+def test_another_number_of_workers_is_refused_with_the_option_that_helps(ball_config, stop_at):
+    stop_at(ball_config(), 3)
+    with pytest.raises(ConfigError, match=r"saved by 2 workers and scale\.workers=4: .*--scale\.workers 2"):
+        outcome(ball_config(scale={"workers": 4}))
+
+
+def test_another_content_of_the_store_is_refused(ball_config, ball_store, stop_at, tmp_path):
+    store = tmp_path / "copy.zarr"
+    shutil.copytree(ball_store, store)
+    config = ball_config(data={"store": store})
+    stop_at(config, 3)
+    assert outcome(config).first_step == 3
+    assert outcome(ball_config()).first_step == 3, "the same content elsewhere is the same corpus"
+    shutil.rmtree(store / "runs" / "balls" / "sub-5")
+    write_manifest(store)
+    with pytest.raises(ConfigError, match=r"another content of .*copy\.zarr: runs were added or removed"):
+        outcome(config)
+
+
+def test_a_model_that_does_not_fit_the_grid_is_refused_before_anything_starts(ball_config):
+    with pytest.raises(ConfigError, match=r"does not fit the store's \(24, 24, 24\) grid"):
+        outcome(ball_config(model={"patch": (5, 5, 5, 1)}))
+
+
+def test_a_run_is_finished_when_its_last_checkpoint_and_its_summary_are_there(ball_config, stop_at):
+    config = ball_config()
+    stop_at(config, STEPS)
+    assert outcome(config) == Plan(STEPS, STEPS, False), "it still has to export"
+    (config.run.folder / "summary.json").write_text("{}")
+    assert outcome(config) == Plan(STEPS, STEPS, True)
+
+
+def test_a_finished_run_answers_with_its_summary_and_starts_nothing(ball_config, stop_at, monkeypatch):
+    config = ball_config()
+    stop_at(config, STEPS)
+    (config.run.folder / "summary.json").write_text(json.dumps({"steps": STEPS, "loss/validation": 0.5}))
+    monkeypatch.setattr(launch, "ensure_ray", lambda: pytest.fail("Ray was started"))
+    summary = launch.pretrain(config)
+    assert summary["loss/validation"] == 0.5
+    assert summary["mlflow_uri"] == f"sqlite:///{config.run.output / 'mlflow.db'}"
+
+
+def test_what_is_refused_leaves_no_folder_behind(ball_config, monkeypatch, tmp_path):
+    monkeypatch.setattr(launch, "ensure_ray", lambda: pytest.fail("Ray was started"))
+    with pytest.raises(StoreError):
+        launch.pretrain(ball_config(data={"store": tmp_path / "nowhere"}))
+    with pytest.raises(ConfigError):
+        launch.pretrain(ball_config(checkpoint={"resume": "must"}))
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[tuple]:
+    """The arguments of each call of `clip_dataset`, which makes no dataset here."""
+    calls: list[tuple] = []
+    monkeypatch.setattr(launch, "clip_dataset", lambda reader, plan, **steps: calls.append((reader, plan, steps)))
+    return calls
+
+
+def test_the_feed_begins_after_the_steps_that_are_done(asked, ball_config, stop_at):
+    config = ball_config()
+    training_data(config)
+    stop_at(config, 7)
+    training_data(config)
+    assert [steps for _, _, steps in asked] == [
+        {"first_step": 0, "last_step": STEPS, "workers": 2},
+        {"first_step": 7, "last_step": STEPS, "workers": 2},
+    ]
+    corpus = open_corpus(config)
+    for reader, plan, _ in asked:
+        assert (reader.runs, reader.clip_frames, reader.normalise) == (corpus.runs, 4, "voxel")
+        assert (plan.step_rows(7, 1, 2) == corpus.plan.step_rows(7, 1, 2)).all()
+
+
+def test_the_feed_of_a_run_whose_steps_are_all_done_is_not_empty(asked, ball_config, stop_at):
+    stop_at(ball_config(), STEPS)
+    training_data(ball_config())
+    assert asked[0][2]["first_step"] == STEPS - 1, "Ray Data cannot make a dataset without blocks"
+
+
+def test_the_trainer_asks_for_the_plans_order_and_for_what_the_configuration_says(ball_config):
+    trainer = launch.trainer(ball_config(scale={"cpus_per_worker": 0.5, "max_failures": 5}))
+    assert trainer.data_config._resolve_execution_options("train").preserve_order
+    assert trainer.scaling_config.num_workers == 2
+    assert trainer.scaling_config.resources_per_worker == {"CPU": 0.5}
+    assert trainer.run_config.failure_config.max_failures == 5
+    assert trainer.run_config.storage_path.endswith("outputs/test/ray")
+
+
+def test_workers_wait_without_spinning_and_keep_builds_per_user(ball_config, monkeypatch, tmp_path):
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    variables = worker_environment(ball_config(scale={"threads_per_worker": 3}))
+    assert variables == {
+        "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "3", "DS_ACCELERATOR": "cpu",
+        "TORCH_EXTENSIONS_DIR": str(tmp_path / "neurostorm" / "torch_extensions"),
+    }  # fmt: skip
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert worker_environment(ball_config())["TORCH_EXTENSIONS_DIR"].startswith(str(tmp_path / "home" / ".cache"))
+
+
+def test_a_given_build_folder_is_kept_and_gpu_workers_use_the_gpu(ball_config, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/scratch/builds")
+    variables = worker_environment(ball_config(scale={"gpus_per_worker": 1}))
+    assert variables["TORCH_EXTENSIONS_DIR"] == "/scratch/builds"
+    assert "DS_ACCELERATOR" not in variables
+    assert Path(variables["TORCH_EXTENSIONS_DIR"]).is_absolute()
