@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mlflow import MlflowClient
+from PIL import Image
 
 from neurostorm import tracking
 from neurostorm.tracking import Tracker, code_revision, open_run, tracking_uri
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*noload:DeprecationWarning")  # MLflow's use of its database library
 
 
 @pytest.fixture(scope="module")
@@ -84,15 +87,13 @@ def test_artifacts_lie_in_the_output_folder_and_not_where_the_job_was_started(pl
 
 
 def test_pictures_carry_their_key_and_step(place):
-    from PIL import Image
-
     tracker = begin(place)
     pictures = {step: np.full((4, 6, 3), step, np.uint8) for step in (40, 80)}
     for step, picture in pictures.items():
         tracker.image("reconstruction", picture, step)
     root = Path(urllib.parse.urlparse(client_of(place).get_run(tracker.run_id).info.artifact_uri).path)
     for step, picture in pictures.items():
-        (file,) = (root / "images").glob(f"reconstruction%step%{step}%*.png")
+        (file,) = (root / "images").glob(f"reconstruction?step?{step}?*.png")
         assert np.array_equal(np.asarray(Image.open(file)), picture)
     assert not list(Path.cwd().iterdir())
 

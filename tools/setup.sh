@@ -33,17 +33,18 @@ if [ ! -x .venv/bin/python ]; then
 fi
 pip() { .venv/bin/python -m pip "$@" --disable-pip-version-check --quiet; }
 
-if [ "$(uname -s)" = Linux ] && ! nvidia-smi >/dev/null 2>&1; then
-    torch=torch==2.13.0+cpu
-else
-    torch=torch==2.13.0
+torch=torch==2.13.0 install=$extras
+if nvidia-smi > /dev/null 2>&1; then
+    install=${extras:+$extras,}gpu
+elif [ "$(uname -s)" = Linux ]; then
+    torch+=+cpu
 fi
 say "installing $torch"
 pip install "$torch" || fail "no package source offers $torch.
 Without a GPU the CPU build is needed, so that no gigabytes of CUDA come along. Add PyTorch's CPU wheel index (its
 address is on PyTorch's page \"Get Started\", platform CPU) to pip, for example as PIP_EXTRA_INDEX_URL, and start again."
-say "installing neurostorm${extras:+[$extras]} and what it needs (some minutes the first time)"
-pip install --constraint tools/constraints.txt --editable ".${extras:+[$extras]}" \
+say "installing neurostorm${install:+[$install]} and what it needs (some minutes the first time)"
+pip install --constraint tools/constraints.txt --editable ".${install:+[$install]}" \
     || fail "pip could not install the project; its messages above say why"
 touch "$stamp" ${extras:+"$stamp-$extras"}
 say "environment .venv is ready"

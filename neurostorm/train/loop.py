@@ -12,6 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,13 @@ class Window:
         self.sums += sums
         self.micro_batches, self.steps = self.micro_batches + micro_batches, self.steps + 1
         self.wait_s, self.slowest_wait_s = self.wait_s + wait_s, max(self.slowest_wait_s, wait_s)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What happens inside is not the steps' time."""
+        paused_s = time.perf_counter()
+        yield
+        self.began_s += time.perf_counter() - paused_s
 
     def means(self) -> list[float]:
         """Loss, baseline, masked fraction and STRD rates, averaged over steps and ranks; a collective call."""
@@ -115,9 +123,11 @@ class Loop:
             if done % self.config.train.log_every == 0 or done == self.total_steps:
                 self.log(done, outcome.gradient_norm)
             if done % self.config.train.validate_every == 0 or done == self.total_steps:
-                result = self.validation.run(done)
+                with self.window.aside():
+                    result = self.validation.run(done)
             if done % self.config.checkpoint.every == 0 or done == self.total_steps:
-                self.save(done)
+                with self.window.aside():
+                    self.save(done)
         return result or self.validation.run(self.total_steps)
 
     def forward_backward(self, batch: ClipBatch, step: int) -> tuple[torch.Tensor, int]:

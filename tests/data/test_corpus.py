@@ -71,7 +71,7 @@ def test_clips_follow_each_other_unless_a_stride_is_given(open_uneven):
 
 
 def test_a_missing_store_is_refused_with_its_path(open_uneven, tmp_path):
-    with pytest.raises(StoreError, match="nowhere.zarr"):
+    with pytest.raises(StoreError, match=r"nowhere\.zarr"):
         open_uneven(store=tmp_path / "nowhere.zarr")
 
 

@@ -1,4 +1,4 @@
-"""The feed through Ray Data against reading without Ray: each worker gets its clips of each step, in order, or an error.
+"""The feed through Ray Data against reading without Ray: each worker gets its clips of each step, or an error.
 
 One small local Ray for the module.
 """

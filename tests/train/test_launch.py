@@ -1,4 +1,4 @@
-"""What the driver decides before anything starts: fresh, resumed, refused or finished; which clips are still to come."""
+"""What the driver decides before anything starts: fresh, resumed, refused or finished; which clips still come."""
 
 import json
 import shutil

@@ -1,5 +1,7 @@
 """How held-out clips are shared out: each counts once, and all ranks make as many forward passes."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -22,7 +24,8 @@ def test_every_row_counts_on_exactly_one_rank_and_all_ranks_make_as_many_passes(
     parts = [shares(rows, rank=rank, workers=workers, size=size) for rank in range(workers)]
     counted = [row for part in parts for taken, counts in part for row in taken["row"][counts].tolist()]
     assert sorted(counted) == list(range(count))
-    assert {len(part) for part in parts} == {-(-(-(-count // workers)) // size)}, "as few passes as the largest needs"
+    passes = math.ceil(math.ceil(count / workers) / size)
+    assert {len(part) for part in parts} == {passes}, "as few as the largest share needs"
     for part in parts:
         assert all(len(taken) == len(counts) == size for taken, counts in part)
 
