@@ -31,8 +31,7 @@ def place(tmp_path, empty_database, monkeypatch):
     (tmp_path / "outputs" / "mine").mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    for name in ("mlflow.db", "other.db"):
-        shutil.copy(empty_database, tmp_path / "outputs" / name)
+    shutil.copy(empty_database, tmp_path / "outputs" / "mlflow.db")
     return tmp_path / "outputs"
 
 
@@ -122,6 +121,7 @@ def test_runs_of_other_folders_are_other_runs_of_the_same_experiment(place):
 
 def test_another_server_starts_a_new_run_and_is_then_kept(place):
     first = begin(place)
+    shutil.copy(place / "mlflow.db", place / "other.db")  # one that even knows a run of this id
     other = begin(place, database="other.db")
     assert other.run_id != first.run_id
     assert client_of(place, "other.db").get_run(other.run_id).info.run_name == "mine"

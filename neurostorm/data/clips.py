@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from neurostorm.store.layout import ClipReadError
+from neurostorm.store.layout import StoreError
 from neurostorm.store.reader import FrameStore
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class ClipReader:
         for index, row in enumerate(rows):
             try:
                 self._read_clip(columns, index, self.runs[row["run"]], int(row["start"]))
-            except ClipReadError as error:
+            except StoreError as error:  # a damaged clip, or a run that is gone
                 logger.warning("%s", error)
                 columns["bad"][index] = True
                 columns["frames"][index] = 0

@@ -52,7 +52,8 @@ class ClipUnpacker(nn.Module):
         frames = nn.functional.pad(batch.frames, (0, 1))  # (B, L, V + 1): the last column stands for "outside"
         voxels = self.table[self.space]  # (P, K)
         values = frames[:, self.time[:, None], voxels].float() / Q_PER_Z  # (B, P, K)
-        # A stored voxel is constant zero only outside the run's field of view: z of a live one spans more than 1/32.
+        # Over several frames a voxel stays zero only outside the run's field of view (or, by simulation, 2 of a million
+        # live voxels over 8 frames: those drop out of the loss).
         inside = (frames != 0).any(dim=1)[:, self.table]  # (B, S, K)
         if batch.scale is None or batch.shift is None or batch.fill is None:
             return Patches(values, None, inside)

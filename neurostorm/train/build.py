@@ -128,22 +128,17 @@ def resume(config: Config, engine: Engine, rank: int) -> int:
     return int(step)
 
 
-def export(engine: Engine, config: Config, store: FrameStore, folder: Path, *, rank: int, step: int) -> None:
+def export(loop: Loop, store: FrameStore, folder: Path) -> None:
     """Writes `model.safetensors` and `config.json` to `folder` on rank 0; a collective call."""
-    weights = engine.full_weights()
-    if rank != 0:
+    weights = loop.engine.full_weights()
+    if loop.rank != 0:
         return
-    model = build_model(config, store)
-    model.load_state_dict(weights)
-    save_pretrained(
-        model,
-        folder,
-        extra={
-            "normalise": config.data.normalise,
-            "grid": {"name": store.grid.name, "shape": list(store.grid.shape), "affine": store.grid.affine.tolist()},
-            "tr_s": store.tr_s,
-            "mask_sha256": store.mask_sha256,
-            "store_sha256": store.content_hash(),
-            "steps": step,
-        },
-    )
+    extra = {
+        "normalise": loop.config.data.normalise,
+        "grid": {"name": store.grid.name, "shape": list(store.grid.shape), "affine": store.grid.affine.tolist()},
+        "tr_s": store.tr_s,
+        "mask_sha256": store.mask_sha256,
+        "store_sha256": store.content_hash(),
+        "steps": loop.total_steps,
+    }
+    save_pretrained(loop.model, folder, extra=extra, state_dict=weights)

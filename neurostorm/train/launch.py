@@ -15,6 +15,7 @@ from typing import Any
 
 import ray.data
 import ray.train
+from pydantic import ValidationError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from neurostorm.config import Config, ConfigError, differing_keys
@@ -52,7 +53,13 @@ def check(config: Config, corpus: Corpus) -> Plan:
         return Plan(0, total, False)
     if resume == "never":
         raise ConfigError(f"checkpoint.resume=never: {folder} already holds a run; choose another run.name")
-    saved = Config.model_validate(newest.trainer["config"])
+    try:
+        saved = Config.model_validate(newest.trainer["config"])
+    except ValidationError as error:
+        raise ConfigError(
+            f"{newest.path} was saved by another version of neurostorm ({newest.trainer.get('code_revision')}) with "
+            f"settings that this one does not know: {error}; resume with that version or take another run.name"
+        ) from error
     different = differing_keys(saved, config)
     if different:
         raise ConfigError(

@@ -110,7 +110,9 @@ class Loop:
         result: dict[str, float] = {}
         for step in range(self.first_step, self.total_steps):
             waiting_s = time.perf_counter()
-            batch = next(self.batches)
+            batch = next(self.batches, None)
+            if batch is None:
+                raise RuntimeError(f"the feed ended before step {step} of {self.total_steps}: start the job again")
             wait_s = time.perf_counter() - waiting_s
             self.bad_clips.note(batch, self.runs, step)
             sums, micro_batches = self.forward_backward(batch, step)

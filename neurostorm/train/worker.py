@@ -40,7 +40,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         feed = partial(batches, ray.train.get_dataset_shard("train"), rank=rank, clips=config.clips_per_worker)
         loop = assemble(config, corpus, tracker, feed, rank=rank, device=device)
         final = loop.run()
-        export(loop.engine, config, corpus.store, config.run.folder / "model", rank=rank, step=loop.total_steps)
+        export(loop, corpus.store, config.run.folder / "model")
         if rank == 0:
             finish(config, tracker, final, loop.total_steps)
     except BaseException:

@@ -34,7 +34,7 @@ def main(path: str, rank: int, workers: int, port: int, poison: int) -> None:
     if poison >= 0:
         poison_step(loop, poison)
     loop.run()
-    export(loop.engine, config, corpus.store, config.run.folder / "model", rank=rank, step=loop.total_steps)
+    export(loop, corpus.store, config.run.folder / "model")
 
 
 def poison_step(loop, step: int) -> None:
