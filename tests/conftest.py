@@ -1,18 +1,36 @@
 """A small corpus for feeding and training: six subjects of smooth, slowly changing signal in a ball of voxels."""
 
-from collections.abc import Callable
+import logging
+import os
+import secrets
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+# For every Ray that a test starts, here or in another process: a token of ours, nobody else's cluster, no reports. Ray
+# reads these when it is imported and keeps the token for the life of a process, so no fixture can set them.
+os.environ.pop("RAY_ADDRESS", None)
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+
 import numpy as np
 import pytest
+import ray
 from scipy.ndimage import gaussian_filter
 
 from neurostorm.config import Config
 from neurostorm.store import Grid, create_store, quantise, run_path, write_manifest, write_run
 
 SHAPE = (24, 24, 24)
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """A local Ray with two cores, for one module."""
+    ray.init(address="local", num_cpus=2, logging_level=logging.ERROR, log_to_driver=False)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 One small local Ray for the module.
 """
 
-import logging
 import threading
 import time
 
@@ -24,16 +23,12 @@ WORKERS, CLIPS, STEPS = 2, 3, 5
 
 
 @pytest.fixture(scope="module", autouse=True)
-def local_ray():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RAY_ADDRESS", raising=False)
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        before = ray.data.DataContext.get_current().target_max_block_size
-        ray.init(address="local", num_cpus=2, logging_level=logging.ERROR, log_to_driver=False)
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        yield
-        ray.shutdown()
-        ray.data.DataContext.get_current().target_max_block_size = before
+def block_size(local_ray):
+    """`clip_dataset` raises the context's block size; other modules get it back as it was."""
+    context = ray.data.DataContext.get_current()
+    before = context.target_max_block_size
+    yield
+    context.target_max_block_size = before
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,12 @@ import hashlib
 import importlib.util
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
-import ray
 
 from neurostorm.config import Config, ConfigError
 from neurostorm.ingest import fanout
@@ -20,21 +18,10 @@ from neurostorm.ingest.discover import Source
 from neurostorm.ingest.fanout import ingest, spread
 from neurostorm.store import FrameStore, read_manifest, read_participants, read_quarantine
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("local_ray")]
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = (26, 32, 26)
 NAME = "sub-{0}/func/sub-{0}_task-rest_space-MNI152NLin6Asym_desc-preproc_bold.nii.gz"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A local Ray with two cores; its token goes to a home folder of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(address="local", num_cpus=2, logging_level="ERROR", log_to_driver=False)
-        yield
-        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
