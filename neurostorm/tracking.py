@@ -47,7 +47,7 @@ def code_revision() -> str:
 
 
 class Tracker:
-    """One MLflow run, or none at all (`Tracker()`), behind the four calls that the loop makes."""
+    """One MLflow run, or none at all (`Tracker()`), behind the few calls that training makes."""
 
     def __init__(self, client: Any = None, run_id: str = "") -> None:
         self._client, self.run_id = client, run_id
@@ -76,11 +76,6 @@ class Tracker:
             self._client.log_artifacts(self.run_id, str(path), folder)
         else:
             self._client.log_artifact(self.run_id, str(path), folder)
-
-    def tag(self, name: str, value: str) -> None:
-        """Sets a tag of the run."""
-        if self._client is not None:
-            self._client.set_tag(self.run_id, name, value)
 
     def close(self, status: str = "FINISHED") -> None:
         """Ends the run as FINISHED, FAILED or KILLED."""

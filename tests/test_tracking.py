@@ -51,12 +51,10 @@ def test_parameters_tags_and_metrics_by_step_are_in_the_run(place):
     tracker.metrics({"loss/train": 2.0, "speed/clips_per_s": 5}, 10)
     tracker.metrics({"loss/train": 1.5}, 20)
     tracker.metrics({}, 30)
-    tracker.tag("split", "2 of 5 subjects held out")
     run = client_of(place).get_run(tracker.run_id)
     assert run.info.run_name == "mine"
     assert run.data.params == {"train.lr": "0.001", "model.depths": "[2, 2]"}
     assert run.data.tags["code_revision"] == "abc"
-    assert run.data.tags["split"] == "2 of 5 subjects held out"
     assert run.data.metrics == {"loss/train": 1.5, "speed/clips_per_s": 5.0}
     history = client_of(place).get_metric_history(tracker.run_id, "loss/train")
     assert [(point.step, point.value) for point in history] == [(10, 2.0), (20, 1.5)]
@@ -144,7 +142,6 @@ def test_a_tracker_without_a_run_does_nothing(place):
     tracker.metrics({"loss/train": 1.0}, 0)
     tracker.image("reconstruction", np.zeros((2, 2, 3), np.uint8), 0)
     tracker.artifact(place)
-    tracker.tag("a", "b")
     tracker.close()
     assert tracker.run_id == ""
     assert sorted(place.rglob("*")) == before

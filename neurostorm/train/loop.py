@@ -2,8 +2,8 @@
 
     batch -> patches -> loss -> backward (per micro-batch) -> finite on all ranks? -> step -> log, validate, save
 
-`Loop.run` starts at the step that the newest checkpoint reached. All randomness of a step follows from (seed, step,
-clip), so a resumed run repeats the uninterrupted one.
+`Loop.run` starts at the step that the newest checkpoint reached. Masks follow from (seed, clip), dropout from (seed,
+step, rank), so a resumed run repeats the uninterrupted one.
 """
 
 import json
