@@ -73,16 +73,23 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The 4D Swin encoder and its decoder."""
 
-    mixer: Literal["attention"] = Field("attention", description="what mixes the tokens of a window")
+    mixer: Literal["attention", "mamba"] = Field("attention", description="what mixes the tokens of a window")
+    layout: Literal["clean", "paper"] = Field(
+        "clean", description="how windows are cut; paper: as released, padded with zero tokens, Mamba wraps round"
+    )
+    tokens: Literal["dense", "brain"] = Field(
+        "dense", description="patches that are computed: all, or those with brain"
+    )
     embed_dim: Positive = Field(36, description="channels of the first stage; doubles at each stage")
     depths: tuple[Positive, ...] = Field((2, 2, 6, 2), description="blocks per stage")
     heads: tuple[Positive, ...] = Field((3, 6, 12, 24), description="attention heads per stage")
     patch: Four = Field((6, 6, 6, 1), description="voxels x voxels x voxels x frames per token")
     window: Four = Field((4, 4, 4, 4), description="tokens per window along x, y, z and time")
     first_window: Four = Field((4, 4, 4, 4), description="the window of the first stage")
-    full_last: bool = Field(False, description="the last stage's window spans all of space and never shifts")
+    full_last: bool = Field(False, description="the last stage's window spans all of space")
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth at the deepest block")
     loss_on: Literal["brain", "all"] = Field("brain", description="voxels of masked patches that the loss counts")
+    normalise_targets: bool = Field(False, description="the loss sees each patch with mean 0 and variance 1")
 
     @model_validator(mode="after")
     def _stages_agree(self) -> "ModelConfig":
@@ -102,17 +109,28 @@ class ModelConfig(Section):
 class MaskConfig(Section):
     """Which tokens the model does not see."""
 
-    kind: Literal["random", "window", "tube"] = Field("window", description="tokens, whole windows or time columns")
+    kind: Literal["random", "window", "tube", "window-tube", "atlas"] = Field(
+        "window", description="single tokens, windows, patches or windows over all frames, or atlas regions"
+    )
     ratio: float = Field(0.5, gt=0, lt=1, description="share masked, exact for every clip")
-    window: Four = Field((4, 4, 4, 4), description="tokens per masked window (kind=window)")
+    window: Four = Field((4, 4, 4, 4), description="tokens per masked window (kind=window, window-tube)")
+    tube_frames: Positive | None = Field(None, description="frames of a masked tube (kind=tube); default: all")
+    atlas: Path | None = Field(None, description="label NIfTI whose regions are masked (kind=atlas), any grid")
+
+    @model_validator(mode="after")
+    def _atlas_is_given(self) -> "MaskConfig":
+        if self.kind == "atlas" and self.atlas is None:
+            raise ValueError("atlas: kind=atlas needs a label NIfTI, --mask.atlas FILE.nii.gz")
+        return self
 
 
 class StrdConfig(Section):
     """Spatiotemporal Redundancy Dropout, in training only."""
 
-    enabled: bool = Field(False, description="drop attention elements with their redundancy")
+    enabled: bool = Field(False, description="drop attention elements (or, with mamba, tokens) by their redundancy")
     space: Positive = Field(5, description="extent of the spatial neighbourhood, tokens")
     time: Positive = Field(5, description="extent of the temporal neighbourhood, frames")
+    rate: float | None = Field(None, gt=0, lt=1, description="mean drop rate to scale to; default: as released")
 
 
 class TrainConfig(Section):
@@ -165,6 +183,25 @@ class TrackingConfig(Section):
     clip_ledger: bool = Field(False, description="write the clips of every step to RUN/ledger, for audits")
 
 
+class EmbedConfig(Section):
+    """From a model and runs to vectors."""
+
+    model: Path | None = Field(None, description="folder of the model: model.safetensors and config.json")
+    store: Path | None = Field(None, description="frame store whose runs are embedded; or give a source")
+    source: Path | None = Field(None, description="folder of NIfTI files, as jobs/ingest.py takes it; or give a store")
+    dataset: str | None = Field(None, description="dataset name of the source's runs; default: as jobs/ingest.py does")
+    out: Path = Field(Path("outputs/embeddings"), description="folder of the result; shared by all nodes")
+    normalise: Literal["voxel", "global"] | None = Field(
+        None, description="for a model that does not say what it was trained on (released weights: global)"
+    )
+    clip_stride_frames: Positive | None = Field(None, description="frames between clip starts; default: a clip's")
+    batch_clips: Positive = Field(8, description="clips of one run per forward pass")
+    workers: Positive = Field(1, description="processes that hold the model, spread over the cluster")
+    gpus_per_worker: float = Field(0.0, ge=0, le=1, description="share of a GPU per worker; 0 embeds on the CPU")
+    cpus_per_worker: float = Field(1.0, gt=0, description="CPU cores that Ray reserves for a worker")
+    threads_per_worker: Positive = Field(1, description="torch threads of a worker on the CPU")
+
+
 class Config(Section):
     """Everything a job can be told."""
 
@@ -178,6 +215,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     scale: ScaleConfig = Field(default_factory=ScaleConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    embed: EmbedConfig = Field(default_factory=EmbedConfig)
 
     @model_validator(mode="after")
     def _batches_divide(self) -> "Config":
@@ -221,10 +259,18 @@ RESUMABLE = frozenset(
 )  # fmt: skip
 
 
-def differing_keys(saved: Config, current: Config) -> list[str]:
-    """Settings that change the mathematics of a run and differ: `field: saved -> current`, empty when resumable."""
+def differing_keys(saved: dict[str, Any], current: Config) -> list[str]:
+    """Settings that change the mathematics of a run and differ: `field: saved -> current`, empty when resumable.
+
+    `saved` is the plain tree that a run was kept with. A setting that it lacks, because the version that wrote it had
+    none, differs too: what that version did need not be today's default. Raises ValidationError for an unknown one.
+    """
     sections = ("run", "data", "model", "mask", "strd", "train")
-    before, after = saved.flat(*sections), current.flat(*sections)
+    before, after = Config.model_validate(saved).flat(*sections), current.flat(*sections)
+    for key in before:
+        section, field = key.split(".")
+        if field not in saved.get(section, {}):
+            before[key] = "not known to the version that saved it"
     return [
         f"{key}: {before[key]} -> {after[key]}" for key in before if key not in RESUMABLE and before[key] != after[key]
     ]

@@ -1,7 +1,7 @@
 """Named starting points of the configuration tree.
 
     tiny   two cores and no GPU: 4 mm store, four stages, minutes; what the quickstart and CI run
-    paper  the released NeuroSTORM settings: 96^3 x 20, widths 36-288, global z, every voxel of a masked patch counts
+    paper  the released NeuroSTORM: 96^3 x 20, widths 36-288, Mamba mixer with its quirks, global z, every voxel counts
     base   ours: head dimension 16, voxel z, loss in the brain, bf16
     large  ours, wider and deeper: head dimension 32
 
@@ -26,7 +26,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "paper": {
         "data": {"normalise": "global"},
-        "model": {"loss_on": "all", "full_last": True},
+        "model": {"mixer": "mamba", "layout": "paper", "loss_on": "all", "full_last": True},
         "train": {"lr": 5e-5, "clip_norm": 0.0, "min_lr_fraction": 1.0, "warmup_fraction": 0.0},
         "scale": {"workers": 4, "gpus_per_worker": 1, "cpus_per_worker": 8},
     },

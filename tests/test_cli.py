@@ -121,4 +121,4 @@ def test_only_settings_that_change_the_result_hinder_resuming():
     tree["train"]["log_every"] = 7
     tree["run"]["output"] = "elsewhere"
     tree["train"]["lr"] = 1e-5
-    assert differing_keys(config, Config.model_validate(tree)) == ["train.lr: 0.002 -> 1e-05"]
+    assert differing_keys(config.model_dump(mode="json"), Config.model_validate(tree)) == ["train.lr: 0.002 -> 1e-05"]

@@ -1,16 +1,16 @@
 """The attention mixer: multi-head self-attention among the tokens of each window.
 
 A mixer is a module ``mixer(x (windows, N, C), bucket, strd) -> (windows, N, C)``. It sees whole windows and nothing of
-the grid: ``bucket`` says where the tokens of those windows lie to each other and ``strd`` is this stage's redundancy
+the grid: ``bucket`` says which slots are keys and where they lie to each other, ``strd`` is this stage's redundancy
 dropout, or None outside training. A mixer registers under the name that its parameters have in the released models.
 """
 
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from neurostorm.model.geometry import Bucket
-from neurostorm.model.strd import StageDropout, redundancy_attention
+from neurostorm.model.strd import StageDropout
+from neurostorm.model.windows import Bucket
 
 
 class WindowAttention(nn.Module):
@@ -30,9 +30,11 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor, bucket: Bucket, strd: StageDropout | None = None) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "w n (three h c) -> three w h n c", three=3, h=self.heads).unbind(0)
-        if strd is None:
+        if strd is not None:
+            mixed = strd.attend(q, k, v, bucket)
+        elif bucket.present is None:
             mixed = scaled_dot_product_attention(q, k, v)
         else:
-            mixed, dropped = redundancy_attention(q, k, v, strd.neighbours(bucket))
-            strd.count(dropped, mixed.shape[0] * self.heads * x.shape[1] ** 2)
+            keys = repeat(bucket.present, "w n -> (b w) 1 1 n", b=len(x) // len(bucket.present))
+            mixed = scaled_dot_product_attention(q, k, v, keys)
         return self.proj(rearrange(mixed, "w h n c -> w n (h c)"))

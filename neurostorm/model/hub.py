@@ -1,35 +1,162 @@
 """A model as two files that anyone may open: ``model.safetensors`` and ``config.json``. Never pickle.
 
-    config.json        {"format": 1, "class": ..., "swin": {}, "strd": {}, "mask": {}, "loss_on": ..., "extra": {}}
-    model.safetensors  parameters under the released names; ``brain`` uint8 (X, Y, Z) when the model has a brain mask
+    config.json        {"format": 2, "class", "swin", "strd", "extra"}, and of an autoencoder "mask", "loss_on",
+                       "normalise_targets"
+    model.safetensors  parameters and buffers under the released names; ``brain`` uint8 (X, Y, Z) if there is a mask
 
-``extra`` is any JSON that the caller wants to travel along (normalisation, grid, hash of the store).
+    NeuroStorm.from_pretrained(DIR) -> .embed(clip or NIfTI file) -> float32 (C',)
+
+``extra`` is any JSON that travels along; pretraining puts there how its clips were made (grid, TR, normalisation), and
+that is what a NIfTI file is prepared by. Files of an older format are brought up step by step (``_STEPS``).
 """
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from neurostorm.model.mae import MaskedAutoencoder
 from neurostorm.model.masking import MaskConfig
 from neurostorm.model.strd import StrdConfig
-from neurostorm.model.swin4d import SwinConfig, SwinEncoder
+from neurostorm.model.swin4d import SwinEncoder
+from neurostorm.model.swin_config import SwinConfig
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 
+Saved = tuple[dict[str, Any], dict[str, Tensor]]  # what the two files hold
+
 
 class HubError(ValueError):
-    """A saved model cannot be read: the message names the file, the field and the fix."""
+    """A saved model, or what it is given, cannot be used: the message names the file, the field and the fix."""
+
+
+class ClipRecipe(NamedTuple):
+    """How the clips of a model were made: what it takes to make one of a NIfTI file.
+
+    grid_affine  float64 (4, 4), voxel index -> mm; brain bool (X, Y, Z) on that grid
+    tr_s         seconds between frames; normalise "voxel" (z of each voxel) or "global" (z over brain and frames)
+    """
+
+    grid_affine: np.ndarray
+    brain: np.ndarray
+    tr_s: float
+    normalise: str
+
+
+class NeuroStorm(nn.Module):
+    """A pretrained network: called like it, saved like it, with its attributes, and with ``embed``.
+
+    Args:
+        network: SwinEncoder or MaskedAutoencoder.
+    """
+
+    def __init__(self, network: SwinEncoder) -> None:
+        super().__init__()
+        self.network = network
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str]) -> "NeuroStorm":
+        """The model saved in ``directory``, on the CPU, in eval mode. HubError as :func:`load_pretrained`."""
+        return cls(load_pretrained(directory)).eval()
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write the network, as :func:`save_pretrained`."""
+        save_pretrained(self.network, directory)
+
+    def __getattr__(self, name: str) -> Any:
+        """What is not found here is looked for in the network: config, extra, brain, draw_mask ..."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "network":  # not set yet, as while it is unpickled
+                raise
+            return getattr(self.network, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the network gives."""
+        return self.network(*args, **kwargs)
+
+    def embed(self, clip: Tensor | np.ndarray | str | os.PathLike[str]) -> Tensor:
+        """One vector per clip or run: the mean of the last stage's tokens that exist, with nothing hidden or dropped.
+
+        Args:
+            clip: normalised as in training, (X, Y, Z, T), (C, X, Y, Z, T) or (B, C, X, Y, Z, T); or the path of a
+                preprocessed 4D NIfTI file, which is brought to the model's grid, TR and normalisation. More frames than
+                the model takes are cut into consecutive clips, of which the mean is returned; a rest shorter than a
+                clip is left out.
+
+        Returns:
+            Float32 (C',) or, for a batch, (B, C'), without gradient, on the model's device.
+
+        Raises:
+            HubError: the model does not say how its clips were made, the file cannot be used, or the part of the
+                package that reads NIfTI files is missing.
+            ValueError: a clip of another size.
+        """
+        if isinstance(clip, str | os.PathLike):
+            volumes = (volume[None, None] for volume in self._read(Path(clip)))
+            return _mean([self._embed_clip(volume) for volume in volumes])[0]
+        volume = torch.as_tensor(clip)
+        if not 4 <= volume.ndim <= 6:
+            raise ValueError(f"clip of shape {tuple(volume.shape)}: expected (X, Y, Z, T), (C, ...) or (B, C, ...)")
+        batch = volume[(None,) * (6 - volume.ndim)]
+        frames = self.network.config.frames
+        clips = batch.split(frames, -1)[: max(1, batch.shape[-1] // frames)]
+        vectors = _mean([self._embed_clip(part) for part in clips])
+        return vectors if volume.ndim == 6 else vectors[0]
+
+    def embed_patches(self, patches: Tensor) -> Tensor:
+        """As :meth:`embed` for patches (B, P, p^3 C) of one clip each, in packed order: float32 (B, C')."""
+        with torch.no_grad(), _evaluating(self.network):
+            return self.network.feature_tokens(patches).float().mean(1)
+
+    def clip_recipe(self) -> ClipRecipe:
+        """How this model's clips were made. HubError naming what its files do not say."""
+        extra, brain = self.network.extra, self.network.brain
+        affine = (extra.get("grid") or {}).get("affine")
+        needed = {
+            "extra.grid.affine": affine,
+            "extra.tr_s": extra.get("tr_s"),
+            "extra.normalise": extra.get("normalise"),
+        }
+        missing = [f"{name} in {CONFIG}" for name, value in needed.items() if value is None]
+        missing += [f"brain in {WEIGHTS}"] if brain is None else []
+        if brain is None or missing:
+            raise HubError(
+                f"the model does not say how its clips were made (missing: {', '.join(missing)}), so no NIfTI file can "
+                "be prepared for it: ingest the file and embed the store, python jobs/embed.py --store STORE"
+            )
+        return ClipRecipe(np.asarray(affine, np.float64), brain.cpu().numpy(), float(extra["tr_s"]), extra["normalise"])
+
+    def _embed_clip(self, volume: Tensor) -> Tensor:
+        device = next(self.network.parameters()).device
+        return self.embed_patches(self.network.to_patches(volume.to(device).float()))
+
+    def _read(self, path: Path) -> Iterator[Tensor]:
+        """The clips of a NIfTI file, float32 (X, Y, Z, T)."""
+        recipe = self.clip_recipe()
+        try:  # the one import from above the model's floor, and only here: a model is of use without the rest
+            from neurostorm.ingest.clip import read_clips
+        except ImportError as error:
+            raise HubError(
+                f"{path}: reading NIfTI files needs all of neurostorm with nibabel ({error}); install it, or give a "
+                "clip (X, Y, Z, T) as a tensor"
+            ) from error
+        try:
+            return read_clips(path, **recipe._asdict(), frames=self.network.config.frames)
+        except ValueError as error:
+            raise HubError(f"{path}: {error}") from error
 
 
 def save_pretrained(
@@ -56,9 +183,10 @@ def save_pretrained(
     config: dict[str, Any] = {"format": FORMAT, "class": "SwinEncoder", "swin": asdict(model.config)}
     config["strd"] = asdict(model.strd_config)
     if isinstance(model, MaskedAutoencoder):
-        config |= {"class": "MaskedAutoencoder", "mask": asdict(model.mask_config), "loss_on": model.loss_on}
-        if model.brain is not None:
-            tensors["brain"] = model.brain.to(torch.uint8)
+        config |= {"class": "MaskedAutoencoder", "mask": asdict(model.mask_config)}
+        config |= {"loss_on": model.loss_on, "normalise_targets": model.normalise_targets}
+    if model.brain is not None:
+        tensors["brain"] = model.brain.to(torch.uint8)
     config["extra"] = dict(model.extra if extra is None else extra)
     text = json.dumps(config, indent=2) + "\n"
     part = target / (WEIGHTS + ".part")
@@ -73,7 +201,7 @@ def load_pretrained(directory: str | os.PathLike[str]) -> SwinEncoder:
     """The model saved in ``directory``: same class, configuration, dtype and parameters, on the CPU, in eval mode.
 
     Raises:
-        HubError: a file is missing or unreadable, the format is another one, or fields and parameters do not match.
+        HubError: a file is missing or unreadable, the format is unknown, or fields and parameters do not match.
     """
     source = Path(directory)
     config = _read_config(source / CONFIG)
@@ -81,8 +209,10 @@ def load_pretrained(directory: str | os.PathLike[str]) -> SwinEncoder:
         tensors = load_file(source / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise HubError(f"{source / WEIGHTS}: cannot be read ({error}); save the model again") from error
+    for step in _STEPS[config["format"] - 1 :]:
+        config, tensors = step(config, tensors)
     brain = tensors.pop("brain", None)
-    model = _build(config, brain, source / CONFIG)
+    model = _build(config, brain, tensors.get("atlas_map"), source / CONFIG)
     expected = model.state_dict()
     _require_keys(source / WEIGHTS, set(tensors), set(expected))
     shapes = [
@@ -97,29 +227,55 @@ def load_pretrained(directory: str | os.PathLike[str]) -> SwinEncoder:
     return model.eval()
 
 
+def upgrade_1(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Saved:
+    """Format 1 -> 2: what later became a choice takes the one value it had; a mask token that came later is zero."""
+    swin = {"layout": "paper", "tokens": "dense", "prompts": 0, **config.get("swin", {})}
+    strd = {"rate": None, **config.get("strd", {})}
+    config, tensors = {**config, "format": 2, "swin": swin, "strd": strd}, dict(tensors)
+    if config.get("class") == "MaskedAutoencoder":
+        config |= {"mask": {"tube_frames": None, **config.get("mask", {})}, "normalise_targets": False}
+        if "mask_token" in tensors:
+            tensors["atlas_mask_token"] = torch.zeros_like(tensors["mask_token"])
+    return config, tensors
+
+
+_STEPS: tuple[Callable[[Mapping[str, Any], Mapping[str, Tensor]], Saved], ...] = (upgrade_1,)  # [n - 1]: n -> n + 1
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise HubError(f"{path}: cannot be read ({error}); save the model again") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        found = config.get("format") if isinstance(config, dict) else None
-        raise HubError(f"{path}: format is {found!r}, this version reads {FORMAT}; use the version that wrote it")
+    found = config.get("format") if isinstance(config, dict) else None
+    if type(found) is not int or not 1 <= found <= FORMAT:
+        newer = type(found) is int and found > FORMAT
+        fix = "update neurostorm, a newer version wrote it" if newer else "it was not written by save_pretrained"
+        raise HubError(f"{path}: format is {found!r}, this version reads 1 to {FORMAT}; {fix}")
+    for name in ("swin", "strd", "mask", "extra"):
+        if not isinstance(config.get(name, {}), dict):
+            raise HubError(f"{path}: {name} is {config[name]!r}, expected named fields; save the model again")
     return config
 
 
-def _build(config: dict[str, Any], brain: Tensor | None, path: Path) -> SwinEncoder:
+def _build(config: dict[str, Any], brain: Tensor | None, atlas: Tensor | None, path: Path) -> SwinEncoder:
     known = {"format", "class", "swin", "strd", "extra"}
     if config.get("class") == "MaskedAutoencoder":
-        known |= {"mask", "loss_on"}
+        known |= {"mask", "loss_on", "normalise_targets"}
     elif config.get("class") != "SwinEncoder":
         raise HubError(f"{path}: class is {config.get('class')!r}, known are MaskedAutoencoder and SwinEncoder")
     _require_keys(path, set(config), known)
+    for name, section in (("swin", SwinConfig), ("strd", StrdConfig), ("mask", MaskConfig)):
+        if name in known:
+            _require_keys(
+                path, {f"{name}.{key}" for key in config[name]}, {f"{name}.{f.name}" for f in fields(section)}
+            )
     try:
         swin, strd = SwinConfig(**config["swin"]), StrdConfig(**config["strd"])
         if config["class"] == "SwinEncoder":
-            return SwinEncoder(swin, strd)
-        return MaskedAutoencoder(swin, MaskConfig(**config["mask"]), strd, config["loss_on"], brain)
+            return SwinEncoder(swin, strd, brain)
+        mask, loss_on, normalise_targets = MaskConfig(**config["mask"]), config["loss_on"], config["normalise_targets"]
+        return MaskedAutoencoder(swin, mask, strd, loss_on, brain, normalise_targets, atlas)
     except (TypeError, ValueError) as error:
         raise HubError(f"{path}: {error}") from error
 
@@ -128,3 +284,20 @@ def _require_keys(path: Path, found: set[str], expected: set[str]) -> None:
     if found != expected:
         missing, unexpected = sorted(expected - found), sorted(found - expected)
         raise HubError(f"{path}: missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}")
+
+
+def _mean(vectors: list[Tensor]) -> Tensor:
+    """Mean over clips of float32 (B, C'), summed in float64."""
+    return torch.stack(vectors).double().mean(0).float()
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """``module`` in eval mode, and each of its parts as it was afterwards."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

@@ -1,17 +1,36 @@
 """Released weights in our modules.
 
-    state dict of the released SwiFT + its own hyperparameter names --> SwinEncoder with those weights, in eval mode
+    .ckpt, state dict --strip prefixes--> keys --> SwiFT, NeuroSTORM or its MAE? --> our module, paper layout, eval mode
+                                                          |
+    its own hyperparameter names ------> SwinConfig, MaskConfig, StrdConfig
 
 Names and shapes must match one for one: a checkpoint that fits only in part is refused with every key listed, because
-a silently skipped key is a model that was never loaded. What may be left over, and why, is listed in ``_IGNORED``.
+a silently skipped key is a model that was never loaded. What may be left over or lacking, and why, is said in
+``_optional`` and ``_IGNORED``. Files are unpickled weights-only: a checkpoint cannot run code.
+
+    python -m neurostorm.model.reference CKPT OUT     writes OUT/model.safetensors and OUT/config.json
 """
 
+import argparse
+import json
+import os
+import pickle
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from neurostorm.model.swin4d import SwinConfig, SwinEncoder
+from neurostorm.model.hub import save_pretrained
+from neurostorm.model.mae import MaskedAutoencoder
+from neurostorm.model.masking import MaskConfig
+from neurostorm.model.strd import StrdConfig
+from neurostorm.model.swin4d import SwinEncoder
+from neurostorm.model.swin_config import SwinConfig
 
 # hyperparameter of the released code -> field of SwinConfig
 _FIELDS = {
@@ -30,60 +49,150 @@ _FIELDS = {
 }
 _REQUIRED = ("img_size", "patch_size", "embed_dim", "depths", "num_heads", "window_size")
 
-_PREFIX = "model."  # of a Lightning checkpoint; its other keys belong to the head
+# (spatial_mask, time_mask) of the released code -> our strategy; its atlas masks are the same for both time masks
+_MASKS = {
+    ("random", "random"): "random",
+    ("window", "random"): "window",
+    ("random", "tube"): "tube",
+    ("window", "tube"): "window-tube",
+    ("atlas", "random"): "atlas",
+    ("atlas", "tube"): "atlas",
+}
+
+_PREFIX, _HEAD = "model.", "output_head."  # of a Lightning checkpoint's keys
 _IGNORED = ("norm.weight", "norm.bias")  # the released SwiFT has a final norm that its forward never calls
+_OF_MAE = ("mask_token", "first_patch_expanding.", "layers_up.", "norm_up.", "decoder_pred.")
 
 
 class ReferenceMismatch(ValueError):
-    """The state dict and the hyperparameters do not describe the same released model; lists every key."""
+    """The checkpoint and the hyperparameters do not describe the same released model; lists every key."""
 
 
-class ReferenceEncoder(SwinEncoder):
-    """A SwinEncoder with released weights: (B, C, X, Y, Z, T) -> (B, C', d, h, w, T).
+class _Released:
+    """What a module with released weights has beside those.
 
     Attributes:
-        unused_keys: keys of the state dict that the released forward does not use either, or that belong to a head.
-        missing_keys: parameters of this module that the state dict need not have and has not.
+        unused_keys: keys of the checkpoint that the released forward does not use either, or that belong to a head.
+        missing_keys: parameters of this module that the checkpoint need not have and has not; they are zero.
     """
 
     unused_keys: tuple[str, ...] = ()
     missing_keys: tuple[str, ...] = ()
 
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write the model as :func:`neurostorm.model.hub.save_pretrained` does."""
+        save_pretrained(self, directory)  # type: ignore[arg-type]
 
-def load_reference(state_dict: Mapping[str, Tensor], hparams: Mapping[str, Any]) -> ReferenceEncoder:
-    """The released SwiFT encoder.
+
+class ReferenceEncoder(_Released, SwinEncoder):
+    """A SwinEncoder with released weights: (B, C, X, Y, Z, T) -> (B, C', d, h, w, T)."""
+
+
+class ReferenceMae(_Released, MaskedAutoencoder):
+    """A MaskedAutoencoder with released weights; ``mae(x, mask=mask)`` takes the released masks."""
+
+
+def load_reference(
+    checkpoint: Mapping[str, Tensor] | str | os.PathLike[str], hparams: Mapping[str, Any] | None = None
+) -> ReferenceEncoder | ReferenceMae:
+    """A released encoder (NeuroSTORM or SwiFT) or masked autoencoder, told apart by the parameters' names.
 
     Args:
-        state_dict: released parameter names, bare or as in a Lightning checkpoint (``model.`` before each).
+        checkpoint: released parameter names, bare or as in a Lightning checkpoint (``model.`` before each), or the path
+            of a Lightning ``.ckpt``, of a saved state dict, or of a safetensors file.
         hparams: the released hyperparameter names; others are ignored. Needed are img_size, patch_size, embed_dim,
-            depths, num_heads and window_size.
+            depths, num_heads and window_size. They add to those that a Lightning checkpoint holds.
 
     Returns:
-        The encoder in eval mode, float32.
+        The module in eval mode, float32, in the paper's layout. An encoder gives ``module(x)``, features (B, C', d, h,
+        w, T); an autoencoder ``mae(x, mask=mask)``, whose mask has the released shape: (B, tokens) for random and
+        atlas, (B, blocks) for windows and tubes, both in raster order with the frame fastest.
 
     Raises:
-        ReferenceMismatch: a hyperparameter is missing, or keys are missing, unexpected or of another shape.
+        ReferenceMismatch: the file cannot be read, a hyperparameter is missing or impossible, or keys are missing,
+            unexpected or of another shape.
     """
+    if isinstance(checkpoint, str | os.PathLike):
+        checkpoint, stored = read_checkpoint(Path(checkpoint))
+        hparams = {**stored, **(hparams or {})}
+    given, heads = _strip_prefix(checkpoint)
+    hparams = hparams or {}
     absent = [name for name in _REQUIRED if name not in hparams]
     if absent:
         raise ReferenceMismatch(f"hyperparameters missing: {', '.join(absent)}")
-    config = SwinConfig(**{ours: hparams[theirs] for theirs, ours in _FIELDS.items() if theirs in hparams})
-    encoder = ReferenceEncoder(config)
-    given, heads = _strip_prefix(state_dict)
-    unused = [key for key in _IGNORED if key in given]
+    try:
+        module = _build(given, hparams)
+    except (TypeError, ValueError) as error:
+        raise ReferenceMismatch(f"hyperparameters: {error}") from error
+    expected = module.state_dict()
+    unused = [key for key in given if key in _IGNORED or (key == "atlas_map" and key not in expected)]
     weights = {key: value for key, value in given.items() if key not in unused}
-    _require_match(weights, encoder.state_dict())
-    encoder.load_state_dict(weights)
-    encoder.unused_keys = (*unused, *heads)
-    return encoder.eval()
+    missing = sorted(expected.keys() - weights.keys())
+    lacking = [key for key in missing if key in _optional(module)]
+    _require_match(weights, {key: value for key, value in expected.items() if key not in lacking})
+    module.load_state_dict(weights, strict=False)
+    module.unused_keys, module.missing_keys = (*unused, *heads), tuple(lacking)
+    return module.eval()
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state dict of a file and the hyperparameters beside it; unpickled weights-only.
+
+    Raises ReferenceMismatch naming the file when it cannot be read or holds no state dict.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path), {}
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ReferenceMismatch(
+            f"{path}: refused, it holds more than tensors and plain values. Save its 'state_dict' and "
+            f"'hyper_parameters' alone. ({str(error).splitlines()[0]})"
+        ) from error
+    except (OSError, RuntimeError, EOFError, SafetensorError) as error:
+        raise ReferenceMismatch(f"{path}: cannot be read ({error})") from error
+    weights = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
+        raise ReferenceMismatch(f"{path}: no state dict in it: expected a Lightning checkpoint, or names and tensors")
+    stored = content.get("hyper_parameters") if weights is not content else None
+    return dict(weights), dict(stored or {})
+
+
+def _build(given: Mapping[str, Tensor], hparams: Mapping[str, Any]) -> ReferenceEncoder | ReferenceMae:
+    """The module that the keys and the hyperparameters describe, with weights of its own."""
+    fields = {ours: hparams[theirs] for theirs, ours in _FIELDS.items() if theirs in hparams}
+    of_mamba = sum(".mamba." in key for key in given) > sum(".attn." in key for key in given)
+    prompts = max((value.shape[1] for key, value in given.items() if key.endswith(".prompt")), default=0)
+    swin = SwinConfig(**fields, mixer="mamba" if of_mamba else "attention", layout="paper", prompts=prompts)
+    strd = StrdConfig(
+        bool(hparams.get("use_strd", False)), hparams.get("strd_l_spat", 5), hparams.get("strd_l_temp", 5)
+    )
+    if sum(any(key.startswith(part) for key in given) for part in _OF_MAE) < 3:
+        return ReferenceEncoder(swin, strd)
+    asked = hparams.get("spatial_mask", "random"), hparams.get("time_mask", "random")
+    if asked not in _MASKS:
+        raise ValueError(f"spatial_mask = {asked[0]!r}, time_mask = {asked[1]!r}: one of {sorted(_MASKS)}")
+    kind = _MASKS[asked]
+    mask = MaskConfig(kind, hparams.get("mask_ratio", 0.1), tube_frames=swin.window[3] if kind == "tube" else None)
+    atlas = given.get("atlas_map") if kind == "atlas" else None
+    return ReferenceMae(swin, mask, strd, loss_on="all", atlas=atlas)
+
+
+def _optional(module: SwinEncoder) -> tuple[str, ...]:
+    """Mask tokens of strategies that the model does not use: older checkpoints have none."""
+    return tuple(
+        name
+        for name, parameter in module.named_parameters()
+        if name.endswith("mask_token") and not parameter.requires_grad
+    )
 
 
 def _strip_prefix(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Parameters of the network by bare name, and the keys beside them (of a head)."""
+    """Parameters of the network by bare name, and the keys of a head beside them."""
     if not any(key.startswith(_PREFIX) for key in state_dict):
         return dict(state_dict), []
-    network = {key.removeprefix(_PREFIX): value for key, value in state_dict.items() if key.startswith(_PREFIX)}
-    return network, [key for key in state_dict if not key.startswith(_PREFIX)]
+    heads = [key for key in state_dict if key.startswith(_HEAD)]
+    return {key.removeprefix(_PREFIX): value for key, value in state_dict.items() if key not in heads}, heads
 
 
 def _require_match(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -99,3 +208,32 @@ def _require_match(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]
             f"the state dict does not fit the hyperparameters. Missing: {missing or 'nothing'}. "
             f"Unexpected: {unexpected or 'nothing'}. Other shapes: {shapes or 'nothing'}."
         )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The converter's command line; exit status 0, or 1 with the reason."""
+    parser = argparse.ArgumentParser(
+        prog="python -m neurostorm.model.reference", description="Convert a released checkpoint, keeping no pickle."
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="Lightning .ckpt, state dict or safetensors file")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for model.safetensors and config.json")
+    parser.add_argument("--hparams", type=Path, metavar="FILE.json", help="hyperparameters, where the file has none")
+    options = parser.parse_args(argv)
+    try:
+        module = load_reference(options.checkpoint, json.loads(options.hparams.read_text()) if options.hparams else {})
+        module.save_pretrained(options.out)
+    except (OSError, ValueError) as error:
+        print(f"{options.checkpoint}: {error}" if options.hparams else str(error), file=sys.stderr)
+        return 1
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    print(
+        f"{options.out}: {type(module).__bases__[1].__name__}, {module.config.mixer} mixer, {parameters:,} parameters"
+    )
+    print(
+        f"not used: {', '.join(module.unused_keys) or 'nothing'}; zero: {', '.join(module.missing_keys) or 'nothing'}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

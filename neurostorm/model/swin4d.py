@@ -12,7 +12,7 @@ between the patches and the features is ``(B, P, C)`` tokens; ``geometry.py`` kn
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,135 +22,17 @@ from torch.nn.functional import gelu
 from torch.utils.checkpoint import checkpoint
 
 from neurostorm.model.attention import WindowAttention
-from neurostorm.model.geometry import (
-    Axes,
-    Geometry,
-    Level,
-    WindowTable,
-    dense_geometry,
-    join_windows,
-    split_windows,
-)
+from neurostorm.model.geometry import Geometry, Level, geometry_of
+from neurostorm.model.mamba import Mamba
 from neurostorm.model.strd import StageDropout, StrdConfig
+from neurostorm.model.swin_config import SwinConfig
+from neurostorm.model.windows import Axes, Bucket, WindowTable, join_windows, split_windows
 
 # mixer -> (name of its parameters in the released models, constructor of (width, heads, qkv_bias))
-MIXERS: dict[str, tuple[str, Callable[[int, int, bool], nn.Module]]] = {"attention": ("attn", WindowAttention)}
-
-
-@dataclass(frozen=True)
-class SwinConfig:
-    """Shape of the encoder.
-
-    Attributes:
-        img_size: voxels (X, Y, Z) and frames T of a clip; a shorter clip works, a longer one does not.
-        patch_size: voxels per patch and frames per patch; the last is 1.
-        in_chans: channels of the volume.
-        embed_dim: width of the first stage; stage i has ``embed_dim * c_multiplier ** i``.
-        depths: blocks per stage.
-        heads: attention heads per stage.
-        window: tokens (d, h, w, frames) that attend to each other.
-        first_window: the same for the first stage; None takes ``window``.
-        full_last: the last stage's window covers the whole volume (``window[3]`` frames) and never shifts.
-        mlp_ratio: hidden width of the MLP over the stage's width.
-        qkv_bias: whether query, key and value have a bias.
-        drop_path: stochastic depth of the last block; it grows linearly from 0 over the blocks.
-        c_multiplier: growth of the width at each merge.
-        mixer: what mixes the tokens of a window, a key of MIXERS.
-    """
-
-    img_size: Axes
-    patch_size: Axes = (6, 6, 6, 1)
-    in_chans: int = 1
-    embed_dim: int = 36
-    depths: tuple[int, ...] = (2, 2, 6, 2)
-    heads: tuple[int, ...] = (3, 6, 12, 24)
-    window: Axes = (4, 4, 4, 4)
-    first_window: Axes | None = None
-    full_last: bool = False
-    mlp_ratio: float = 4.0
-    qkv_bias: bool = True
-    drop_path: float = 0.0
-    c_multiplier: int = 2
-    mixer: str = "attention"
-
-    def __post_init__(self) -> None:
-        for entry in fields(self):
-            if isinstance(getattr(self, entry.name), list):
-                object.__setattr__(self, entry.name, tuple(getattr(self, entry.name)))
-
-    @property
-    def stages(self) -> int:
-        return len(self.depths)
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """Patches along each spatial axis of the first stage."""
-        return tuple(n // p for n, p in zip(self.img_size[:3], self.patch_size[:3], strict=True))  # type: ignore[return-value]
-
-    @property
-    def space(self) -> int:
-        """Patches of one frame."""
-        return self.grid[0] * self.grid[1] * self.grid[2]
-
-    @property
-    def frames(self) -> int:
-        """Frames of the longest clip."""
-        return self.img_size[3]
-
-    @property
-    def patch_voxels(self) -> int:
-        """Values of one patch."""
-        return self.patch_size[0] * self.patch_size[1] * self.patch_size[2] * self.in_chans
-
-    def width(self, stage: int) -> int:
-        return self.embed_dim * self.c_multiplier**stage
-
-    @property
-    def windows(self) -> tuple[Axes, ...]:
-        """Nominal window of each stage."""
-        windows = [self.first_window or self.window] + [self.window] * (self.stages - 1)
-        if self.full_last:
-            d, h, w = (n // 2 ** (self.stages - 1) for n in self.grid)
-            windows[-1] = (d, h, w, self.window[3])
-        return tuple(windows)
-
-    def shifts(self, stage: int) -> bool:
-        """Whether the odd blocks of an encoder stage shift; a full last stage does not, over the frames either."""
-        return not (self.full_last and stage + 1 == self.stages)
-
-    def drop_path_rates(self, stage: int) -> list[float]:
-        """Stochastic depth of the blocks of a stage: 0 to ``drop_path`` in equal steps over all blocks."""
-        steps, start = max(1, sum(self.depths) - 1), sum(self.depths[:stage])
-        return [self.drop_path * number / steps for number in range(start, start + self.depths[stage])]
-
-    def validate(self) -> None:
-        """Raises ValueError naming the field and what is wrong with it."""
-        for name in ("img_size", "patch_size", "window", "first_window"):
-            axes = getattr(self, name)
-            if axes is not None and (len(axes) != 4 or min(axes) < 1):
-                raise ValueError(f"{name} = {axes}: four positive numbers (three axes and frames)")
-        if self.patch_size[3] != 1:
-            raise ValueError(f"patch_size = {self.patch_size}: the last entry is 1, frames are not patched")
-        if len(self.depths) < 1 or min(self.depths) < 1:
-            raise ValueError(f"depths = {self.depths}: at least one stage, each with at least one block")
-        if len(self.heads) != self.stages:
-            raise ValueError(f"heads = {self.heads}: one entry per stage, as depths = {self.depths}")
-        for stage, heads in enumerate(self.heads):
-            if heads < 1 or self.width(stage) % heads:
-                raise ValueError(
-                    f"heads = {self.heads}: heads[{stage}] must divide the stage's width {self.width(stage)}"
-                )
-        divisor = 2 ** (self.stages - 1)
-        for n, p in zip(self.img_size[:3], self.patch_size[:3], strict=True):
-            if n % (p * divisor):
-                raise ValueError(f"img_size = {self.img_size}: {n} is no multiple of {p} voxels x {divisor} (merges)")
-        for name in ("in_chans", "embed_dim", "c_multiplier"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: at least 1")
-        if self.mlp_ratio <= 0 or not 0.0 <= self.drop_path < 1.0:
-            raise ValueError(f"mlp_ratio = {self.mlp_ratio}, drop_path = {self.drop_path}: above 0, and in [0, 1)")
-        if self.mixer not in MIXERS:
-            raise ValueError(f"mixer = {self.mixer!r}: one of {', '.join(MIXERS)}")
+MIXERS: dict[str, tuple[str, Callable[[int, int, bool], nn.Module]]] = {
+    "attention": ("attn", WindowAttention),
+    "mamba": ("mamba", Mamba),
+}
 
 
 class PatchEmbed(nn.Module):
@@ -178,7 +60,7 @@ class PositionalEmbedding(nn.Module):
     def forward(self, x: Tensor, level: Level) -> Tensor:
         space = rearrange(self.pos_embed, "1 c d h w 1 -> (d h w) 1 c")
         time = rearrange(self.time_embed, "1 c 1 1 1 t -> 1 t c")[:, : level.grid[3]]
-        return x + level.from_raster(rearrange(space + time, "s t c -> 1 (s t) c"))
+        return x + level.positions(rearrange(space + time, "s t c -> (s t) c"))
 
 
 class DropPath(nn.Module):
@@ -188,11 +70,13 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, table: WindowTable) -> Tensor:
+        """``x`` (B, P, C) of ``table``, which knows whose each token is where samples share one packed list."""
         if not self.training or self.rate == 0.0:
             return x
         keep = 1.0 - self.rate
-        return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(keep).div_(keep)
+        factor = x.new_empty(x.shape[0] * table.samples, 1, 1).bernoulli_(keep).div_(keep)
+        return x * (factor if table.sample is None else factor[table.sample, 0])
 
 
 class Mlp(nn.Module):
@@ -206,7 +90,12 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Mix the tokens of each window, then transform each token; both residual, both pre-norm."""
+    """Mix the tokens of each window, then transform each token; both residual, both pre-norm.
+
+    ``prompt`` (1, k, C), if there is one, stands before the normalised tokens of every window while they are mixed.
+    """
+
+    prompt: nn.Parameter | None
 
     def __init__(self, config: SwinConfig, stage: int, drop_path: float) -> None:
         super().__init__()
@@ -217,13 +106,30 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.mlp = Mlp(width, int(width * config.mlp_ratio))
         self.drop_path = DropPath(drop_path)
+        self.register_parameter("prompt", None)
 
     def forward(self, x: Tensor, table: WindowTable, strd: StageDropout | None = None) -> Tensor:
-        mixer = self.get_submodule(self._mixer_name)
         windows = split_windows(self.norm1(x), table)
-        mixed = [mixer(group, bucket, strd) for group, bucket in zip(windows, table.buckets, strict=True)]
-        x = x + self.drop_path(join_windows(mixed, table))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        mixed = [self.mix(group, bucket, strd) for group, bucket in zip(windows, table.buckets, strict=True)]
+        x = x + self.drop_path(join_windows(mixed, table), table)
+        return x + self.drop_path(self.mlp(self.norm2(x)), table)
+
+    def mix(self, windows: Tensor, bucket: Bucket, strd: StageDropout | None) -> Tensor:
+        """The mixer over windows (windows, N, C), with the prompts before them and removed after."""
+        mixer = self.get_submodule(self._mixer_name)
+        if self.prompt is None:
+            return mixer(windows, bucket, strd)
+        count = self.prompt.shape[1]
+        prompts = self.prompt.to(windows.dtype).expand(len(windows), -1, -1)
+        return mixer(torch.cat([prompts, windows], 1), bucket.after_prompts(count))[:, count:]
+
+    def set_prompts(self, count: int) -> None:
+        """``count`` new prompts, drawn as the released ones; 0 removes them."""
+        weight = self.norm1.weight
+        prompt = nn.Parameter(weight.new_empty(1, count, len(weight))) if count else None
+        if prompt is not None:
+            nn.init.trunc_normal_(prompt, std=0.02)
+        self.register_parameter("prompt", prompt)
 
 
 class PatchMerging(nn.Module):
@@ -279,19 +185,34 @@ class SwinEncoder(nn.Module):
     Args:
         config: its shape; validated here.
         strd: redundancy dropout, active in training mode.
+        brain: bool (X, Y, Z) on the grid of the clips; needed where only brain patches are tokens.
 
     Attributes:
         activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
         extra: JSON that travels with the saved model.
+
+    Raises:
+        ValueError: a field has an impossible value, or ``brain`` is missing, empty or of another shape.
     """
 
-    def __init__(self, config: SwinConfig, strd: StrdConfig = StrdConfig()) -> None:  # noqa: B008 (frozen)
+    brain_patches: Tensor | None  # bool (S, p^3): which voxels of each patch are brain
+
+    def __init__(
+        self,
+        config: SwinConfig,
+        strd: StrdConfig = StrdConfig(),  # noqa: B008 (frozen)
+        brain: Tensor | None = None,
+    ) -> None:
         super().__init__()
         config.validate()
         strd.validate()
+        _check_encoder(config, strd, brain)
         self.config, self.strd_config = config, strd
         self.activation_checkpointing = False
         self.extra: dict[str, Any] = {}
+        in_brain = None if brain is None else self._space_patches(brain.bool()[None])[0]
+        self.register_buffer("brain_patches", in_brain, persistent=False)
+        self._token_patches = None if in_brain is None or config.tokens == "dense" else in_brain.any(1).cpu().numpy()
         self.patch_embed = PatchEmbed(config)
         self.pos_embeds = nn.ModuleList(
             PositionalEmbedding(config.width(i), (*(n // 2**i for n in config.grid), config.frames))
@@ -299,6 +220,28 @@ class SwinEncoder(nn.Module):
         )
         self.layers = nn.ModuleList(Stage(config, i) for i in range(config.stages))
         self.apply(initialise)
+        self.set_prompts(config.prompts)
+
+    def set_prompts(self, count: int) -> None:
+        """``count`` new prompts in every encoder block; 0 removes them."""
+        self.config = replace(self.config, prompts=count)
+        _check_encoder(self.config, self.strd_config, self.brain)
+        for module in self.layers.modules():
+            if isinstance(module, Block):
+                module.set_prompts(count)
+
+    @property
+    def brain(self) -> Tensor | None:
+        """The brain mask, bool (X, Y, Z), or None."""
+        if self.brain_patches is None:
+            return None
+        (d, h, w), (p, q, r, _) = self.config.grid, self.config.patch_size
+        return rearrange(self.brain_patches, "(d h w) (p q r) -> (d p) (h q) (w r)", d=d, h=h, w=w, p=p, q=q, r=r)
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Patches that are tokens."""
+        return self.config.space if self._token_patches is None else int(self._token_patches.sum())
 
     def geometry(self, frames: int, device: torch.device | str | None = None) -> Geometry:
         """Cached token geometry of clips of ``frames`` frames, on the parameters' device unless another is given.
@@ -306,13 +249,14 @@ class SwinEncoder(nn.Module):
         Raises:
             ValueError: ``frames`` is not in 1 .. the trained number.
         """
-        if not 1 <= frames <= self.config.frames:
-            raise ValueError(f"a clip of {frames} frames: this model takes 1 to {self.config.frames} (img_size)")
+        config = self.config
+        if not 1 <= frames <= config.frames:
+            raise ValueError(f"a clip of {frames} frames: this model takes 1 to {config.frames} (img_size)")
         where = torch.device(device) if device is not None else self.patch_embed.fc.weight.device
-        return dense_geometry((*self.config.grid, frames), self.config.windows, where)
+        return geometry_of((*config.grid, frames), config.windows, where, config.window_layout, self._token_patches)
 
     def to_patches(self, volume: Tensor) -> Tensor:
-        """Volume (B, C, X, Y, Z, T) -> patches (B, P, p^3 C) in packed order.
+        """Volume (B, C, X, Y, Z, T) -> patches (B, P, p^3 C) of the tokens, in packed order.
 
         Raises:
             ValueError: the volume has another size than ``img_size`` (fewer frames are fine).
@@ -334,15 +278,47 @@ class SwinEncoder(nn.Module):
             rates.append(strd.rate() if strd else tokens.new_zeros((), dtype=torch.float32))
         return tokens, torch.stack(rates)
 
+    def feature_tokens(self, patches: Tensor) -> Tensor:
+        """Patches (B, P, p^3 C) in packed order -> the last stage's tokens (B, P', C'), nothing hidden."""
+        return self.encode(self.patch_embed(patches), self.geometry(self._frames(patches), patches.device))[0]
+
+    def features(self, volume: Tensor) -> Tensor:
+        """(B, C, X, Y, Z, T) -> (B, C', d, h, w, T), nothing hidden; zero where no token exists."""
+        tokens = self.feature_tokens(self.to_patches(volume))
+        return self.geometry(volume.shape[-1], volume.device).levels[-1].to_grid(tokens)
+
     def forward(self, volume: Tensor) -> Tensor:
-        geometry = self.geometry(volume.shape[-1], volume.device)
-        tokens, _ = self.encode(self.patch_embed(self.to_patches(volume)), geometry)
-        return geometry.levels[-1].to_grid(tokens)
+        return self.features(volume)
+
+    def _frames(self, patches: Tensor) -> int:
+        frames, rest = divmod(patches.shape[1], self.tokens_per_frame)
+        if rest or patches.shape[2] != self.config.patch_voxels:
+            raise ValueError(
+                f"patches of shape {tuple(patches.shape)}: expected (B, {self.tokens_per_frame} x frames, "
+                f"{self.config.patch_voxels}) for img_size {self.config.img_size}, {self.config.tokens} tokens"
+            )
+        return frames
+
+    def _space_patches(self, volume: Tensor) -> Tensor:
+        """(B, X, Y, Z) -> (B, S, p^3)."""
+        p, q, r, _ = self.config.patch_size
+        return rearrange(volume, "b (x p) (y q) (z r) -> b (x y z) (p q r)", p=p, q=q, r=r)
 
 
 def initialise(module: nn.Module) -> None:
-    """Linear layers start as Xavier-uniform with zero bias; for ``nn.Module.apply``."""
+    """Linear layers start as Xavier-uniform with zero bias, but the scan's as its own; for ``nn.Module.apply``."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+    if isinstance(module, Mamba):
+        module.reset_scan()
+
+
+def _check_encoder(config: SwinConfig, strd: StrdConfig, brain: Tensor | None) -> None:
+    if config.tokens == "brain" and brain is None:
+        raise ValueError("brain = None: tokens='brain' needs the mask (X, Y, Z) of the clips' grid")
+    if brain is not None and (tuple(brain.shape) != tuple(config.img_size[:3]) or not bool(brain.any())):
+        raise ValueError(f"brain of shape {tuple(brain.shape)}: a non-empty mask of {config.img_size[:3]} is needed")
+    if config.prompts and strd.enabled:
+        raise ValueError(f"prompts = {config.prompts}: prompts belong to a frozen backbone, switch strd.enabled off")

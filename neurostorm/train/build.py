@@ -15,11 +15,13 @@ from neurostorm.config import Config, ConfigError
 from neurostorm.data.clips import ClipBatch
 from neurostorm.data.corpus import Corpus
 from neurostorm.data.device import ClipUnpacker
+from neurostorm.model.atlas import patch_labels
+from neurostorm.model.cost import clip_cost
 from neurostorm.model.hub import save_pretrained
 from neurostorm.model.mae import MaskedAutoencoder
 from neurostorm.model.masking import MaskConfig
 from neurostorm.model.strd import StrdConfig
-from neurostorm.model.swin4d import SwinConfig
+from neurostorm.model.swin_config import SwinConfig
 from neurostorm.store.reader import FrameStore
 from neurostorm.tracking import Tracker, code_revision
 from neurostorm.train import checkpoint
@@ -45,6 +47,8 @@ def swin_config(config: Config, store: FrameStore) -> SwinConfig:
             full_last=model.full_last,
             drop_path=model.drop_path,
             mixer=model.mixer,
+            layout=model.layout,
+            tokens=model.tokens,
         )
         swin.validate()
     except ValueError as error:
@@ -53,22 +57,32 @@ def swin_config(config: Config, store: FrameStore) -> SwinConfig:
 
 
 def build_model(config: Config, store: FrameStore) -> MaskedAutoencoder:
-    """The masked autoencoder with weights drawn from the run's seed."""
+    """The masked autoencoder with weights drawn from the run's seed. Raises ConfigError for an unusable atlas."""
+    mask, atlas = config.mask, None
+    if mask.kind == "atlas":
+        assert mask.atlas is not None
+        try:
+            labels = patch_labels(mask.atlas, store.grid.affine, store.grid.shape, config.model.patch)
+        except ValueError as error:
+            raise ConfigError(f"mask.atlas: {error}") from error
+        atlas = torch.from_numpy(labels)
     torch.manual_seed(config.run.seed)
     return MaskedAutoencoder(
         swin_config(config, store),
-        mask=MaskConfig(kind=config.mask.kind, ratio=config.mask.ratio, window=config.mask.window),
-        strd=StrdConfig(enabled=config.strd.enabled, space=config.strd.space, time=config.strd.time),
+        mask=MaskConfig(mask.kind, mask.ratio, mask.window, mask.tube_frames),
+        strd=StrdConfig(**config.strd.model_dump()),
         loss_on=config.model.loss_on,
         brain=torch.from_numpy(store.mask),
+        normalise_targets=config.model.normalise_targets,
+        atlas=atlas,
     )
 
 
 def build_unpacker(model: MaskedAutoencoder, store: FrameStore, frames: int, device: torch.device) -> ClipUnpacker:
     """What turns packed clips into the model's patches on `device`."""
-    geometry = model.geometry(frames)
+    finest = model.geometry(frames).levels[0]
     table = model.patch_table(torch.from_numpy(store.mask))
-    return ClipUnpacker(table, geometry.space_of_token, geometry.time_of_token).to(device)
+    return ClipUnpacker(table, finest.space_of_token, finest.time_of_token).to(device)
 
 
 def assemble(
@@ -86,6 +100,7 @@ def assemble(
     Needs an initialised process group; a collective call.
     """
     model = build_model(config, corpus.store)
+    clip_flops = clip_cost(model, config.data.clip_frames).train_flops  # before ZeRO 3 parts the parameters
     unpack = build_unpacker(model, corpus.store, config.data.clip_frames, device)
     engine = Engine(model, config.train, config.clips_per_worker, device)
     first_step = resume(config, engine, rank)
@@ -109,6 +124,7 @@ def assemble(
         first_step=first_step,
         total_steps=corpus.plan.total_steps(config.train.epochs, config.train.max_steps),
         clips_per_epoch=corpus.plan.clips_per_epoch,
+        clip_flops=clip_flops,
     )
 
 

@@ -54,13 +54,12 @@ def check(config: Config, corpus: Corpus) -> Plan:
     if resume == "never":
         raise ConfigError(f"checkpoint.resume=never: {folder} already holds a run; choose another run.name")
     try:
-        saved = Config.model_validate(newest.trainer["config"])
+        different = differing_keys(newest.trainer["config"], config)
     except ValidationError as error:
         raise ConfigError(
             f"{newest.path} was saved by another version of neurostorm ({newest.trainer.get('code_revision')}) with "
             f"settings that this one does not know: {error}; resume with that version or take another run.name"
         ) from error
-    different = differing_keys(saved, config)
     if different:
         raise ConfigError(
             f"{newest.path} was trained with other settings: {'; '.join(different)}; "

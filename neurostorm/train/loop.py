@@ -22,6 +22,7 @@ import torch.distributed as dist
 from neurostorm.config import Config
 from neurostorm.data.clips import ClipBatch
 from neurostorm.data.device import ClipUnpacker
+from neurostorm.model.cost import measured_peak
 from neurostorm.model.mae import MaskedAutoencoder
 from neurostorm.tracking import Tracker
 from neurostorm.train import checkpoint
@@ -81,6 +82,7 @@ class Loop:
     batches      this worker's ClipBatch of each step from `first_step` on
     runs         the manifest's run paths, for naming clips
     trainer      what every checkpoint keeps beside the step
+    clip_flops   operations of one clip's forward and backward pass (model/cost.py)
     """
 
     config: Config
@@ -96,11 +98,14 @@ class Loop:
     first_step: int
     total_steps: int
     clips_per_epoch: int
+    clip_flops: int
 
     def __post_init__(self) -> None:
         train = self.config.train
         self.folder = self.config.run.folder
         self.device = self.unpack.table.device
+        dtype = torch.bfloat16 if train.dtype == "bf16" else torch.float32
+        self.peak_flops_per_s = self.config.scale.workers * measured_peak(self.device, dtype)
         self.guard = SkipGuard(train.max_skipped_steps)
         self.bad_clips = BadClips(self.folder, self.rank, self.config.data.max_bad_fraction)
         self.window = Window(len(self.config.model.depths), self.device)
@@ -163,6 +168,8 @@ class Loop:
     def log(self, done: int, gradient_norm: float) -> None:
         """Averages the window over ranks, logs it on rank 0 and starts a new one."""
         loss, baseline, masked, *rates = self.window.means()
+        speeds = self.window.speed(self.config.train.global_batch)
+        speeds["speed/mfu"] = speeds["speed/clips_per_s"] * self.clip_flops / self.peak_flops_per_s
         bad = sum_over_ranks([float(self.bad_clips.bad)], self.device)[0]
         values = {
             "loss/train": loss, "loss/train_predicting_mean": baseline, "mask/fraction": masked,
@@ -170,7 +177,7 @@ class Loop:
             "optim/lr": self.learning_rate(done - 1), "optim/gradient_norm": gradient_norm,
             "data/bad_clips": bad, "health/skipped_steps": float(self.guard.total),
             "progress/epoch": done * self.config.train.global_batch / self.clips_per_epoch,
-            **self.window.speed(self.config.train.global_batch), **memory(self.device),
+            **speeds, **memory(self.device),
         }  # fmt: skip
         self.tracker.metrics({name: value for name, value in values.items() if value == value}, done)
         if self.rank == 0:

@@ -7,7 +7,7 @@ from einops import rearrange
 
 from neurostorm.data.device import ClipUnpacker
 from neurostorm.model.mae import MaskedAutoencoder
-from neurostorm.model.swin4d import SwinConfig
+from neurostorm.model.swin_config import SwinConfig
 
 FRAMES = 6
 PLACES = [(3, 0), (0, 20), (8, 19)]
@@ -24,7 +24,7 @@ def model(uneven):
 
 @pytest.fixture(scope="module")
 def unpack(model, uneven):
-    geometry = model.geometry(FRAMES)
+    geometry = model.geometry(FRAMES).levels[0]
     assert not torch.equal(geometry.order, torch.arange(len(geometry.order)))
     table = model.patch_table(torch.from_numpy(uneven.mask))
     return ClipUnpacker(table, geometry.space_of_token, geometry.time_of_token)

@@ -1,6 +1,7 @@
 """Golden tensors of the released code: the full set beside the checkout when it is there, a mini set always."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
-from neurostorm.model.swin4d import SwinConfig
+from neurostorm.model.swin_config import SwinConfig
 
 MINI = Path(__file__).resolve().parents[1] / "data" / "golden_mini"
 FULL = Path(__file__).resolve().parents[2].parent / "shared" / "golden"
@@ -21,7 +22,7 @@ class Golden:
     config: dict[str, Any]  # the reference's hyperparameters
     tensors: dict[str, Tensor]
     noise: float  # float32 against float64, of the output
-    loss: float | None
+    seed: int | None  # of torch's generator before the released run
 
     @property
     def state_dict(self) -> dict[str, Tensor]:
@@ -33,11 +34,11 @@ class Golden:
 
     @property
     def swin(self) -> SwinConfig:
-        """The same network as our configuration."""
+        """The same shape as our configuration, attention mixer."""
         c = self.config
         return SwinConfig(
             c["img_size"], c["patch_size"], c["in_chans"], c["embed_dim"], c["depths"], c["num_heads"],
-            c["window_size"], c["first_window_size"], c["last_layer_full_MSA"],
+            c["window_size"], c["first_window_size"], c["last_layer_full_MSA"], layout="paper",
         )  # fmt: skip
 
     def group(self, prefix: str) -> dict[str, Tensor]:
@@ -57,7 +58,8 @@ def _load(folder: Path, name: str) -> Golden:
     table = folder / "tolerances.json"
     tolerances = json.loads(table.read_text()).get(file, {}) if table.exists() else {}
     noise = max((v for k, v in tolerances.get("float64", {}).items() if k != "scale"), default=0.0)
-    return Golden(entry["config"], load_file(folder / file), noise, entry.get("loss"))
+    seed = re.search(r"seed[=(](\d+)", entry["made_by"])
+    return Golden(entry["config"], load_file(folder / file), noise, int(seed[1]) if seed else None)
 
 
 @pytest.fixture(scope="session")
@@ -72,3 +74,12 @@ def golden() -> Callable[[str], Golden]:
         return _load(FULL, name)
 
     return load
+
+
+@pytest.fixture(scope="session")
+def golden_names() -> Callable[[str], dict[str, Any]]:
+    """Names and shapes of the released models' parameters at their default configuration."""
+    if not (FULL / "state_dict_default.json").exists():
+        pytest.skip("the golden tensors of the released code are not beside the checkout (../shared/golden)")
+    released = json.loads((FULL / "state_dict_default.json").read_text())
+    return lambda name: released[name]

@@ -2,11 +2,12 @@ import pytest
 import torch
 
 from neurostorm.model.attention import WindowAttention
-from neurostorm.model.geometry import dense_geometry
+from neurostorm.model.geometry import geometry_of
 from neurostorm.model.strd import StageDropout, StrdConfig
+from neurostorm.model.windows import Bucket
 
 WINDOW = (2, 2, 2, 2)
-BUCKET = dense_geometry((2, 2, 2, 4), (WINDOW,), torch.device("cpu")).levels[0].windows(WINDOW, False).buckets[0]
+BUCKET = geometry_of((2, 2, 2, 4), (WINDOW,), torch.device("cpu")).levels[0].windows(WINDOW, False).buckets[0]
 
 
 @pytest.mark.parametrize("heads", [1, 3])
@@ -42,3 +43,13 @@ def test_strd_counts_the_elements_it_drops():
     torch.manual_seed(0)
     assert not torch.allclose(mixer(x, BUCKET, strd), mixer(x, BUCKET), atol=1e-4)
     assert 0 < strd.rate() < 0.5
+
+
+def test_absent_slots_are_no_keys():
+    mixer, x = WindowAttention(8, 2, qkv_bias=True), torch.randn(4, 6, 8)
+    present = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    bucket = Bucket(torch.zeros(2, 6, dtype=torch.long), None, present)  # two windows, a batch of two
+    out = mixer(x, bucket)
+    whole = Bucket(torch.zeros(1, 6, dtype=torch.long))
+    assert torch.allclose(out[::2], mixer(x[::2], whole), atol=1e-6)
+    assert torch.allclose(out[1::2, :4], mixer(x[1::2, :4], whole), atol=1e-6)

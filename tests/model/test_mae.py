@@ -4,14 +4,14 @@ import pytest
 import torch
 from einops import rearrange
 
-from neurostorm.model.mae import MaskedAutoencoder, PatchExpanding
+from neurostorm.model.decoder import PatchExpanding
+from neurostorm.model.mae import MaskedAutoencoder
 from neurostorm.model.masking import MaskConfig
 from neurostorm.model.strd import StrdConfig
-from neurostorm.model.swin4d import SwinConfig
+from neurostorm.model.swin4d import SwinEncoder
+from neurostorm.model.swin_config import SwinConfig
 
 TINY = SwinConfig((12, 12, 12, 6), (3, 3, 3, 1), embed_dim=16, depths=(2, 1), heads=(1, 2), window=(2, 2, 2, 3))
-RELEASED = ["mae__random_random", "mae__random_random_padT", "mae__window_random", "mae__window_random_fw2"]
-MINI = ["mini:mae__mini_random", "mini:mae__mini_window"]
 
 
 def ball(size=12):
@@ -34,56 +34,6 @@ def smooth_clips(count, size=12, frames=6):
     return (clips / clips.std()).unsqueeze(1)
 
 
-def released(golden, name):
-    """A golden case and our model with the released parameters of everything but the mixers, which differ."""
-    case = golden(name)
-    mask = MaskConfig(case.config["spatial_mask"], case.config["mask_ratio"])
-    model = MaskedAutoencoder(case.swin, mask, loss_on="all")
-    shared = {key: value for key, value in case.state_dict.items() if key in model.state_dict()}
-    missing = model.load_state_dict(shared, strict=False).missing_keys
-    assert all(".attn." in key for key in missing)
-    return case, model
-
-
-def packed_mask(case, model):
-    """The released mask (raster of tokens, or of windows) as bool (B, P) in packed order."""
-    level = model.geometry(case.tensors["input"].shape[-1]).levels[0]
-    window = case.config["spatial_mask"] == "window"
-    place = level.blocks(model.mask_window).block_of_token if window else level.order
-    return case.tensors["mask"].bool()[:, place]
-
-
-@pytest.mark.parametrize("name", RELEASED + MINI)
-def test_loss_equals_the_released_one_for_its_prediction(golden, name, monkeypatch):
-    case, model = released(golden, name)
-    prediction = model.to_patches(case.tensors["pred"])
-    monkeypatch.setattr(model, "decode", lambda latent, geometry: prediction)
-    out = model(case.tensors["input"], mask=packed_mask(case, model))
-    assert out.loss.item() == pytest.approx(case.loss, rel=1e-5)
-
-
-@pytest.mark.parametrize("name", RELEASED)
-def test_hidden_tokens_equal_the_released_ones(golden, name):
-    case, model = released(golden, name)
-    geometry = model.geometry(case.tensors["input"].shape[-1])
-    embedded = model.patch_embed(model.to_patches(case.tensors["input"]))
-    case.close(geometry.levels[0].to_grid(embedded), "patch_embed_out")
-    hidden = model.hide(embedded, packed_mask(case, model), geometry)
-    case.close(geometry.levels[0].to_grid(hidden), "masked_tokens")
-
-
-@pytest.mark.parametrize("name", RELEASED)
-def test_both_ends_of_the_decoder_equal_the_released_ones(golden, name):
-    case, model = released(golden, name)
-    geometry = model.geometry(case.tensors["input"].shape[-1])
-    fine, coarse = geometry.levels[-2:]
-    latent = coarse.from_raster(rearrange(case.tensors["latent"], "b c d h w t -> b (d h w t) c"))
-    expanded = model.first_patch_expanding(latent, geometry.merges[-1])
-    case.close(fine.to_grid(expanded).movedim(1, -1), "first_expand_out")
-    last = geometry.levels[0].from_raster(rearrange(case.tensors["up2_out"], "b c d h w t -> b (d h w t) c"))
-    case.close(model.to_volume(model.decoder_pred(model.norm_up(last))), "pred")
-
-
 def test_patch_expanding_equals_the_released_one(golden):
     case = golden("modules")
     config = SwinConfig((4, 4, 12, 4), (1, 1, 2, 1), embed_dim=6, depths=(1, 1), heads=(1, 1))
@@ -93,17 +43,6 @@ def test_patch_expanding_equals_the_released_one(golden):
     x = geometry.levels[1].from_raster(case.tensors["pexp_in"].flatten(1, 4))
     out = geometry.levels[0].to_grid(expanding(x, geometry.merges[0]))
     case.close(out.movedim(1, -1), "pexp_out")
-
-
-def test_paper_shape_has_the_released_names_outside_the_mixers():
-    with torch.device("meta"):
-        model = MaskedAutoencoder(SwinConfig((96, 96, 96, 20), full_last=True), loss_on="all")
-    names = {name.split(".")[0] for name in model.state_dict()}
-    assert names == {
-        "mask_token", "window_mask_token", "patch_embed", "pos_embeds", "layers",
-        "first_patch_expanding", "layers_up", "norm_up", "decoder_pred",
-    }  # fmt: skip
-    assert model.window_mask_token.shape == (256, 36) and len(model.layers_up) == 3
 
 
 @pytest.mark.parametrize(("kind", "strd"), [("random", False), ("window", True), ("tube", False)])
@@ -129,9 +68,10 @@ def test_the_loss_counts_hidden_brain_voxels_inside_the_field_of_view():
     inside = torch.ones(2, 12, 12, 12, dtype=torch.bool)
     inside[1, :, :, 8:] = False
     out = model(clips, inside=inside, centre=centre, generator=torch.Generator().manual_seed(0))
-    hidden = model.to_volume(out.mask[..., None].expand_as(out.prediction))
+    hidden = rearrange(out.mask, "b (d h w t) -> b 1 d h w t", d=4, h=4, w=4)
+    hidden = hidden.repeat_interleave(3, 2).repeat_interleave(3, 3).repeat_interleave(3, 4)
     counted = hidden & ball()[None, None, ..., None] & inside[:, None, ..., None]
-    prediction = model.to_volume(out.prediction)
+    prediction = out.prediction
     for sample, where in enumerate(counted):
         error = (prediction - clips)[sample][where].square().mean()
         deviation = (clips - centre)[sample][where].square().mean()
@@ -143,21 +83,64 @@ def test_the_loss_counts_hidden_brain_voxels_inside_the_field_of_view():
 
 def test_without_a_centre_the_baseline_predicts_zero():
     model = tiny(loss_on="all", brain=None)
-    clips = smooth_clips(2)
-    out = model(clips)
+    target = model.to_patches(smooth_clips(2))
+    out = model(target)
     hidden = out.mask[..., None].expand_as(out.prediction)
-    target = model.to_patches(clips)
     assert torch.allclose(out.baseline, target[hidden].square().mean(), rtol=1e-5)
     assert torch.allclose(out.loss, (out.prediction - target)[hidden].square().mean(), rtol=1e-5)
 
 
 def test_only_counted_voxels_receive_a_gradient():
     model = tiny()
-    out = model(smooth_clips(2))
+    out = model(model.to_patches(smooth_clips(2)))
     (grad,) = torch.autograd.grad(out.loss, out.prediction)
-    brain = model.brain_patches[model.geometry(6).space_of_token]
+    brain = model.brain_patches[model.geometry(6).levels[0].space_of_token]
     assert torch.equal(grad != 0, out.mask[..., None] & brain & (grad != 0))
     assert (grad != 0)[out.mask[..., None] & brain].float().mean() > 0.99
+
+
+def test_with_loss_on_all_the_field_of_view_does_not_matter_but_an_empty_clip_does():
+    model, clips = tiny(loss_on="all").eval(), smooth_clips(2)
+    mask, inside = torch.rand(2, 384) > 0.5, torch.rand(2, 12, 12, 12) > 0.5
+    whole = model(clips, mask)
+    assert torch.equal(model(clips, mask, inside=inside).loss, whole.loss)
+    inside[0] = False
+    out = model(clips, mask, inside=inside)
+    assert out.clip_loss[0] == 0 and torch.allclose(out.loss, whole.clip_loss[1])
+
+
+def test_all_hidden_tokens_of_a_batch_weigh_the_same_where_every_voxel_counts():
+    model, clips = tiny(loss_on="all").eval(), smooth_clips(2)
+    mask = torch.zeros(2, 384, dtype=torch.bool)
+    mask[0, :10] = mask[1, :300] = True
+    out = model(clips, mask)
+    assert out.loss.item() == pytest.approx(((10 * out.clip_loss[0] + 300 * out.clip_loss[1]) / 310).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss_on", ["brain", "all"])
+def test_normalised_targets_have_mean_zero_and_variance_one_in_each_patch(loss_on):
+    model = tiny(loss_on=loss_on, normalise_targets=True).eval()
+    plain = tiny(loss_on=loss_on).eval()
+    plain.load_state_dict(model.state_dict())
+    patches = 5 + 3 * torch.randn(2, 384, 27)
+    patches[:, 7] = 2.0  # nothing to normalise: its variance is left
+    mask = torch.rand(2, 384) > 0.5
+    mask[:, 7] = True
+    valid = model.brain_patches[model.geometry(6).levels[0].space_of_token].expand(2, -1, -1)
+    valid = valid if loss_on == "brain" else torch.ones_like(valid)
+    target = torch.zeros_like(patches)
+    raw = plain(patches, mask).prediction
+    expected = raw.clone()
+    for sample, token in valid.any(-1).nonzero().tolist():
+        voxels = patches[sample, token][valid[sample, token]]
+        std = voxels.std(unbiased=False) if voxels.std(unbiased=False) > 1e-3 else torch.tensor(1.0)
+        target[sample, token] = (patches[sample, token] - voxels.mean()) / std
+        expected[sample, token] = raw[sample, token] * std + voxels.mean()
+    out, counted = model(patches, mask), valid & mask[..., None]
+    for sample in range(2):
+        error = (raw - target)[sample][counted[sample]].square().mean()
+        assert torch.allclose(out.clip_loss[sample], error, rtol=1e-4)
+    assert torch.allclose(out.prediction[counted], expected[counted], atol=1e-4)
 
 
 def test_predictions_do_not_depend_on_what_is_hidden():
@@ -174,7 +157,7 @@ def test_values_that_are_not_counted_do_not_matter():
     model = tiny().eval()
     patches = model.to_patches(smooth_clips(1))
     mask = model.draw_mask(1, 6, torch.Generator().manual_seed(0))
-    brain = model.brain_patches[model.geometry(6).space_of_token]
+    brain = model.brain_patches[model.geometry(6).levels[0].space_of_token]
     odd = torch.where(mask[..., None] & ~brain, 1e6, patches)  # hidden, so only the loss could see it
     assert torch.equal(model(odd, mask).loss, model(patches, mask).loss)
 
@@ -193,7 +176,7 @@ def test_a_clip_without_counted_voxels_costs_nothing_and_still_has_a_graph():
 
 def test_the_loss_does_not_depend_on_how_clips_are_batched():
     model, clips = tiny().eval(), smooth_clips(3)
-    mask = model.draw_mask(3, 6)
+    mask = torch.rand(3, 384) > 0.5
     inside = torch.rand(3, 12, 12, 12) > 0.3
     whole = model(clips, mask, inside=inside)
     parts = torch.cat([model(clips[s], mask[s], inside=inside[s]).clip_loss for s in (slice(0, 1), slice(1, 3))])
@@ -205,8 +188,12 @@ def test_volume_and_patches_are_two_views_of_one_clip():
     volume = torch.randn(2, 1, 12, 12, 12, 6)
     patches = model.to_patches(volume)
     assert torch.equal(model.to_volume(patches), volume)
-    mask = model.draw_mask(2, 6)
-    assert torch.equal(model(volume, mask).loss, model(patches, mask).loss)
+    mask, levels = model.draw_mask(2, 6), model.geometry(6).levels
+    raster = levels[0].to_raster(mask[..., None])[..., 0]
+    ours, theirs = model(patches, mask), model(volume, raster)
+    assert torch.equal(ours.loss, theirs.loss) and torch.equal(theirs.mask, raster)
+    assert torch.equal(model.to_volume(ours.prediction), theirs.prediction)
+    assert torch.equal(levels[-1].to_grid(ours.latent), theirs.latent)
 
 
 def test_the_patch_table_gathers_the_patches_of_packed_voxels():
@@ -214,8 +201,8 @@ def test_the_patch_table_gathers_the_patches_of_packed_voxels():
     volume[:, :, ~brain] = 0
     packed = rearrange(volume[:, 0][:, brain], "b v t -> b t v")  # what a frame store holds
     padded = torch.cat([packed, packed.new_zeros(2, 6, 1)], -1)
-    geometry, table = model.geometry(6), model.patch_table(brain)
-    space, time = geometry.space_of_token, geometry.time_of_token
+    finest, table = model.geometry(6).levels[0], model.patch_table(brain)
+    space, time = finest.space_of_token, finest.time_of_token
     assert torch.equal(padded[:, time[:, None], table[space]], model.to_patches(volume))
 
 
@@ -225,15 +212,18 @@ def test_strd_rates_are_reported_in_training_only():
     assert not model.eval()(smooth_clips(1)).strd_rates.any()
 
 
-@pytest.mark.parametrize("kind", ["random", "window", "tube"])
-def test_no_trainable_parameter_is_left_without_a_gradient(kind):
-    model = tiny(mask=MaskConfig(kind, 0.5))
+@pytest.mark.parametrize("mixer", ["attention", "mamba"])
+@pytest.mark.parametrize("kind", ["random", "window", "tube", "window-tube", "atlas"])
+def test_no_trainable_parameter_is_left_without_a_gradient(kind, mixer):
+    swin, atlas = dataclasses.replace(TINY, mixer=mixer), torch.arange(64).view(4, 4, 4) % 9
+    model = MaskedAutoencoder(swin, MaskConfig(kind, 0.5), brain=ball(), atlas=atlas if kind == "atlas" else None)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.01 * torch.randn_like(parameter)
     model(smooth_clips(2)).loss.backward()
     idle = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
-    assert idle == ({"mask_token"} if kind == "window" else {"window_mask_token"})
+    used = {"window": "window_mask_token", "atlas": "atlas_mask_token"}.get(kind, "mask_token")
+    assert idle == {"mask_token", "window_mask_token", "atlas_mask_token"} - {used}
     assert not any(p.requires_grad for name, p in model.named_parameters() if name in idle)
 
 
@@ -250,7 +240,7 @@ def test_parameters_in_bfloat16_and_autocast_give_a_float32_loss():
 
 def test_the_decoder_keeps_the_window_where_the_encoder_has_others():
     swin = dataclasses.replace(TINY, first_window=(4, 4, 4, 1), full_last=True)
-    model, tokens = MaskedAutoencoder(swin, loss_on="all").eval(), []
+    model, tokens = MaskedAutoencoder(dataclasses.replace(swin, layout="paper"), loss_on="all").eval(), []
     for stack in (*model.layers, *model.layers_up):
         stack.blocks[0].attn.register_forward_hook(lambda _module, inputs, _out: tokens.append(inputs[0].shape[1]))
     model(torch.randn(1, 1, 12, 12, 12, 6))
@@ -261,7 +251,20 @@ def test_three_stages_and_shorter_clips_work():
     swin = dataclasses.replace(TINY, img_size=(24, 24, 24, 6), depths=(1, 1, 1), heads=(1, 1, 1))
     model = MaskedAutoencoder(swin, MaskConfig("window", 0.5), loss_on="all")
     out = model(torch.randn(1, 1, 24, 24, 24, 4))
-    assert out.prediction.shape == (1, 512 * 4, 27) and out.latent.shape == (1, 8 * 4, 64) and out.loss.isfinite()
+    assert out.prediction.shape == (1, 1, 24, 24, 24, 4) and out.latent.shape == (1, 64, 2, 2, 2, 4)
+    assert out.loss.isfinite()
+
+
+def test_the_encoder_alone_shares_the_parameters():
+    model = tiny().eval()
+    encoder = model.encoder()
+    clip = smooth_clips(1)
+    assert type(encoder) is SwinEncoder and torch.equal(encoder(clip), model.features(clip))
+    assert encoder.patch_embed.fc.weight is model.patch_embed.fc.weight and not encoder.training
+    names = {name for name, _ in model.named_parameters()}
+    assert {name for name, _ in encoder.named_parameters()} == {
+        n for n in names if n.startswith(("patch", "pos", "layers."))
+    }
 
 
 @pytest.mark.parametrize(
@@ -272,6 +275,9 @@ def test_three_stages_and_shorter_clips_work():
         ({"brain": torch.ones(12, 12, 13, dtype=torch.bool)}, r"brain of shape \(12, 12, 13\)"),
         ({"loss_on": "skull"}, "loss_on = 'skull'"),
         ({"mask": MaskConfig("columns")}, "mask.kind"),
+        ({"mask": MaskConfig("atlas")}, "atlas = None"),
+        ({"mask": MaskConfig("atlas"), "atlas": torch.zeros(4, 4, 4, dtype=torch.int32)}, "with a positive one"),
+        ({"mask": MaskConfig("atlas"), "atlas": torch.ones(4, 4, 5, dtype=torch.int32)}, r"atlas of shape \(4, 4, 5\)"),
         ({"strd": StrdConfig(True, 0)}, "strd.space"),
     ],
 )

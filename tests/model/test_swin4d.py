@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from neurostorm.model.strd import StrdConfig
-from neurostorm.model.swin4d import DropPath, PatchMerging, SwinConfig, SwinEncoder
+from neurostorm.model.swin4d import DropPath, PatchMerging, SwinEncoder
+from neurostorm.model.swin_config import SwinConfig
+from neurostorm.model.windows import Bucket, table_of
 
 TINY = SwinConfig((12, 12, 12, 6), (3, 3, 3, 1), embed_dim=8, depths=(2, 2), heads=(2, 2), window=(2, 2, 2, 4))
 PAPER = SwinConfig((96, 96, 96, 20), full_last=True)
@@ -28,8 +30,9 @@ def test_patch_merging_equals_the_released_one(golden):
     case.close(merged.movedim(1, -1), "pm_out")
 
 
-def test_frames_and_samples_of_a_batch_are_independent():
-    encoder = SwinEncoder(TINY).eval()
+@pytest.mark.parametrize("mixer", ["attention", "mamba"])
+def test_frames_and_samples_of_a_batch_are_independent(mixer):
+    encoder = SwinEncoder(dataclasses.replace(TINY, mixer=mixer)).eval()
     volume = torch.randn(3, 1, 12, 12, 12, 6)
     assert torch.allclose(encoder(volume)[1:2], encoder(volume[1:2]), atol=1e-5)
 
@@ -61,8 +64,9 @@ def test_strd_acts_in_training_only_and_reports_a_rate_per_stage():
     assert not torch.allclose(dropped, plain.encode(tokens, plain.geometry(6))[0], atol=1e-4)
 
 
-def test_activation_checkpointing_keeps_less_and_changes_no_gradient():
-    encoder = SwinEncoder(dataclasses.replace(TINY, drop_path=0.5), StrdConfig(True)).train()
+@pytest.mark.parametrize("mixer", ["attention", "mamba"])
+def test_activation_checkpointing_keeps_less_and_changes_no_gradient(mixer):
+    encoder = SwinEncoder(dataclasses.replace(TINY, drop_path=0.5, mixer=mixer), StrdConfig(True)).train()
     volume, grads, kept = torch.randn(2, 1, 12, 12, 12, 6), [], []
     for recompute in (False, True):
         encoder.activation_checkpointing = recompute
@@ -81,11 +85,21 @@ def test_activation_checkpointing_keeps_less_and_changes_no_gradient():
 
 def test_drop_path_zeroes_whole_samples_and_keeps_the_mean():
     layer, x = DropPath(0.25), torch.ones(4000, 2, 3)
+    table = table_of([Bucket(torch.arange(2)[None])], 2)
     torch.manual_seed(0)
-    out = layer.train()(x)
+    out = layer.train()(x, table)
     assert torch.equal(out.amin((1, 2)), out.amax((1, 2)))
     assert out.mean().item() == pytest.approx(1.0, abs=0.03)
-    assert torch.equal(layer.eval()(x), x)
+    assert torch.equal(layer.eval()(x, table), x)
+
+
+def test_drop_path_finds_the_samples_in_one_packed_list():
+    layer, sample = DropPath(0.25).train(), torch.arange(12000) % 4000
+    table = dataclasses.replace(table_of([Bucket(torch.arange(12000)[None])], 12000), sample=sample, samples=4000)
+    torch.manual_seed(0)
+    out = layer(torch.ones(1, 12000, 3), table).view(3, 4000, 3)
+    assert torch.equal(out.amin((0, 2)), out.amax((0, 2)))
+    assert out.mean().item() == pytest.approx(1.0, abs=0.03)
 
 
 def test_a_block_whose_branches_are_dropped_passes_its_input_on():
@@ -102,8 +116,9 @@ def test_drop_path_rates_rise_over_all_blocks():
     assert config.drop_path_rates(0) + config.drop_path_rates(1) == pytest.approx([0.0, 0.1, 0.2, 0.3])
 
 
-def test_bfloat16_autocast_stays_near_float32():
-    encoder = SwinEncoder(TINY).eval()
+@pytest.mark.parametrize("mixer", ["attention", "mamba"])
+def test_bfloat16_autocast_stays_near_float32(mixer):
+    encoder = SwinEncoder(dataclasses.replace(TINY, mixer=mixer)).eval()
     volume = torch.randn(1, 1, 12, 12, 12, 6)
     with torch.autocast("cpu", torch.bfloat16):
         half = encoder(volume)
@@ -111,8 +126,9 @@ def test_bfloat16_autocast_stays_near_float32():
     assert (half - full).abs().max() < 0.05 * full.abs().max()
 
 
-def test_parameters_in_bfloat16_run():
-    encoder = SwinEncoder(TINY, StrdConfig(True)).bfloat16().train()
+@pytest.mark.parametrize("mixer", ["attention", "mamba"])
+def test_parameters_in_bfloat16_run(mixer):
+    encoder = SwinEncoder(dataclasses.replace(TINY, mixer=mixer), StrdConfig(True)).bfloat16().train()
     out = encoder(torch.randn(1, 1, 12, 12, 12, 6))
     out.sum().backward()
     assert out.dtype == torch.bfloat16 and all(p.grad.isfinite().all() for p in encoder.parameters())
@@ -130,9 +146,38 @@ def test_parameters_in_bfloat16_run():
         ({"heads": (2, 3)}, r"heads\[1\] must divide the stage's width 16"),
         ({"embed_dim": 0}, "embed_dim"),
         ({"drop_path": 1.0}, "drop_path"),
-        ({"mixer": "fourier"}, "mixer = 'fourier': one of attention"),
+        ({"mixer": "fourier"}, "mixer = 'fourier': one of attention, mamba"),
+        ({"layout": "rolled"}, "layout = 'rolled': one of clean, paper"),
+        ({"tokens": "skull"}, "tokens = 'skull': one of dense, brain"),
+        ({"prompts": -1}, "prompts = -1"),
     ],
 )
 def test_impossible_values_are_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):
         SwinEncoder(dataclasses.replace(TINY, **change))
+
+
+def test_a_full_last_stage_shifts_over_the_frames_in_the_clean_layout_only():
+    reach = {}
+    for layout in ("clean", "paper"):
+        config = dataclasses.replace(TINY, depths=(1, 2), full_last=True, layout=layout, window=(2, 2, 2, 3))
+        encoder = SwinEncoder(config).eval()
+        volume = torch.randn(1, 1, 12, 12, 12, 6)
+        other = volume.clone()
+        other[..., 0] += 1
+        moved = (encoder(volume) != encoder(other)).any(4).any(3).any(2).any(1)[0]
+        reach[layout] = moved.tolist()
+    assert reach["paper"] == [True] * 3 + [False] * 3
+    assert reach["clean"] != reach["paper"]
+
+
+def test_prompts_change_what_windows_say_and_can_be_removed():
+    encoder, volume = SwinEncoder(TINY).eval(), torch.randn(1, 1, 12, 12, 12, 6)
+    plain = encoder(volume)
+    encoder.set_prompts(3)
+    assert {p.shape for n, p in encoder.named_parameters() if n.endswith(".prompt")} == {(1, 3, 8), (1, 3, 16)}
+    assert encoder.config.prompts == 3 and not torch.allclose(encoder(volume), plain, atol=1e-4)
+    encoder.set_prompts(0)
+    assert torch.equal(encoder(volume), plain) and encoder.config.prompts == 0
+    with pytest.raises(ValueError, match=r"strd\.enabled"):
+        SwinEncoder(TINY, StrdConfig(True)).set_prompts(3)

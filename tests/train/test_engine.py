@@ -22,9 +22,10 @@ def trained(ball_config_in, run_ranks, read_ledger, tmp_path_factory):
     """
 
     @cache
-    def train(zero_stage, dtype="fp32"):
-        folder = tmp_path_factory.mktemp(f"stage{zero_stage}-{dtype}")
-        config = ball_config_in(folder, train={**STEPS, "zero_stage": zero_stage, "dtype": dtype})
+    def train(zero_stage, dtype="fp32", mixer="attention"):
+        folder = tmp_path_factory.mktemp(f"stage{zero_stage}-{dtype}-{mixer}")
+        model = {"embed_dim": 8, "depths": (2, 1), "heads": (1, 2), "mixer": mixer}
+        config = ball_config_in(folder, train={**STEPS, "zero_stage": zero_stage, "dtype": dtype}, model=model)
         run_ranks(config, POISONED)
         losses = [entry["loss"] for _, entry in sorted(read_ledger(config).items())]
         steps = [(config.run.folder / f"steps-{rank}.txt").read_text().splitlines() for rank in range(2)]
@@ -45,6 +46,14 @@ def test_all_zero_stages_give_the_same_losses_and_weights(trained):
             torch.testing.assert_close(others[name], value, rtol=1e-4, atol=1e-5, msg=f"stage {stage}: {name}")
 
 
+def test_partitioned_parameters_reach_the_scan_and_its_backward(trained):
+    (plain, _, weights), (partitioned, _, others) = (trained(stage, mixer="mamba") for stage in (1, 3))
+    assert plain[0] != plain[4]
+    assert partitioned[:POISONED] == pytest.approx(plain[:POISONED], rel=1e-5)
+    for name, value in weights.items():
+        torch.testing.assert_close(others[name], value, rtol=1e-4, atol=1e-4, msg=name)
+
+
 @pytest.mark.parametrize("stage", range(4))
 def test_a_step_that_is_not_finite_on_one_rank_changes_no_parameter_on_any(stage, trained):
     expected = [f"{step} applied={step != POISONED} changed={step != POISONED}" for step in range(7)]
@@ -63,12 +72,13 @@ def test_weight_decay_acts_on_matrices_only():
     model.linear, model.norm = nn.Linear(3, 2), nn.LayerNorm(3)
     model.pos_embed = nn.Parameter(torch.zeros(1, 3, 2, 2, 2, 1))
     model.window_mask_token = nn.Parameter(torch.zeros(8, 3))
+    model.A_log, model.prompt = nn.Parameter(torch.zeros(4, 3)), nn.Parameter(torch.zeros(1, 2, 3))
     model.frozen = nn.Parameter(torch.zeros(3, 3), requires_grad=False)
     decay, rest = parameter_groups(model, 0.1)
     assert [id(p) for p in decay["params"]] == [id(model.linear.weight)]
     assert decay["weight_decay"] == 0.1
     assert rest["weight_decay"] == 0.0
-    assert len(rest["params"]) == 5
+    assert len(rest["params"]) == 7
 
 
 def test_the_accumulation_is_what_is_left_of_the_workers_share():

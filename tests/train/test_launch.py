@@ -81,6 +81,21 @@ def test_settings_that_change_the_result_are_refused_with_both_values(ball_confi
     assert "train.epochs" not in str(refused.value), "only what differs"
 
 
+def test_a_setting_that_the_saving_version_did_not_have_is_refused_by_name(ball_config, stop_at):
+    config = ball_config()
+    stop_at(config, 3)
+    file = config.run.folder / "checkpoints" / "step-00000003" / checkpoint.TRAINER
+    trainer = json.loads(file.read_text())
+    del trainer["config"]["model"]["layout"]
+    (marker := file.with_name(checkpoint.MARKER)).unlink()
+    file.write_text(json.dumps(trainer))
+    names = ("shard", checkpoint.TRAINER)
+    files = {name: checkpoint._fingerprint(file.with_name(name)) for name in names}
+    marker.write_text(json.dumps({"files": files}))
+    with pytest.raises(ConfigError, match=r"model\.layout: not known to the version that saved it -> clean"):
+        outcome(config)
+
+
 def test_settings_that_do_not_change_the_result_may_differ(ball_config, stop_at):
     stop_at(ball_config(), 3)
     other = ball_config(

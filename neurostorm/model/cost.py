@@ -1,0 +1,231 @@
+"""What one clip costs: parameters, floating-point operations and memory traffic, from the shape of the model alone.
+
+    model (on any device, meta too) + frames --> its window tables (W, N) --> Flops of every block, merge, expansion
+                                                                          --> values kept for the backward pass
+    Cost = parameters, Flops forward and backward, values --> bytes of a step, share of a machine's peak (MFU)
+
+Everything is counted on the tables that the network really uses, so that brain tokens, padded windows, absent slots,
+prompts and the windows that a shift cuts are what they are. Conventions:
+
+    linear       2 operations per multiply-accumulate, over all rows that are computed (padding, absent slots, prompts)
+    attention    q k^T and the weighted sum of v: 4 N^2 C per window of N keys; softmax is not counted
+    convolution  2 per tap, token and channel
+    scan         7 per token, channel and state (delta A, its exp, (delta u) B, a h, the sum of the two, C h, its sum)
+                 and 3 per token and channel (delta u, D u, their sum); a channel is one of the scan's 2C
+    backward     twice the forward pass (gradients of both factors of a product, likewise for the scan); once for the
+                 patch embedding, whose input needs no gradient
+
+Norms, activations, residual sums and the loss are not counted (about one operation per byte they move). Nor is anything
+that is computed again in the backward pass: a kernel that recomputes does the same model's work in more operations.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+
+from neurostorm.model.attention import WindowAttention
+from neurostorm.model.decoder import PatchExpanding, UpStage
+from neurostorm.model.geometry import Geometry
+from neurostorm.model.mae import MaskedAutoencoder
+from neurostorm.model.mamba import Mamba
+from neurostorm.model.scan import CHUNK_TOKENS
+from neurostorm.model.swin4d import Block, BlockStack, Stage, SwinEncoder
+from neurostorm.model.windows import WindowTable
+
+_SCAN_PER_STATE, _SCAN_PER_CHANNEL = 7, 3
+_ADAMW_PASSES = 7  # reads weight, gradient and two moments, writes all but the gradient
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of a forward pass by kind; see the module for what counts."""
+
+    linear: int = 0
+    attention: int = 0
+    convolution: int = 0
+    scan: int = 0
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def total(self) -> int:
+        return self.linear + self.attention + self.convolution + self.scan
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one clip; bytes are asked for with the size of a value (4 for float32, 2 for bfloat16).
+
+    Attributes:
+        parameters: of the whole model, trained or not.
+        tokens: tokens of the first stage.
+        forward: operations of the encoder's and, for an autoencoder, the decoder's forward pass.
+        backward: operations of the backward pass when every parameter is trained.
+        kept_values: activations that are alive between forward and backward, without activation checkpointing.
+    """
+
+    parameters: int
+    tokens: int
+    forward: Flops
+    backward: int
+    kept_values: int
+
+    @property
+    def train_flops(self) -> int:
+        """Forward and backward operations of one clip; times clips per second over a peak rate it is the MFU."""
+        return self.forward.total + self.backward
+
+    def kept_bytes(self, value_bytes: int = 4) -> int:
+        """Memory of the activations that one clip keeps for its backward pass."""
+        return self.kept_values * value_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory of weights, gradients and AdamW's two moments, all float32 (also with autocast to bfloat16)."""
+        return 4 * 4 * self.parameters
+
+    def moved_bytes(self, batch: int, value_bytes: int = 4) -> int:
+        """Bytes that a training step of ``batch`` clips moves at least.
+
+        A kept activation is written and read once in each pass (itself forward, its gradient backward), and read for
+        that gradient; weights are read twice, gradients written, and AdamW passes over all of its state.
+        """
+        return 5 * batch * self.kept_bytes(value_bytes) + 4 * (3 + _ADAMW_PASSES) * self.parameters
+
+
+@dataclass
+class _Count:
+    """Sums over the parts of a network."""
+
+    flops: Flops = Flops()
+    kept: int = 0
+
+    def linear(self, modules: Iterable[nn.Module], rows: int) -> None:
+        """The linear layers among ``modules``, each over ``rows`` rows; keeps no values."""
+        for module in modules:
+            if isinstance(module, nn.Linear):
+                self.flops += Flops(linear=2 * rows * module.in_features * module.out_features)
+
+
+def clip_cost(model: SwinEncoder, frames: int | None = None) -> Cost:
+    """Cost of one clip of an encoder or a masked autoencoder.
+
+    Args:
+        model: on any device; on "meta" nothing is allocated.
+        frames: of the clip; None for the longest.
+    """
+    config = model.config
+    geometry = model.geometry(config.frames if frames is None else frames, "cpu")
+    count, tokens = _Count(), [len(level) for level in geometry.levels]
+    count.linear([model.patch_embed.fc], tokens[0])
+    embedding = count.flops.linear
+    count.kept += tokens[0] * config.patch_voxels
+    _count_encoder(count, model, geometry, tokens)
+    if isinstance(model, MaskedAutoencoder):
+        _count_decoder(count, model, geometry, tokens)
+    return Cost(
+        parameters=sum(p.numel() for p in model.parameters()),
+        tokens=tokens[0],
+        forward=count.flops,
+        backward=2 * count.flops.total - embedding,
+        kept_values=count.kept,
+    )
+
+
+def _count_encoder(count: _Count, model: SwinEncoder, geometry: Geometry, tokens: list[int]) -> None:
+    config = model.config
+    for i, stage in enumerate(model.layers):
+        assert isinstance(stage, Stage)
+        level = geometry.levels[i]
+        _count_blocks(count, stage, [level.windows(config.windows[i], shift) for shift in (False, config.shifts(i))])
+        if stage.downsample is not None:
+            count.linear(stage.downsample.modules(), tokens[i + 1])
+            count.kept += 2 * 8 * config.width(i) * tokens[i + 1]  # children gathered, and normalised
+
+
+def _count_decoder(count: _Count, model: MaskedAutoencoder, geometry: Geometry, tokens: list[int]) -> None:
+    config = model.config
+    _count_expansion(count, model.first_patch_expanding, tokens[-1])
+    for i, stage in zip(reversed(range(config.stages - 1)), model.layers_up, strict=True):
+        assert isinstance(stage, UpStage)
+        _count_blocks(count, stage, [geometry.levels[i].windows(config.window, shift) for shift in (False, True)])
+        if stage.upsample is not None:
+            _count_expansion(count, stage.upsample, tokens[i])
+    count.linear([model.decoder_pred], tokens[0])
+    count.kept += tokens[0] * (2 * config.embed_dim + config.patch_voxels)  # norm's input and output, error
+
+
+def _count_blocks(count: _Count, stage: BlockStack, tables: list[WindowTable]) -> None:
+    for number, block in enumerate(stage.blocks):
+        assert isinstance(block, Block)
+        _count_block(count, block, tables[number % 2])
+
+
+def _count_block(count: _Count, block: Block, table: WindowTable) -> None:
+    width = block.norm1.weight.numel()
+    prompts = 0 if block.prompt is None else block.prompt.shape[1]
+    windows = [(len(bucket.index), bucket.index.shape[1] + prompts) for bucket in table.buckets]
+    rows = sum(number * size for number, size in windows)
+    for mixer in block.children():
+        if isinstance(mixer, WindowAttention):
+            pairs = sum(number * size**2 for number, size in windows)
+            count.linear(mixer.modules(), rows)
+            count.flops += Flops(attention=4 * pairs * width)
+            count.kept += rows * (5 * width + mixer.heads)  # input, q, k, v, result, logarithm of the softmax's sum
+        elif isinstance(mixer, Mamba):
+            channels, states = mixer.A_log.shape
+            scanned = rows * channels * (_SCAN_PER_STATE * states + _SCAN_PER_CHANNEL)
+            count.linear(mixer.modules(), rows)
+            count.flops += Flops(convolution=2 * rows * mixer.conv1d.weight.numel(), scan=scanned)
+            chunks = sum(number * -(-size // CHUNK_TOKENS) for number, size in windows)
+            count.kept += rows * width + chunks * channels * states  # input, and the state before each chunk
+    count.linear(block.mlp.modules(), table.tokens)
+    hidden = block.mlp.linear1.out_features
+    count.kept += table.tokens * (
+        3 * width + 2 * hidden + 4
+    )  # both norms' inputs and moments, MLP's input, hidden, GELU
+
+
+def _count_expansion(count: _Count, expanding: PatchExpanding, parents: int) -> None:
+    count.linear(expanding.modules(), parents)
+    count.kept += parents * (expanding.expand.in_features + expanding.expand.out_features)
+
+
+def measured_peak(device: torch.device | str, dtype: torch.dtype = torch.float32) -> float:
+    """Operations per second of the machine's own square matrix product, the best of several; about .3 s on a CPU."""
+    device = torch.device(device)
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * size**3 / _best_s(lambda: torch.mm(a, b, out=out), device)
+
+
+def copy_rate(device: torch.device | str) -> float:
+    """Bytes per second, read and written together, of a copy that no cache holds; the best of several."""
+    device = torch.device(device)
+    size = 2**30 if device.type == "cuda" else 2**26
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source).fill_(0)
+    return 2 * size / _best_s(lambda: target.copy_(source), device)
+
+
+def _best_s(work: Callable[[], Tensor], device: torch.device, rounds: int = 8) -> float:
+    """Shortest time of ``work``, seconds, after one call to warm up."""
+    best = float("inf")
+    for number in range(rounds + 1):
+        _wait(device)
+        start = time.perf_counter()
+        work()
+        _wait(device)
+        if number:
+            best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

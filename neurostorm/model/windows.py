@@ -1,0 +1,284 @@
+"""Tables that move packed tokens into windows and back.
+
+    coordinates (P, 5) --window of each token--> sort --> groups of equal size = buckets (W, N) of token numbers
+    x (B, P, C) --split_windows--> per bucket (B * W, N, C) --mixer--> --join_windows--> (B, P, C)
+
+A mixer sees ``(windows, N, C)`` and the bucket's key mask, nothing of the grid. What "a token does not exist" means is
+settled here once: it lies in no window, so it is no key, and a scan does not pass over it: neither its state nor its
+convolution knows that there was a gap. Where windows of several sizes share a bucket, the smaller ones are filled with
+*absent* slots at their end (``present`` is false): zero rows that are no keys, that a causal scan reaches after every
+token, and whose results are dropped. Merges and rasters are tables of the same kind.
+
+Coordinates are (sample, d, h, w, frame). Token sets that all samples share have sample 0 throughout and any batch size;
+sets that differ between samples are one packed list of batch size 1.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Axes = tuple[int, int, int, int]  # patches along d, h, w and frames
+
+_NOWHERE = 32000  # coordinate of an absent slot: no neighbour of anything
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a grid is cut into windows.
+
+    Attributes:
+        pad: quirk of the released models: where the window does not divide the grid, zero tokens fill its high end
+            (after the norm) and take part like any other token. Otherwise windows are cut where the grid ends.
+        wrap: quirk of the released Mamba blocks: shifted windows reach round the volume and the clip, so tokens of
+            opposite faces share a scan. Otherwise nothing wraps; for attention that equals the released roll and mask.
+        round_to: window sizes are rounded up to a multiple of this (never above the largest), so that uneven token
+            sets make few buckets; 1 keeps every size.
+    """
+
+    pad: bool = False
+    wrap: bool = False
+    round_to: int = 1
+
+
+class Neighbours(NamedTuple):
+    """STRD neighbourhoods of the tokens of a bucket's windows, one entry per distinct window pattern (K patterns)."""
+
+    space: Tensor  # bool (K, N, N): j is another token of i's frame, at most space // 2 patches away per axis
+    time: Tensor  # bool (K, N, N): j is the same patch in another frame, at most time // 2 frames away
+    pattern: Tensor  # long (W,): which of the K patterns a window has
+
+
+@dataclass(frozen=True, eq=False)
+class Bucket:
+    """Windows of one table that hold the same number of slots.
+
+    Attributes:
+        index: long (W, N) into the packed tokens, where the value P stands for a zero row.
+        cells: int16 (W, N, 4), the slots' coordinates (d, h, w, frame) as the window sees them; None in tables that
+            are no windows.
+        present: bool (W, N), false for absent slots, which come last in their window; None if there are none.
+    """
+
+    index: Tensor
+    cells: np.ndarray | None = None
+    present: Tensor | None = None
+    _derived: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def neighbours(self, space: int, time: int) -> Neighbours:
+        """Neighbourhoods for extents of ``space`` patches and ``time`` frames (the window's own edge cuts them)."""
+        if self.cells is None:
+            raise ValueError("neighbours: this bucket is no window of grid cells (a merge, an order, or with prompts)")
+        if (space, time) not in self._derived:
+            self._derived[space, time] = _neighbours(self.cells, space, time, self.index.device)
+        return self._derived[space, time]
+
+    def after_prompts(self, count: int) -> "Bucket":
+        """The bucket of the same windows with ``count`` further keys before their tokens."""
+        if count not in self._derived:
+            present = self.present
+            if present is not None:
+                present = torch.cat([present.new_ones(len(present), count), present], 1)
+            self._derived[count] = Bucket(self.index, None, present)
+        return self._derived[count]
+
+
+@dataclass(frozen=True, eq=False)
+class WindowTable:
+    """Moves ``tokens`` packed tokens into groups and back; every token lies in one group at most.
+
+    ``inverse`` is long (P,): where a token lies in the concatenation of all buckets; a value equal to that
+    concatenation's length marks a token that no group holds (it reads as zero on the way back).
+    """
+
+    buckets: tuple[Bucket, ...]
+    inverse: Tensor
+    tokens: int
+    has_padding: bool  # some index entries are P
+    has_absent: bool  # some tokens are in no group
+    contiguous: bool  # the buckets follow each other in packed order: grouping is slicing
+    sample: Tensor | None = None  # long (P,), the sample of each token where their sets differ
+    samples: int = 1  # how many of them there are then
+
+
+def split_windows(x: Tensor, table: WindowTable) -> list[Tensor]:
+    """Packed tokens (B, P, C) -> per bucket (B * W, N, C), batch slowest. Padding and absent slots read as zeros."""
+    if table.contiguous and len(table.buckets) == 1:
+        windows, count = table.buckets[0].index.shape
+        return [x.reshape(x.shape[0] * windows, count, x.shape[-1])]
+    return list(_Split.apply(x, table))
+
+
+def join_windows(groups: Sequence[Tensor], table: WindowTable) -> Tensor:
+    """Inverse of :func:`split_windows`: per bucket (B * W, N, C) -> (B, P, C); padding and absent slots are dropped."""
+    if table.contiguous and len(table.buckets) == 1:
+        windows, count = table.buckets[0].index.shape
+        return groups[0].reshape(-1, windows * count, groups[0].shape[-1])
+    return _Join.apply(table, *groups)
+
+
+def _gather_groups(x: Tensor, table: WindowTable) -> tuple[Tensor, ...]:
+    if table.contiguous:
+        parts = x.split([bucket.index.numel() for bucket in table.buckets], 1)
+        return tuple(
+            part.reshape(-1, bucket.index.shape[1], x.shape[-1])
+            for part, bucket in zip(parts, table.buckets, strict=True)
+        )
+    if table.has_padding:
+        x = torch.cat([x, x.new_zeros(x.shape[0], 1, x.shape[-1])], 1)
+    return tuple(
+        x.index_select(1, bucket.index.view(-1)).view(-1, bucket.index.shape[1], x.shape[-1])
+        for bucket in table.buckets
+    )
+
+
+def _gather_tokens(groups: Sequence[Tensor], table: WindowTable) -> Tensor:
+    width = groups[0].shape[-1]
+    batch = groups[0].shape[0] // table.buckets[0].index.shape[0]
+    flat = [group.reshape(batch, -1, width) for group in groups]
+    if table.has_absent:
+        flat.append(flat[0].new_zeros(batch, 1, width))
+    joined = torch.cat(flat, 1) if len(flat) > 1 else flat[0]
+    return joined if table.contiguous else joined.index_select(1, table.inverse)
+
+
+class _Split(torch.autograd.Function):
+    """Grouping as a gather whose gradient is the inverse gather: autograd's own would scatter-add."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, table: WindowTable) -> tuple[Tensor, ...]:
+        ctx.table = table
+        return _gather_groups(x, table)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _gather_tokens(grads, ctx.table), None
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, table: WindowTable, *groups: Tensor) -> Tensor:
+        ctx.table = table
+        return _gather_tokens(groups, table)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_gather_groups(grad, ctx.table)
+
+
+def effective_window(grid: Axes, window: Axes, shifted: bool) -> tuple[Axes, Axes]:
+    """Window and shift actually used on a grid: an axis no longer than its window is one window and never shifts.
+
+    Returns (window, shift), each four token counts; the shift of a shifted block is half a window, rounded down.
+    """
+    sizes = tuple(min(g, w) for g, w in zip(grid, window, strict=True))
+    shift = tuple(w // 2 if shifted and g > w else 0 for g, w in zip(grid, window, strict=True))
+    return sizes, shift  # type: ignore[return-value]
+
+
+def raster_coords(grid: Sequence[int]) -> np.ndarray:
+    """All coordinates of a grid, int64 (cells, axes), the last axis fastest."""
+    return np.stack(np.unravel_index(np.arange(int(np.prod(grid))), tuple(grid)), -1)
+
+
+def window_key(cells: np.ndarray, grid: Sequence[int], window: Axes, shift: Axes, wrap: bool) -> np.ndarray:
+    """Int64 (2, cells): number of each cell's window, and the cell's place in the scan order inside it.
+
+    Args:
+        cells: (cells, 5) coordinates on ``grid`` (samples, d, h, w, frames), which the window divides if ``wrap``.
+        window, shift: as from :func:`effective_window`. A window holds the cells with equal ``(c - shift) // window``
+            per axis, so an axis is cut at shift, shift + window, ...; with ``wrap`` its two ends are joined first.
+    """
+    moved = cells[:, 1:] - np.array(shift)
+    axes = np.array(grid[1:])
+    if wrap:
+        moved = moved % axes
+    number = moved // np.array(window) + 1  # a shifted axis starts with a cut window, number -1
+    windows = tuple(axes // np.array(window) + 3)
+    major = cells[:, 0] * int(np.prod(windows)) + np.ravel_multi_index(tuple(number.T), windows)
+    return np.stack([major, np.ravel_multi_index(tuple((moved + np.array(shift) * (not wrap)).T), tuple(axes))])
+
+
+def window_table(
+    coords: np.ndarray, grid: Sequence[int], window: Axes, shift: Axes, layout: Layout, device: torch.device
+) -> WindowTable:
+    """Windows of tokens at ``coords`` (P, 5), packed in that order, on ``grid`` (samples, d, h, w, frames)."""
+    cells, token = coords, np.arange(len(coords))
+    padded = (grid[0], *(-(-g // w) * w for g, w in zip(grid[1:], window, strict=True)))
+    if layout.pad and padded != tuple(grid):
+        beyond = raster_coords(padded)
+        beyond = beyond[(beyond >= np.array(grid)).any(1)]
+        cells = np.concatenate([cells, beyond])
+        token = np.concatenate([token, np.full(len(beyond), len(coords))])
+    wrap = layout.wrap and any(shift)
+    key = window_key(cells, padded, window, shift, wrap)
+    order = np.lexsort(key[::-1])
+    cells, token = cells[order, 1:], token[order]
+    if wrap:
+        cells = (cells - np.array(shift)) % np.array(padded[1:])  # places as the joined window sees them
+    _, first, size = np.unique(key[0, order], return_index=True, return_counts=True)
+    kept = np.add.reduceat(token < len(coords), first) > 0  # a window of padding alone feeds nobody
+    table = table_of(_buckets(cells, token, first[kept], size[kept], layout.round_to, len(coords), device), len(coords))
+    if grid[0] == 1:
+        return table
+    return replace(table, sample=torch.from_numpy(coords[:, 0].copy()).to(device), samples=grid[0])
+
+
+def _buckets(
+    cells: np.ndarray,
+    token: np.ndarray,
+    first: np.ndarray,
+    size: np.ndarray,
+    round_to: int,
+    tokens: int,
+    device: torch.device,
+) -> list[Bucket]:
+    """Windows (each ``size`` consecutive entries from ``first``) gathered by their rounded size, largest first."""
+    rounded = np.minimum(-(-size // round_to) * round_to, size.max())
+    buckets = []
+    for count in sorted(set(rounded.tolist()), reverse=True):
+        chosen = rounded == count
+        present = np.arange(count) < size[chosen, None]
+        entry = np.where(present, first[chosen, None] + np.arange(count), 0)
+        index = np.where(present, token[entry], tokens)
+        places = np.where(present[..., None], cells[entry], _NOWHERE).astype(np.int16)
+        mask = None if present.all() else torch.from_numpy(present).to(device)
+        buckets.append(Bucket(torch.from_numpy(index).to(device), places, mask))
+    return buckets
+
+
+def table_of(buckets: Sequence[Bucket], tokens: int) -> WindowTable:
+    """The table of ``buckets`` over ``tokens`` packed tokens, on their device."""
+    flat = np.concatenate([bucket.index.cpu().numpy().ravel() for bucket in buckets])
+    inverse = np.full(tokens + 1, len(flat))  # the last is where padding writes
+    inverse[flat] = np.arange(len(flat))
+    inverse = inverse[:tokens]
+    return WindowTable(
+        tuple(buckets),
+        torch.from_numpy(inverse).to(buckets[0].index.device),
+        tokens,
+        has_padding=bool((flat == tokens).any()),
+        has_absent=bool((inverse == len(flat)).any()),
+        contiguous=np.array_equal(flat, np.arange(tokens)),
+    )
+
+
+def _neighbours(cells: np.ndarray, space: int, time: int, device: torch.device) -> Neighbours:
+    relative = cells - cells.min(1, keepdims=True)
+    patterns, pattern = np.unique(relative.reshape(len(cells), -1), axis=0, return_inverse=True)
+    patterns = patterns.reshape(len(patterns), -1, 4).astype(np.int32)
+    slots = patterns.shape[1]
+    same_frame, same_patch = np.empty((2, len(patterns), slots, slots), bool)
+    for number, places in enumerate(patterns):  # one by one: uneven token sets have a pattern for every window
+        distance = np.abs(places[:, None] - places)  # (N, N, 4)
+        far, late = distance[..., :3].max(-1), distance[..., 3]
+        same_frame[number] = (late == 0) & (far > 0) & (far <= space // 2)
+        same_patch[number] = (far == 0) & (late > 0) & (late <= time // 2)
+    return Neighbours(
+        torch.from_numpy(same_frame).to(device),
+        torch.from_numpy(same_patch).to(device),
+        torch.from_numpy(pattern.reshape(-1)).to(device),
+    )
