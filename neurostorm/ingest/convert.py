@@ -1,9 +1,11 @@
 """One run from its file into the store, and the attempt that keeps a broken file from stopping the others.
 
     header ─ TR ─ field of view ─ plans ─ one pass over the frames ─ quality ─ one atomic write
+       │  └─────────────────── bring_to_target ─────────────────────────┘
        └──────── whatever is wrong with the file: RunError, in words ────────> quarantine
 
-`ingest_run` knows nothing of Ray: `fanout.py` spreads it over a cluster, a test calls it as it is.
+`ingest_run` knows nothing of Ray: `fanout.py` spreads it over a cluster, a test calls it as it is. `clip.py` takes what
+`bring_to_target` gives to a model without a store between.
 """
 
 import hashlib
@@ -21,6 +23,7 @@ from numpy.typing import NDArray
 
 from neurostorm.ingest.discover import Source
 from neurostorm.ingest.nifti import (
+    Digest,
     RunError,
     RunHeader,
     file_sha256,
@@ -77,6 +80,31 @@ class Outcome:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class Target:
+    """What runs are brought to: a store's properties, or those of the store that a model was trained on.
+
+    Attributes:
+        grid_affine: (4, 4) float64, voxel index -> mm.
+        mask: (X, Y, Z) bool on that grid; its V voxels, in C order, are kept.
+        tr_s: seconds between two frames.
+    """
+
+    grid_affine: NDArray[np.float64]
+    mask: NDArray[np.bool_]
+    tr_s: float
+
+
+@dataclass(frozen=True)
+class Brought:
+    """A run on the target's grid and clock, how it came there, and the TR that it had, in seconds."""
+
+    result: Standardised
+    spatial: SpatialPlan
+    temporal: TemporalPlan
+    source_tr_s: float
+
+
 def attempt(source: Source, store: Path, *, chunk_frames: int = 10, codec: str = "none") -> Outcome:
     """`ingest_run`, with every failure of this one file turned into a "quarantined" outcome."""
     started = time.monotonic()
@@ -109,15 +137,11 @@ def ingest_run(source: Source, store: Path, *, chunk_frames: int = 10, codec: st
         return done
     header = open_run(source.path)
     status = source.path.stat()
-    tr_s = repetition_time_s(header, sidecar_tr_s(source.sidecars))
-    spatial = field_of_view(source, header, target)
-    temporal = plan_temporal(header.frames, tr_s, target.tr_s)
     digest = hashlib.sha256()
-    result = standardise(read_frames(header, digest), header.frames, spatial, temporal)
-    if result.coverage < MIN_COVERAGE:
-        raise RunError(f"shows signal in only {result.coverage:.1%} of the store's brain mask")
-    facts = _names(source) | _quality(result) | _processing(spatial, temporal)
-    facts |= _origin(digest.hexdigest(), status, header.frames, tr_s)
+    brought = bring_to_target(source, header, Target(target.grid.affine, target.mask, target.tr_s), digest)
+    result = brought.result
+    facts = _names(source) | _quality(result) | _processing(brought.spatial, brought.temporal)
+    facts |= _origin(digest.hexdigest(), status, header.frames, brought.source_tr_s)
     arrays: dict[str, NDArray[Any]] = {"frames": result.frames, "mean": result.mean, "std": result.std}
     written = write_run(store, source.run, attributes=facts, chunk_frames=chunk_frames, codec=codec, **arrays)
     return Outcome(
@@ -132,6 +156,26 @@ def ingest_run(source: Source, store: Path, *, chunk_frames: int = 10, codec: st
         quantisation_db=result.quantisation_db,
         seconds=time.monotonic() - started,
     )
+
+
+def bring_to_target(source: Source, header: RunHeader, target: Target, digest: Digest | None = None) -> Brought:
+    """Read a run and bring it to `target`; the one way from a file to bytes.
+
+    Args:
+        source: its sidecars may state the TR, its mask bounds its field of view.
+        header: of its file, from `open_run`.
+        target: where to.
+        digest: given every byte of the file, see `read_frames`.
+
+    RunError: no TR, no overlap with the target, damaged data, or hardly any signal.
+    """
+    tr_s = repetition_time_s(header, sidecar_tr_s(source.sidecars))
+    spatial = field_of_view(source, header, target)
+    temporal = plan_temporal(header.frames, tr_s, target.tr_s)
+    result = standardise(read_frames(header, digest), header.frames, spatial, temporal)
+    if result.coverage < MIN_COVERAGE:
+        raise RunError(f"shows signal in only {result.coverage:.1%} of the grid's brain mask")
+    return Brought(result, spatial, temporal, tr_s)
 
 
 def outcome_if_complete(source: Source, store: Path, *, check_bytes: bool) -> Outcome | None:
@@ -176,15 +220,15 @@ def sidecar_tr_s(sidecars: tuple[Path, ...]) -> float | None:
     return None
 
 
-def field_of_view(source: Source, header: RunHeader, target: FrameStore) -> SpatialPlan:
-    """The plan of a run on the store's mask, without the voxels beyond its array or outside its own brain mask.
+def field_of_view(source: Source, header: RunHeader, target: Target) -> SpatialPlan:
+    """The plan of a run on the target's mask, without the voxels beyond its array or outside its own brain mask.
 
-    RunError: hardly any of the store's brain is covered; the run's mask is empty, of another shape, or elsewhere.
+    RunError: hardly any of the target's brain is covered; the run's mask is empty, of another shape, or elsewhere.
     """
-    plan = plan_spatial(header.shape, header.affine, target.grid.affine, target.mask)
+    plan = plan_spatial(header.shape, header.affine, target.grid_affine, target.mask)
     if plan.inside.mean() < MIN_COVERAGE:
         raise RunError(
-            f"lies outside the grid: it covers {plan.inside.mean():.1%} of the store's brain mask "
+            f"lies outside the grid: it covers {plan.inside.mean():.1%} of the grid's brain mask "
             f"(at least {MIN_COVERAGE:.0%} is needed); is it in MNI space?"
         )
     if source.mask_path is None:
@@ -192,7 +236,7 @@ def field_of_view(source: Source, header: RunHeader, target: FrameStore) -> Spat
     plan = plan.within(_own_brain(source.mask_path, header))
     if plan.inside.mean() < MIN_COVERAGE:
         raise RunError(
-            f"has a brain mask, {source.mask_path.name}, that meets only {plan.inside.mean():.1%} of the store's: "
+            f"has a brain mask, {source.mask_path.name}, that meets only {plan.inside.mean():.1%} of the grid's: "
             "is it the mask of this run?"
         )
     return plan

@@ -121,10 +121,10 @@ def mix_windows(x: Tensor, weights: MambaWeights) -> Tensor:
     """The mixer in plain torch, block of windows by block of windows: (windows, N, C) -> (windows, N, C).
 
     Under autocast its matrix products take the autocast dtype, like a linear layer's, and so does the output; the scan
-    itself runs in float32 (float64 for float64 parameters and input).
+    itself runs in float32. Float64 input stays float64 throughout, under autocast too.
     """
     device = x.device.type
-    if is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         with _without_autocast(device):
             return mix_windows(x.to(torch.get_autocast_dtype(device)), weights)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights)):

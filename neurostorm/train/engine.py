@@ -28,8 +28,8 @@ class StepOutcome:
 
 
 def decayed(name: str, parameter: torch.Tensor) -> bool:
-    """Weight decay acts on matrices only: not on norms, biases, embeddings, prompts, mask tokens and a scan's rates."""
-    return parameter.ndim >= 2 and not name.endswith(("pos_embed", "time_embed", "mask_token", "prompt", "A_log"))
+    """Weight decay acts on matrices only: not on norms, biases, embeddings, mask tokens, prompts, filters and rates."""
+    return parameter.ndim == 2 and not name.endswith(("mask_token", "A_log"))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

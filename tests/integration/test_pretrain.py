@@ -137,6 +137,35 @@ def test_killed_and_started_again_it_ends_like_its_uninterrupted_twin(ball_confi
     assert f"{steps} steps done" in last_start, "a finished run was not recognised"
 
 
+def test_the_scan_pretrains_on_brain_tokens_from_store_to_saved_model(ball_config, start):
+    config = ball_config(
+        run={"name": "scan"},
+        model={"embed_dim": 8, "depths": (2, 1), "heads": (1, 2), "mixer": "mamba", "tokens": "brain"},
+        mask={"kind": "window-tube", "window": (2, 2, 2, 2)},
+        strd={"enabled": True, "rate": 0.1},
+        train={"global_batch": 4, "max_steps": 12, "log_every": 4, "lr": 1e-2},
+    )
+    start(config).finish()
+    losses = [loss for _, (loss, _) in sorted(ledger(config).items())]
+    assert len(losses) == 12 and sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    saved = load_pretrained(config.run.folder / "model")
+    assert (saved.config.mixer, saved.config.tokens) == ("mamba", "brain")
+    assert saved.strd_config.rate == 0.1 and saved.mask_config.kind == "window-tube"
+    metrics = last_metrics(config)
+    assert metrics["strd/drop_rate"] == pytest.approx(0.1, abs=0.03) and metrics["mask/fraction"] == 0.5
+    assert metrics["speed/mfu"] > 0
+
+
+def last_metrics(config: Config) -> dict[str, float]:
+    """The latest metrics of the one MLflow run with the configuration's name."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{config.run.output / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("neurostorm")
+    (run,) = [r for r in client.search_runs([experiment.experiment_id]) if r.info.run_name == config.run.name]
+    return run.data.metrics
+
+
 def check_mlflow(config: Config, steps: int) -> None:
     """The victim has one MLflow run, finished, with metrics to the last step, its configuration and its model."""
     from mlflow import MlflowClient

@@ -163,6 +163,13 @@ def test_bfloat16_and_autocast_stay_close_to_float32():
         assert_near(found, expected, 0.05)
 
 
+def test_float64_stays_float64_under_autocast():
+    mixer, x = random_mixer(8).double(), torch.randn(2, 20, 8, dtype=torch.float64)
+    expected = forward_backward(mixer, x, torch.ones_like(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_near(forward_backward(mixer, x, torch.ones_like(x)), expected, 0.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [-100.0, 1e3])
 def test_extreme_steps_and_decays_stay_finite(bias, dtype):

@@ -72,7 +72,7 @@ def test_weight_decay_acts_on_matrices_only():
     model.linear, model.norm = nn.Linear(3, 2), nn.LayerNorm(3)
     model.pos_embed = nn.Parameter(torch.zeros(1, 3, 2, 2, 2, 1))
     model.window_mask_token = nn.Parameter(torch.zeros(8, 3))
-    model.A_log, model.prompt = nn.Parameter(torch.zeros(4, 3)), nn.Parameter(torch.zeros(1, 2, 3))
+    model.A_log, model.filter = nn.Parameter(torch.zeros(4, 3)), nn.Parameter(torch.zeros(6, 1, 4))
     model.frozen = nn.Parameter(torch.zeros(3, 3), requires_grad=False)
     decay, rest = parameter_groups(model, 0.1)
     assert [id(p) for p in decay["params"]] == [id(model.linear.weight)]
