@@ -222,7 +222,8 @@ def load_pretrained(directory: str | os.PathLike[str]) -> SwinEncoder:
     ]
     if shapes:
         raise HubError(f"{source / WEIGHTS}: shapes differ from {CONFIG}: {', '.join(shapes)}")
-    model.load_state_dict(tensors, assign=True)  # keeps the saved dtype
+    # Assigned, to keep the saved dtype; copied, as products of memory that is aligned otherwise round otherwise.
+    model.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
     model.extra = config["extra"]
     return model.eval()
 

@@ -29,6 +29,7 @@ from torch.amp.autocast_mode import is_autocast_available
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv1d, linear, silu, softplus
 
+from neurostorm.model.mixer import Mixer
 from neurostorm.model.scan import ScanInputs, empty_states, scan_backward, scan_forward
 from neurostorm.model.strd import StageDropout
 from neurostorm.model.windows import Bucket
@@ -45,8 +46,8 @@ _BLOCK_STATES = {"cpu": 2**15, "cuda": 2**22}
 _log = logging.getLogger(__name__)
 
 
-class Mamba(nn.Module):
-    """Selective state-space mixer with the parameters of the released models.
+class Mamba(Mixer):
+    """Selective state-space mixer with the parameters of the released models; it projects block by block itself.
 
     Args:
         width: channels C; the scan has 2C, its step sizes rank ceil(C / 16).

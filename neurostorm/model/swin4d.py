@@ -13,7 +13,7 @@ between the patches and the features is ``(B, P, C)`` tokens; ``geometry.py`` kn
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from einops import rearrange
@@ -24,12 +24,13 @@ from torch.utils.checkpoint import checkpoint
 from neurostorm.model.attention import WindowAttention
 from neurostorm.model.geometry import Geometry, Level, geometry_of
 from neurostorm.model.mamba import Mamba
+from neurostorm.model.mixer import Mixer
 from neurostorm.model.strd import StageDropout, StrdConfig
 from neurostorm.model.swin_config import SwinConfig
-from neurostorm.model.windows import Axes, Bucket, WindowTable, join_windows, split_windows
+from neurostorm.model.windows import Axes, WindowTable, gather_rows, join_rows, scatter_rows, split_rows, split_windows
 
 # mixer -> (name of its parameters in the released models, constructor of (width, heads, qkv_bias))
-MIXERS: dict[str, tuple[str, Callable[[int, int, bool], nn.Module]]] = {
+MIXERS: dict[str, tuple[str, Callable[[int, int, bool], Mixer]]] = {
     "attention": ("attn", WindowAttention),
     "mamba": ("mamba", Mamba),
 }
@@ -109,19 +110,22 @@ class Block(nn.Module):
         self.register_parameter("prompt", None)
 
     def forward(self, x: Tensor, table: WindowTable, strd: StageDropout | None = None) -> Tensor:
-        windows = split_windows(self.norm1(x), table)
-        mixed = [self.mix(group, bucket, strd) for group, bucket in zip(windows, table.buckets, strict=True)]
-        x = x + self.drop_path(join_windows(mixed, table), table)
+        x = x + self.drop_path(self.mix(self.norm1(x), table, strd), table)
         return x + self.drop_path(self.mlp(self.norm2(x)), table)
 
-    def mix(self, windows: Tensor, bucket: Bucket, strd: StageDropout | None) -> Tensor:
-        """The mixer over windows (windows, N, C), with the prompts before them and removed after."""
-        mixer = self.get_submodule(self._mixer_name)
+    def mix(self, x: Tensor, table: WindowTable, strd: StageDropout | None) -> Tensor:
+        """The mixer over the windows of tokens (B, P, C), with the prompts before them and removed after."""
+        mixer = cast(Mixer, self.get_submodule(self._mixer_name))
+        groups = split_rows(mixer.project_in(gather_rows(x, table)), table, len(x))
         if self.prompt is None:
-            return mixer(windows, bucket, strd)
-        count = self.prompt.shape[1]
-        prompts = self.prompt.to(windows.dtype).expand(len(windows), -1, -1)
-        return mixer(torch.cat([prompts, windows], 1), bucket.after_prompts(count))[:, count:]
+            mixed = [mixer(group, bucket, strd) for group, bucket in zip(groups, table.buckets, strict=True)]
+        else:
+            prompts, count = mixer.project_in(self.prompt.to(x.dtype)), self.prompt.shape[1]
+            mixed = [
+                mixer(torch.cat([prompts.expand(len(group), -1, -1), group], 1), bucket.after_prompts(count))[:, count:]
+                for group, bucket in zip(groups, table.buckets, strict=True)
+            ]
+        return scatter_rows(mixer.project_out(join_rows(mixed)), table, len(x))
 
     def set_prompts(self, count: int) -> None:
         """``count`` new prompts, drawn as the released ones; 0 removes them."""
@@ -265,8 +269,15 @@ class SwinEncoder(nn.Module):
         if volume.ndim != 6 or volume.shape[1] != self.config.in_chans or tuple(volume.shape[2:5]) != size[:3]:
             raise ValueError(f"volume of shape {tuple(volume.shape)}: expected (B, {self.config.in_chans}, *{size})")
         p, q, r, _ = self.config.patch_size
-        raster = rearrange(volume, "b c (x p) (y q) (z r) t -> b (x y z t) (p q r c)", p=p, q=q, r=r)
-        return self.geometry(volume.shape[-1], volume.device).levels[0].from_raster(raster)
+        finest = self.geometry(volume.shape[-1], volume.device).levels[0]
+        grid = rearrange(volume, "b c (x p) (y q) (z r) t -> x y z b p q r c t", p=p, q=q, r=r)
+        if self._token_patches is None:
+            return finest.from_raster(rearrange(grid, "x y z b p q r c t -> b (x y z t) (p q r c)"))
+        # Only the patches that are tokens are read: a third of the volume.
+        chosen = torch.from_numpy(self._token_patches).to(volume.device)
+        patches = rearrange(grid[chosen.view(grid.shape[:3])], "s b p q r c t -> b (s t) (p q r c)")
+        place = (chosen.cumsum(0) - 1)[finest.space_of_token] * volume.shape[-1] + finest.time_of_token
+        return patches.index_select(1, place)
 
     def encode(self, tokens: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
         """Embedded tokens (B, P, embed_dim) -> (last stage's tokens (B, P', C'), STRD drop rate (stages,))."""

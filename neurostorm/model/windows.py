@@ -1,7 +1,8 @@
 """Tables that move packed tokens into windows and back.
 
     coordinates (P, 5) --window of each token--> sort --> groups of equal size = buckets (W, N) of token numbers
-    x (B, P, C) --split_windows--> per bucket (B * W, N, C) --mixer--> --join_windows--> (B, P, C)
+    x (B, P, C) --gather_rows--> rows (R, C), bucket after bucket --split_rows--> per bucket (B * W, N, C), views
+                <--scatter_rows--                                 <--join_rows-- what a mixer made of them
 
 A mixer sees ``(windows, N, C)`` and the bucket's key mask, nothing of the grid. What "a token does not exist" means is
 settled here once: it lies in no window, so it is no key, and a scan does not pass over it: neither its state nor its
@@ -88,85 +89,111 @@ class Bucket:
 
 @dataclass(frozen=True, eq=False)
 class WindowTable:
-    """Moves ``tokens`` packed tokens into groups and back; every token lies in one group at most.
-
-    ``inverse`` is long (P,): where a token lies in the concatenation of all buckets; a value equal to that
-    concatenation's length marks a token that no group holds (it reads as zero on the way back).
-    """
+    """Moves ``tokens`` packed tokens into groups and back; every token lies in one group at most."""
 
     buckets: tuple[Bucket, ...]
-    inverse: Tensor
     tokens: int
     has_padding: bool  # some index entries are P
     has_absent: bool  # some tokens are in no group
-    contiguous: bool  # the buckets follow each other in packed order: grouping is slicing
+    contiguous: bool  # the buckets follow each other in packed order
     sample: Tensor | None = None  # long (P,), the sample of each token where their sets differ
     samples: int = 1  # how many of them there are then
+    _maps: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    def is_view(self, batch: int) -> bool:
+        """Whether the rows of ``batch`` samples are their tokens as they lie."""
+        return self.contiguous and (batch == 1 or len(self.buckets) == 1)
+
+    def maps(self, batch: int) -> tuple[Tensor, Tensor]:
+        """For ``batch`` samples: int32 (R,) token of each row, B * P for a zero row; int32 (B * P,) row of each token.
+
+        The row is R for a token in no group. Made once for each batch size.
+        """
+        if batch not in self._maps:
+            device, nothing = self.buckets[0].index.device, batch * self.tokens
+            start = torch.arange(batch, device=device)[:, None] * self.tokens
+            flat = [bucket.index.view(1, -1) for bucket in self.buckets]
+            index = torch.cat([torch.where(i == self.tokens, nothing, i + start).view(-1) for i in flat])
+            inverse = index.new_full((nothing + 1,), len(index))
+            inverse[index] = torch.arange(len(index), device=device)
+            self._maps[batch] = index.int(), inverse[:-1].int()
+        return self._maps[batch]
+
+
+def gather_rows(x: Tensor, table: WindowTable) -> Tensor:
+    """Packed tokens (B, P, C) -> rows (R, C) of all groups: bucket after bucket, inside it sample after sample.
+
+    Padding and absent slots read as zeros.
+    """
+    return x.reshape(-1, x.shape[-1]) if table.is_view(len(x)) else _Gather.apply(x, table)
+
+
+def scatter_rows(rows: Tensor, table: WindowTable, batch: int) -> Tensor:
+    """Inverse of :func:`gather_rows`: (R, C) -> (B, P, C); padding and absent slots are dropped."""
+    if table.is_view(batch):
+        return rows.reshape(batch, table.tokens, rows.shape[-1])
+    return _Scatter.apply(rows, table, batch)
+
+
+def split_rows(rows: Tensor, table: WindowTable, batch: int) -> list[Tensor]:
+    """Rows (R, C) -> views per bucket (B * W, N, C), batch slowest."""
+    parts = rows.split([batch * bucket.index.numel() for bucket in table.buckets])
+    return [
+        part.view(-1, bucket.index.shape[1], rows.shape[-1]) for part, bucket in zip(parts, table.buckets, strict=True)
+    ]
+
+
+def join_rows(groups: Sequence[Tensor]) -> Tensor:
+    """Per bucket (B * W, N, C) -> rows (R, C)."""
+    flat = [group.reshape(-1, group.shape[-1]) for group in groups]
+    return torch.cat(flat) if len(flat) > 1 else flat[0]
 
 
 def split_windows(x: Tensor, table: WindowTable) -> list[Tensor]:
-    """Packed tokens (B, P, C) -> per bucket (B * W, N, C), batch slowest. Padding and absent slots read as zeros."""
-    if table.contiguous and len(table.buckets) == 1:
-        windows, count = table.buckets[0].index.shape
-        return [x.reshape(x.shape[0] * windows, count, x.shape[-1])]
-    return list(_Split.apply(x, table))
+    """Packed tokens (B, P, C) -> per bucket (B * W, N, C), batch slowest."""
+    return split_rows(gather_rows(x, table), table, len(x))
 
 
 def join_windows(groups: Sequence[Tensor], table: WindowTable) -> Tensor:
-    """Inverse of :func:`split_windows`: per bucket (B * W, N, C) -> (B, P, C); padding and absent slots are dropped."""
-    if table.contiguous and len(table.buckets) == 1:
-        windows, count = table.buckets[0].index.shape
-        return groups[0].reshape(-1, windows * count, groups[0].shape[-1])
-    return _Join.apply(table, *groups)
+    """Inverse of :func:`split_windows`: per bucket (B * W, N, C) -> (B, P, C)."""
+    return scatter_rows(join_rows(groups), table, len(groups[0]) // len(table.buckets[0].index))
 
 
-def _gather_groups(x: Tensor, table: WindowTable) -> tuple[Tensor, ...]:
-    if table.contiguous:
-        parts = x.split([bucket.index.numel() for bucket in table.buckets], 1)
-        return tuple(
-            part.reshape(-1, bucket.index.shape[1], x.shape[-1])
-            for part, bucket in zip(parts, table.buckets, strict=True)
-        )
+def _rows_of(x: Tensor, table: WindowTable) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
     if table.has_padding:
-        x = torch.cat([x, x.new_zeros(x.shape[0], 1, x.shape[-1])], 1)
-    return tuple(
-        x.index_select(1, bucket.index.view(-1)).view(-1, bucket.index.shape[1], x.shape[-1])
-        for bucket in table.buckets
-    )
+        rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+    return rows.index_select(0, table.maps(len(x))[0])
 
 
-def _gather_tokens(groups: Sequence[Tensor], table: WindowTable) -> Tensor:
-    width = groups[0].shape[-1]
-    batch = groups[0].shape[0] // table.buckets[0].index.shape[0]
-    flat = [group.reshape(batch, -1, width) for group in groups]
+def _tokens_of(rows: Tensor, table: WindowTable, batch: int) -> Tensor:
     if table.has_absent:
-        flat.append(flat[0].new_zeros(batch, 1, width))
-    joined = torch.cat(flat, 1) if len(flat) > 1 else flat[0]
-    return joined if table.contiguous else joined.index_select(1, table.inverse)
+        rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+    return rows.index_select(0, table.maps(batch)[1]).view(batch, table.tokens, rows.shape[1])
 
 
-class _Split(torch.autograd.Function):
+class _Gather(torch.autograd.Function):
     """Grouping as a gather whose gradient is the inverse gather: autograd's own would scatter-add."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, table: WindowTable) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, table: WindowTable) -> Tensor:
+        ctx.table, ctx.batch = table, len(x)
+        return _rows_of(x, table)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _tokens_of(grad, ctx.table, ctx.batch), None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, table: WindowTable, batch: int) -> Tensor:
         ctx.table = table
-        return _gather_groups(x, table)
+        return _tokens_of(rows, table, batch)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _gather_tokens(grads, ctx.table), None
-
-
-class _Join(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, table: WindowTable, *groups: Tensor) -> Tensor:
-        ctx.table = table
-        return _gather_tokens(groups, table)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_gather_groups(grad, ctx.table)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _rows_of(grad, ctx.table), None, None
 
 
 def effective_window(grid: Axes, window: Axes, shifted: bool) -> tuple[Axes, Axes]:
@@ -253,15 +280,13 @@ def _buckets(
 def table_of(buckets: Sequence[Bucket], tokens: int) -> WindowTable:
     """The table of ``buckets`` over ``tokens`` packed tokens, on their device."""
     flat = np.concatenate([bucket.index.cpu().numpy().ravel() for bucket in buckets])
-    inverse = np.full(tokens + 1, len(flat))  # the last is where padding writes
-    inverse[flat] = np.arange(len(flat))
-    inverse = inverse[:tokens]
+    grouped = np.zeros(tokens + 1, bool)
+    grouped[flat] = True
     return WindowTable(
         tuple(buckets),
-        torch.from_numpy(inverse).to(buckets[0].index.device),
         tokens,
-        has_padding=bool((flat == tokens).any()),
-        has_absent=bool((inverse == len(flat)).any()),
+        has_padding=bool(grouped[tokens]),
+        has_absent=not grouped[:tokens].all(),
         contiguous=np.array_equal(flat, np.arange(tokens)),
     )
 

@@ -65,7 +65,7 @@ def test_every_token_lies_in_exactly_one_window_and_comes_back(grid, window, shi
     table = level.windows(window, shifted)
     index = torch.cat([bucket.index.flatten() for bucket in table.buckets])
     assert sorted(index[index < len(level)].tolist()) == list(range(len(level)))
-    assert torch.equal(index[table.inverse], torch.arange(len(level)))
+    assert torch.equal(index[table.maps(1)[1].long()], torch.arange(len(level)))
     x = torch.arange(1.0, 2 * len(level) * 3 + 1).view(2, len(level), 3)
     groups = split_windows(x, table)
     assert torch.equal(join_windows(groups, table), x)
@@ -86,7 +86,7 @@ def test_gradients_of_grouping_equal_those_of_plain_indexing(grid, window, shift
     weight = torch.randn_like(x)
     joined = (join_windows([g.square() * w for g, w in zip(groups, weights, strict=True)], table) * weight).sum()
     flat = torch.cat([(g.square() * w).view(2, -1, 2) for g, w in zip(plain, weights, strict=True)], 1)
-    (flat[:, table.inverse] * weight).sum().backward()
+    (flat[:, table.maps(1)[1].long()] * weight).sum().backward()
     joined.backward()
     assert torch.allclose(x.grad, twin.grad, rtol=1e-12)
 
@@ -197,3 +197,25 @@ def test_only_windows_have_neighbourhoods():
     (merge,) = geometry_of((4, 4, 4, 2), ((2, 2, 2, 2),) * 2, CPU).merges
     with pytest.raises(ValueError, match="no window"):
         merge.buckets[0].neighbours(5, 5)
+
+
+def test_unshifted_windows_hold_what_the_released_partition_holds(golden):
+    case = golden("modules")
+    level = level_of((4, 4, 6, 4), (2, 2, 2, 2))
+    packed = level.from_raster(case.tensors["pm_in"].flatten(1, 4))
+    (windows,) = split_windows(packed, level.windows((2, 2, 2, 2), False))
+    assert torch.equal(windows, case.tensors["wp_out"])
+
+
+def test_shifted_windows_pair_the_tokens_that_the_released_mask_lets_pair(golden):
+    mask = golden("modules").tensors["attn_mask"]  # 0 or -100, of the windows of the rolled grid
+    rolled = level_of((4, 4, 6, 4), (2, 2, 2, 2), WRAPPED)
+    (bucket,) = rolled.windows((2, 2, 2, 2), True).buckets
+    released = torch.zeros(384, 384, dtype=torch.bool)
+    for tokens, allowed in zip(rolled.order[bucket.index], mask == 0, strict=True):
+        released[tokens[:, None], tokens] = allowed
+    ours, level = torch.zeros_like(released), level_of((4, 4, 6, 4), (2, 2, 2, 2))
+    for bucket in level.windows((2, 2, 2, 2), True).buckets:
+        for tokens in level.order[bucket.index]:
+            ours[tokens[:, None], tokens] = True
+    assert torch.equal(ours, released)
