@@ -37,6 +37,7 @@ from neurostorm.model.windows import WindowTable
 
 _SCAN_PER_STATE, _SCAN_PER_CHANNEL = 7, 3
 _ADAMW_PASSES = 7  # reads weight, gradient and two moments, writes all but the gradient
+_LONG_PRODUCT_S = 0.01
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,10 @@ class Cost:
         return 4 * 4 * self.parameters
 
     def moved_bytes(self, batch: int, value_bytes: int = 4) -> int:
-        """Bytes that a training step of ``batch`` clips moves at least.
+        """Bytes that a training step of ``batch`` clips moves, when nothing is fused and no cache holds a tensor.
 
-        A kept activation is written and read once in each pass (itself forward, its gradient backward), and read for
-        that gradient; weights are read twice, gradients written, and AdamW passes over all of its state.
+        A kept activation is written, read by the next operation and read again in the backward pass, where its gradient
+        is written and read; weights are read twice, gradients written, and AdamW passes over all of its state.
         """
         return 5 * batch * self.kept_bytes(value_bytes) + 4 * (3 + _ADAMW_PASSES) * self.parameters
 
@@ -115,11 +116,11 @@ def clip_cost(model: SwinEncoder, frames: int | None = None) -> Cost:
     """Cost of one clip of an encoder or a masked autoencoder.
 
     Args:
-        model: on any device; on "meta" nothing is allocated.
+        model: on any device, whose tables count; on "meta" nothing is allocated, and those of a CPU count.
         frames: of the clip; None for the longest.
     """
-    config = model.config
-    geometry = model.geometry(config.frames if frames is None else frames, "cpu")
+    config, device = model.config, model.patch_embed.fc.weight.device
+    geometry = model.geometry(config.frames if frames is None else frames, "cpu" if device.type == "meta" else device)
     count, tokens = _Count(), [len(level) for level in geometry.levels]
     count.linear([model.patch_embed.fc], tokens[0])
     embedding = count.flops.linear
@@ -166,28 +167,46 @@ def _count_blocks(count: _Count, stage: BlockStack, tables: list[WindowTable]) -
 
 
 def _count_block(count: _Count, block: Block, table: WindowTable) -> None:
-    width = block.norm1.weight.numel()
     prompts = 0 if block.prompt is None else block.prompt.shape[1]
-    windows = [(len(bucket.index), bucket.index.shape[1] + prompts) for bucket in table.buckets]
-    rows = sum(number * size for number, size in windows)
     for mixer in block.children():
         if isinstance(mixer, WindowAttention):
-            pairs = sum(number * size**2 for number, size in windows)
-            count.linear(mixer.modules(), rows)
-            count.flops += Flops(attention=4 * pairs * width)
-            count.kept += rows * (5 * width + mixer.heads)  # input, q, k, v, result, logarithm of the softmax's sum
+            _count_attention(count, mixer, table, prompts)
         elif isinstance(mixer, Mamba):
-            channels, states = mixer.A_log.shape
-            scanned = rows * channels * (_SCAN_PER_STATE * states + _SCAN_PER_CHANNEL)
-            count.linear(mixer.modules(), rows)
-            count.flops += Flops(convolution=2 * rows * mixer.conv1d.weight.numel(), scan=scanned)
-            chunks = sum(number * -(-size // CHUNK_TOKENS) for number, size in windows)
-            count.kept += rows * width + chunks * channels * states  # input, and the state before each chunk
+            _count_scan(count, mixer, table, prompts)
+    width, hidden = block.mlp.linear1.in_features, block.mlp.linear1.out_features
     count.linear(block.mlp.modules(), table.tokens)
-    hidden = block.mlp.linear1.out_features
-    count.kept += table.tokens * (
-        3 * width + 2 * hidden + 4
-    )  # both norms' inputs and moments, MLP's input, hidden, GELU
+    # Both norms' inputs and moments; the MLP's input, its hidden values before and after GELU.
+    count.kept += table.tokens * (3 * width + 2 * hidden + 4)
+
+
+def _count_attention(count: _Count, mixer: WindowAttention, table: WindowTable, prompts: int) -> None:
+    width = mixer.proj.in_features
+    windows, rows = _windows(table, 0)
+    count.linear([mixer.qkv], rows + prompts)  # prompts are projected once, not in each window
+    count.linear([mixer.proj], rows)
+    joined = prompts > 0 or len(windows) > 1  # else the results are already one tensor
+    count.kept += rows * width * (2 if joined else 1)  # inputs of both projections
+    windows, rows = _windows(table, prompts)
+    count.flops += Flops(attention=4 * width * sum(number * size**2 for number, size in windows))
+    count.kept += rows * (4 * width + mixer.heads)  # q, k, v, result, the softmax's log-sums
+
+
+def _count_scan(count: _Count, mixer: Mamba, table: WindowTable, prompts: int) -> None:
+    windows, rows = _windows(table, prompts)
+    channels, states = mixer.A_log.shape
+    count.linear(mixer.modules(), rows)
+    count.flops += Flops(
+        convolution=2 * rows * mixer.conv1d.weight.numel(),
+        scan=rows * channels * (_SCAN_PER_STATE * states + _SCAN_PER_CHANNEL),
+    )
+    chunks = sum(number * -(-size // CHUNK_TOKENS) for number, size in windows)
+    count.kept += rows * mixer.in_proj.in_features + chunks * channels * states  # input, the state before each chunk
+
+
+def _windows(table: WindowTable, prompts: int) -> tuple[list[tuple[int, int]], int]:
+    """(windows, rows in each) per bucket of a table, and all rows, with ``prompts`` more in each window."""
+    windows = [(len(bucket.index), bucket.index.shape[1] + prompts) for bucket in table.buckets]
+    return windows, sum(number * size for number, size in windows)
 
 
 def _count_expansion(count: _Count, expanding: PatchExpanding, parents: int) -> None:
@@ -196,12 +215,25 @@ def _count_expansion(count: _Count, expanding: PatchExpanding, parents: int) -> 
 
 
 def measured_peak(device: torch.device | str, dtype: torch.dtype = torch.float32) -> float:
-    """Operations per second of the machine's own square matrix product, the best of several; about .3 s on a CPU."""
+    """Operations per second of the machine's own square matrix product, the best of several; about .3 s on a CPU.
+
+    The second factor is transposed, as a linear layer's weight is. The product is only as large as takes a while: some
+    processors have no bfloat16 arithmetic to speak of.
+    """
     device = torch.device(device)
-    size = 8192 if device.type == "cuda" else 1024
+    size, largest, rate = 256, 8192 if device.type == "cuda" else 1024, 0.0
+    while True:
+        seconds = _product_s(size, device, dtype)
+        rate = max(rate, 2 * size**3 / seconds)
+        if size == largest or seconds > _LONG_PRODUCT_S:
+            return rate
+        size *= 2
+
+
+def _product_s(size: int, device: torch.device, dtype: torch.dtype) -> float:
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return 2 * size**3 / _best_s(lambda: torch.mm(a, b, out=out), device)
+    return _best_s(lambda: torch.mm(a, b.T, out=out), device)
 
 
 def copy_rate(device: torch.device | str) -> float:
@@ -213,7 +245,7 @@ def copy_rate(device: torch.device | str) -> float:
     return 2 * size / _best_s(lambda: target.copy_(source), device)
 
 
-def _best_s(work: Callable[[], Tensor], device: torch.device, rounds: int = 8) -> float:
+def _best_s(work: Callable[[], Tensor], device: torch.device, rounds: int = 5) -> float:
     """Shortest time of ``work``, seconds, after one call to warm up."""
     best = float("inf")
     for number in range(rounds + 1):

@@ -33,6 +33,7 @@ from neurostorm.model.windows import (
     Layout,
     WindowTable,
     effective_window,
+    gather_rows,
     join_windows,
     raster_coords,
     split_windows,
@@ -74,6 +75,7 @@ class Level:
         self.time_of_token = self.order % grid[3]
         cell = torch.from_numpy(raster + self.cells[:, 0] * int(np.prod(grid))).to(device)
         self._raster = table_of([Bucket(cell[:, None])], samples * int(np.prod(grid)))
+        self._ranks = table_of([Bucket(cell.argsort().argsort()[:, None])], len(cell))
         self._windows: dict[tuple[Axes, bool], WindowTable] = {}
 
     def __len__(self) -> int:
@@ -91,6 +93,10 @@ class Level:
     def positions(self, table: Tensor) -> Tensor:
         """A value for each cell of the grid, (S * T, C) with t fastest -> that of each token, (1, P, C)."""
         return self.from_raster(table[None]) if self.samples == 1 else embedding(self.order, table)[None]
+
+    def pack(self, x: Tensor) -> Tensor:
+        """The tokens in raster order, (B, P, C), samples one after another where they share a list -> packed."""
+        return gather_rows(x, self._ranks).view(x.shape[0], len(self), x.shape[-1])
 
     def from_raster(self, x: Tensor) -> Tensor:
         """(B, S * T, C) with t fastest -> packed (B, P, C); (1, P, C) when the samples' tokens differ."""

@@ -257,7 +257,8 @@ class SwinEncoder(nn.Module):
         if not 1 <= frames <= config.frames:
             raise ValueError(f"a clip of {frames} frames: this model takes 1 to {config.frames} (img_size)")
         where = torch.device(device) if device is not None else self.patch_embed.fc.weight.device
-        return geometry_of((*config.grid, frames), config.windows, where, config.window_layout, self._token_patches)
+        layout = config.window_layout(where.type)
+        return geometry_of((*config.grid, frames), config.windows, where, layout, self._token_patches)
 
     def to_patches(self, volume: Tensor) -> Tensor:
         """Volume (B, C, X, Y, Z, T) -> patches (B, P, p^3 C) of the tokens, in packed order.
@@ -265,19 +266,7 @@ class SwinEncoder(nn.Module):
         Raises:
             ValueError: the volume has another size than ``img_size`` (fewer frames are fine).
         """
-        size = self.config.img_size
-        if volume.ndim != 6 or volume.shape[1] != self.config.in_chans or tuple(volume.shape[2:5]) != size[:3]:
-            raise ValueError(f"volume of shape {tuple(volume.shape)}: expected (B, {self.config.in_chans}, *{size})")
-        p, q, r, _ = self.config.patch_size
-        finest = self.geometry(volume.shape[-1], volume.device).levels[0]
-        grid = rearrange(volume, "b c (x p) (y q) (z r) t -> x y z b p q r c t", p=p, q=q, r=r)
-        if self._token_patches is None:
-            return finest.from_raster(rearrange(grid, "x y z b p q r c t -> b (x y z t) (p q r c)"))
-        # Only the patches that are tokens are read: a third of the volume.
-        chosen = torch.from_numpy(self._token_patches).to(volume.device)
-        patches = rearrange(grid[chosen.view(grid.shape[:3])], "s b p q r c t -> b (s t) (p q r c)")
-        place = (chosen.cumsum(0) - 1)[finest.space_of_token] * volume.shape[-1] + finest.time_of_token
-        return patches.index_select(1, place)
+        return self.geometry(volume.shape[-1], volume.device).levels[0].pack(self._raster_patches(volume))
 
     def encode(self, tokens: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
         """Embedded tokens (B, P, embed_dim) -> (last stage's tokens (B, P', C'), STRD drop rate (stages,))."""
@@ -295,11 +284,25 @@ class SwinEncoder(nn.Module):
 
     def features(self, volume: Tensor) -> Tensor:
         """(B, C, X, Y, Z, T) -> (B, C', d, h, w, T), nothing hidden; zero where no token exists."""
-        tokens = self.feature_tokens(self.to_patches(volume))
-        return self.geometry(volume.shape[-1], volume.device).levels[-1].to_grid(tokens)
+        geometry = self.geometry(volume.shape[-1], volume.device)
+        embedded = self.patch_embed(self._raster_patches(volume))  # before packing, as it is much narrower after
+        tokens, _ = self.encode(geometry.levels[0].pack(embedded), geometry)
+        return geometry.levels[-1].to_grid(tokens)
 
     def forward(self, volume: Tensor) -> Tensor:
         return self.features(volume)
+
+    def _raster_patches(self, volume: Tensor) -> Tensor:
+        """(B, C, X, Y, Z, T) -> (B, P, p^3 C), the tokens' patches in raster order; only those are read."""
+        size = self.config.img_size
+        if volume.ndim != 6 or volume.shape[1] != self.config.in_chans or tuple(volume.shape[2:5]) != size[:3]:
+            raise ValueError(f"volume of shape {tuple(volume.shape)}: expected (B, {self.config.in_chans}, *{size})")
+        p, q, r, _ = self.config.patch_size
+        grid = rearrange(volume, "b c (x p) (y q) (z r) t -> x y z b p q r c t", p=p, q=q, r=r)
+        if self._token_patches is None:
+            return rearrange(grid, "x y z b p q r c t -> b (x y z t) (p q r c)")
+        chosen = torch.from_numpy(self._token_patches).to(volume.device).view(grid.shape[:3])
+        return rearrange(grid[chosen], "s b p q r c t -> b (s t) (p q r c)")
 
     def _frames(self, patches: Tensor) -> int:
         frames, rest = divmod(patches.shape[1], self.tokens_per_frame)

@@ -8,6 +8,8 @@ MIXERS = ("attention", "mamba")
 LAYOUTS = ("clean", "paper")
 TOKENS = ("dense", "brain")
 
+_COARSE = 64  # slots
+
 
 @dataclass(frozen=True)
 class SwinConfig:
@@ -98,11 +100,14 @@ class SwinConfig:
         # Quirk of the released models: a last stage whose window spans all of space does not shift over frames either.
         return not (self.layout == "paper" and self.full_last and stage + 1 == self.stages)
 
-    @property
-    def window_layout(self) -> Layout:
-        """How windows are cut, with the released quirks in the paper's layout only."""
-        paper = self.layout == "paper"
-        return Layout(pad=paper, wrap=paper and self.mixer == "mamba")
+    def window_layout(self, device_type: str) -> Layout:
+        """How windows are cut, with the released quirks in the paper's layout only.
+
+        A scan pays for every bucket with a loop over its tokens, and a GPU with kernel launches, so there the sizes of
+        uneven windows are rounded to few; for attention on a CPU exact sizes are the faster ones.
+        """
+        paper, rounded = self.layout == "paper", self.mixer == "mamba" or device_type != "cpu"
+        return Layout(pad=paper, wrap=paper and self.mixer == "mamba", round_to=_COARSE if rounded else 1)
 
     def drop_path_rates(self, stage: int) -> list[float]:
         """Stochastic depth of the blocks of a stage: 0 to ``drop_path`` in equal steps over all blocks."""
