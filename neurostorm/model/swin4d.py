@@ -18,13 +18,13 @@ from typing import Any, cast
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.functional import gelu
 from torch.utils.checkpoint import checkpoint
 
 from neurostorm.model.attention import WindowAttention
 from neurostorm.model.geometry import Geometry, Level, geometry_of
 from neurostorm.model.mamba import Mamba
 from neurostorm.model.mixer import Mixer
+from neurostorm.model.mlp import Mlp
 from neurostorm.model.strd import StageDropout, StrdConfig
 from neurostorm.model.swin_config import SwinConfig
 from neurostorm.model.windows import Axes, WindowTable, gather_rows, join_rows, scatter_rows, split_rows, split_windows
@@ -78,16 +78,6 @@ class DropPath(nn.Module):
         keep = 1.0 - self.rate
         factor = x.new_empty(x.shape[0] * table.samples, 1, 1).bernoulli_(keep).div_(keep)
         return x * (factor if table.sample is None else factor[table.sample, 0])
-
-
-class Mlp(nn.Module):
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.linear1 = nn.Linear(width, hidden)
-        self.linear2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear2(gelu(self.linear1(x)))
 
 
 class Block(nn.Module):
