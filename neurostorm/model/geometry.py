@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.nn.functional import embedding
 
 from neurostorm.model.windows import (
     Axes,
@@ -76,6 +75,9 @@ class Level:
         cell = torch.from_numpy(raster + self.cells[:, 0] * int(np.prod(grid))).to(device)
         self._raster = table_of([Bucket(cell[:, None])], samples * int(np.prod(grid)))
         self._ranks = table_of([Bucket(cell.argsort().argsort()[:, None])], len(cell))
+        patches = torch.unique(self.space_of_token)
+        whole = samples == 1 and len(patches) * grid[3] == len(cells)  # every patch is there in all frames
+        self._patches = patches if whole else None
         self._windows: dict[tuple[Axes, bool], WindowTable] = {}
 
     def __len__(self) -> int:
@@ -90,9 +92,11 @@ class Level:
             self._windows[key] = window_table(self.cells, grid, effective, shift, self.layout, self.device)
         return self._windows[key]
 
-    def positions(self, table: Tensor) -> Tensor:
-        """A value for each cell of the grid, (S * T, C) with t fastest -> that of each token, (1, P, C)."""
-        return self.from_raster(table[None]) if self.samples == 1 else embedding(self.order, table)[None]
+    def positions(self, space: Tensor, time: Tensor) -> Tensor:
+        """A value for each patch (S, C) plus one for each frame (T, C), for every token: (1, P, C)."""
+        if self._patches is None:
+            return (space[self.space_of_token] + time[self.time_of_token])[None]
+        return self.pack((space[self._patches].unsqueeze(1) + time).flatten(0, 1)[None])
 
     def pack(self, x: Tensor) -> Tensor:
         """The tokens in raster order, (B, P, C), samples one after another where they share a list -> packed."""

@@ -59,9 +59,9 @@ class PositionalEmbedding(nn.Module):
         nn.init.trunc_normal_(self.time_embed, std=0.02)
 
     def forward(self, x: Tensor, level: Level) -> Tensor:
-        space = rearrange(self.pos_embed, "1 c d h w 1 -> (d h w) 1 c")
-        time = rearrange(self.time_embed, "1 c 1 1 1 t -> 1 t c")[:, : level.grid[3]]
-        return x + level.positions(rearrange(space + time, "s t c -> (s t) c"))
+        space = rearrange(self.pos_embed, "1 c d h w 1 -> (d h w) c")
+        time = rearrange(self.time_embed, "1 c 1 1 1 t -> t c")[: level.grid[3]]
+        return x + level.positions(space, time)
 
 
 class DropPath(nn.Module):

@@ -88,6 +88,8 @@ def test_brain_patches_are_tokens_in_every_frame():
     patches = np.zeros(12, bool)
     patches[[1, 7, 8]] = True
     level = geometry_of((3, 2, 2, 5), ((2, 2, 2, 2),), CPU, Layout(), patches).levels[0]
+    space, time = torch.randn(12, 3), torch.randn(5, 3)
+    assert torch.equal(level.positions(space, time)[0], space[level.space_of_token] + time[level.time_of_token])
     assert sorted(level.order.tolist()) == [s * 5 + t for s in (1, 7, 8) for t in range(5)]
     with pytest.raises(ValueError, match="no patch is a token"):
         geometry_of((3, 2, 2, 5), ((2, 2, 2, 2),), CPU, Layout(), np.zeros(12, bool))
@@ -110,6 +112,6 @@ def test_samples_with_tokens_of_their_own_never_meet(grid, window, samples, seed
     back = fine.to_raster(fine.from_raster(raster))
     present = torch.zeros(samples, cells, dtype=torch.bool).scatter_(1, tokens, True)
     assert torch.equal(back, torch.where(present[..., None], raster, 0.0))
-    values = torch.randn(cells, 2)
-    assert torch.equal(fine.positions(values)[0], values[fine.order])
+    space, time = torch.randn(cells // grid[3], 2), torch.randn(grid[3], 2)
+    assert torch.equal(fine.positions(space, time)[0], space[fine.space_of_token] + time[fine.time_of_token])
     assert set(map(tuple, coarse.cells)) == {(b, x // 2, y // 2, z // 2, t) for b, x, y, z, t in fine.cells.tolist()}
