@@ -33,11 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from neurostorm.downstream.embed import embed
     from neurostorm.ingest.discover import DiscoverError
     from neurostorm.model.hub import HubError
+    from neurostorm.object_store import PlaceError
     from neurostorm.store import StoreError
 
     try:
         report = embed(config)
-    except (ConfigError, DiscoverError, HubError, StoreError) as error:
+    except (ConfigError, DiscoverError, HubError, PlaceError, StoreError) as error:
         print(f"jobs/embed.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     print("\n".join(report.lines()))

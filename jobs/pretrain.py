@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from neurostorm.cli import Job
 from neurostorm.config import ConfigError
+from neurostorm.object_store import PlaceError
 from neurostorm.store.layout import StoreError
 
 JOB = Job(
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         summary = pretrain(config)
-    except (ConfigError, StoreError) as error:
+    except (ConfigError, PlaceError, StoreError) as error:
         print(f"jobs/pretrain.py: {error}", file=sys.stderr)
         return 1
     better = "below" if summary["loss/validation"] < summary["loss/validation_predicting_mean"] else "NOT below"

@@ -56,7 +56,11 @@ class Job:
         for target, text in vars(options).items():
             if text is not None and "." in target:
                 section, name = target.split(".")
-                overlay(tree, {section: {name: from_text(text, field_of(section, name))}})
+                try:
+                    value = from_text(text, field_of(section, name))
+                except ValueError as error:
+                    raise ConfigError(f"--{target}: {error}") from error
+                overlay(tree, {section: {name: value}})
         return build(tree)
 
     def parser(self) -> argparse.ArgumentParser:
@@ -72,13 +76,21 @@ class Job:
             "--config", metavar="FILE.yaml", type=Path, help="settings as YAML, `section: {field: value}`"
         )
         for alias, target in self.aliases.items():
-            parser.add_argument(alias, dest=target, metavar="VALUE", help=f"the same as --{target}")
+            parser.add_argument(alias, **option(target), help=f"the same as --{target}")
         for section in self.sections:
             model = section_of(section)
             group = parser.add_argument_group(section, model.__doc__)
             for name, info in model.model_fields.items():
-                group.add_argument(f"--{section}.{name}", dest=f"{section}.{name}", metavar="VALUE", help=explain(info))
+                group.add_argument(f"--{section}.{name}", **option(f"{section}.{name}"), help=explain(info))
         return parser
+
+
+def option(target: str) -> dict[str, Any]:
+    """How argparse takes the value of `section.field`; one that is true or false needs none to be true."""
+    section, name = target.split(".")
+    if field_of(section, name).annotation is bool:
+        return {"dest": target, "metavar": "true|false", "nargs": "?", "const": "true"}
+    return {"dest": target, "metavar": "VALUE"}
 
 
 def section_of(name: str) -> type[Section]:
@@ -129,13 +141,27 @@ def allowed_values(info: FieldInfo) -> str:
 
 
 def from_text(text: str, info: FieldInfo) -> Any:
-    """An option's text as pydantic reads it: tuples split at commas or spaces, `none` where None is allowed."""
+    """An option's text as pydantic reads it: tuples split at commas or spaces, dicts as YAML, `none` for None."""
     options = get_args(info.annotation)
     if type(None) in options and text.lower() in ("none", "null"):
         return None
     if get_origin(info.annotation) is tuple:
         return [part for part in re.split(r"[,\s\[\]()]+", text) if part]
+    if get_origin(info.annotation) is dict:
+        return dict_from_text(text)
     return text
+
+
+def dict_from_text(text: str) -> dict[Any, Any]:
+    """`{hcp: 2, ukb: 1}` or `hcp: 2, ukb: 1` as a dict; ValueError with an example for anything else."""
+    try:
+        value = yaml.safe_load(text if text.lstrip().startswith("{") else f"{{{text}}}")
+    except yaml.YAMLError:
+        value = None
+    # YAML takes `hcp:2` and `hcp=2` for a name without a value.
+    if not isinstance(value, dict) or None in value.values():
+        raise ValueError(f"{text!r} is not a list of names with values: write '{{hcp: 2, ukb: 1}}', a space after `:`")
+    return value
 
 
 def unknown_option(word: str, known: Sequence[str]) -> str:

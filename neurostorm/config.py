@@ -12,10 +12,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
+
+from neurostorm.object_store import ObjectPath
+from neurostorm.places import Place, place
 
 Four = tuple[int, int, int, int]
 Positive = Annotated[int, Field(ge=1)]
+Location = Annotated[
+    Path | ObjectPath, PlainValidator(lambda value: place(value)), PlainSerializer(str, when_used="json")
+]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class ConfigError(ValueError):
@@ -32,11 +39,14 @@ class RunConfig(Section):
     """Where a run lives and what it is called."""
 
     name: str = Field("pretrain", description="name of the run in MLflow and of its folder", min_length=1)
-    output: Path = Field(Path("outputs"), description="folder for runs; each run gets OUTPUT/NAME; shared by all nodes")
+    output: Location = Field(
+        Path("outputs"),
+        description="place of runs; each gets OUTPUT/NAME; a folder shared by all nodes, or s3:// gs://",
+    )
     seed: int = Field(0, ge=0, description="seed of weights, clip order and masks")
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> Place:
         """The run's own folder: OUTPUT/NAME, absolute, so that workers in other directories find it."""
         return (self.output / self.name).absolute()
 
@@ -44,23 +54,54 @@ class RunConfig(Section):
 class IngestConfig(Section):
     """From NIfTI files to the frame store."""
 
-    source: Path | None = Field(None, description="folder of NIfTI files: BIDS derivatives, HCP or plain names")
+    source: Location | None = Field(
+        None, description="place of NIfTI files: BIDS derivatives, HCP or plain names; a folder, or s3:// gs://"
+    )
     dataset: str | None = Field(None, description="dataset name in the store; default: dataset_description.json's Name")
     grid: Literal["2mm", "4mm", "reference"] = Field("2mm", description="the store's grid: 96^3 at 2 mm, 48^3 at 4 mm")
     tr_s: float = Field(0.8, gt=0, le=10, description="repetition time that every run is resampled to, seconds")
-    mask: Path | None = Field(None, description="whole-brain mask NIfTI for the store; default: the ICBM template's")
-    chunk_frames: Positive = Field(10, description="frames per Zarr chunk")
+    mask: Location | None = Field(
+        None, description="whole-brain mask NIfTI for the store; default: the ICBM template's"
+    )
+    chunk_frames: Positive | None = Field(
+        None, description="frames under one checksum; default: as many as come nearest to 128 kB"
+    )
     codec: Literal["none", "zstd"] = Field("none", description="compression of frames; zstd pays on a slow network")
     cpus_per_run: float = Field(1.0, gt=0, description="CPU cores that Ray reserves while one run is ingested")
+    dry_run: bool = Field(False, description="only say what would be done, with bytes and time; write nothing")
+    readmit: tuple[str, ...] = Field(
+        (), description="participants who withdrew and may come back: DATASET/sub-ID, or sub-ID in any dataset"
+    )
 
 
 class DataConfig(Section):
     """From the frame store to clips."""
 
-    store: Path = Field(Path("stores/neurostorm"), description="the frame store's folder; shared by all nodes")
+    store: Location = Field(
+        Path("stores/neurostorm"), description="the frame store; a folder shared by all nodes, or s3:// gs://"
+    )
     clip_frames: Positive = Field(20, description="frames per clip")
     clip_stride_frames: Positive | None = Field(None, description="frames between clip starts; default: clip_frames")
     held_out: float = Field(0.1, gt=0, lt=1, description="share of subjects kept for validation")
+    weights: dict[str, Weight] = Field(
+        {}, description="relative weight by dataset, as '{hcp: 2, ukb: 0.5}'; 1 if not named, 0 leaves a dataset out"
+    )
+    temperature: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="a dataset's share is weight * clips^(1/temperature); high: equal"
+    )
+    max_clips_per_subject: Positive | None = Field(
+        None, description="clips of one subject per pass over its dataset, others in the next; default: all"
+    )
+    clips_per_read: Positive = Field(1, description="neighbouring clips kept together in the order: one read for all")
+    masks_per_clip: Positive = Field(1, description="times that a clip stands in a row in the order, each a new mask")
+    read_in: Literal["worker", "tasks"] = Field(
+        "worker", description="where clips are read: in the training worker, ahead of it, or in Ray tasks on all nodes"
+    )
+    read_threads: Positive = Field(2, description="reads at a time in a worker; an object store wants 16 or more")
+    steps_ahead: Positive = Field(2, description="steps read ahead of training: bounds the feed's memory")
+    verify: Literal["first", "always"] = Field(
+        "first", description="which reads compare checksums: a process's first of each frame, or all"
+    )
     normalise: Literal["voxel", "global"] = Field(
         "voxel", description="signal the model sees: z of each voxel over time, or z over all brain voxels and frames"
     )
@@ -177,7 +218,9 @@ class ScaleConfig(Section):
 class TrackingConfig(Section):
     """MLflow and pictures."""
 
-    uri: str | None = Field(None, description="MLflow server, http://... or sqlite:///...; default: OUTPUT/mlflow.db")
+    uri: str | None = Field(
+        None, description="MLflow server, http://... or sqlite:///...; default: OUTPUT/mlflow.db, if that is a folder"
+    )
     experiment: str = Field("neurostorm", description="MLflow experiment", min_length=1)
     pictures: bool = Field(True, description="log reconstruction pictures at each validation")
     clip_ledger: bool = Field(False, description="write the clips of every step to RUN/ledger, for audits")
@@ -186,11 +229,17 @@ class TrackingConfig(Section):
 class EmbedConfig(Section):
     """From a model and runs to vectors."""
 
-    model: Path | None = Field(None, description="folder of the model: model.safetensors and config.json")
-    store: Path | None = Field(None, description="frame store whose runs are embedded; or give a source")
-    source: Path | None = Field(None, description="folder of NIfTI files, as jobs/ingest.py takes it; or give a store")
+    model: Location | None = Field(
+        None, description="place of the model, with model.safetensors and config.json; a folder, or s3:// gs://"
+    )
+    store: Location | None = Field(None, description="frame store whose runs are embedded; or give a source")
+    source: Location | None = Field(
+        None, description="folder of NIfTI files, as jobs/ingest.py takes it; or give a store"
+    )
     dataset: str | None = Field(None, description="dataset name of the source's runs; default: as jobs/ingest.py does")
-    out: Path = Field(Path("outputs/embeddings"), description="folder of the result; shared by all nodes")
+    out: Location = Field(
+        Path("outputs/embeddings"), description="place of the result; a folder shared by all nodes, or s3:// gs://"
+    )
     normalise: Literal["voxel", "global"] | None = Field(
         None, description="for a model that does not say what it was trained on (released weights: global)"
     )
@@ -253,7 +302,8 @@ class Config(Section):
 # What may differ between a checkpoint and the run that resumes it: everything else changes the result.
 RESUMABLE = frozenset(
     {
-        "run.output", "run.name", "data.store", "data.max_bad_fraction", "train.micro_batch", "train.zero_stage",
+        "run.output", "run.name", "data.store", "data.max_bad_fraction", "data.read_in", "data.read_threads",
+        "data.steps_ahead", "data.verify", "train.micro_batch", "train.zero_stage",
         "train.max_skipped_steps", "train.log_every", "train.validate_every",
     }
 )  # fmt: skip

@@ -2,8 +2,9 @@
 
     open_run()  ->  Tracker.metrics / image / artifact  ->  close()
 
-Where to: an HTTP server by URI, or SQLite under the output folder. A run that resumes goes on in the MLflow run whose
-id it kept. Ranks other than 0 hold a `Tracker` without a run, which does nothing: the loop needs no rank checks.
+Where to: an HTTP server by URI, or SQLite, by default in the output folder if that is a local one. A run that resumes
+goes on in the MLflow run whose id it kept. Ranks other than 0 hold a `Tracker` without a run, which does nothing: the
+loop needs no rank checks.
 """
 
 import hashlib
@@ -16,13 +17,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from neurostorm.places import Place, replace
+from neurostorm.staging import fetched
+
+_SQLITE = "sqlite:///"
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 
-def tracking_uri(uri: str | None, output: Path) -> str:
-    """The MLflow URI to use: `uri`, or an SQLite file in the output folder."""
-    return uri or f"sqlite:///{output.absolute() / 'mlflow.db'}"
+def tracking_uri(uri: str | None, output: Place) -> str:
+    """The MLflow URI to use: `uri`, or an SQLite file in the output folder.
+
+    Raises ValueError for an output in an object store, where no database can lie, without a URI.
+    """
+    if uri:
+        return uri
+    if not isinstance(output, Path):
+        raise ValueError(
+            f"tracking.uri is not set, and MLflow's database cannot lie in run.output={output}: name a server, "
+            "--tracking.uri http://HOST:5000, or a file that worker 0 reaches, --tracking.uri sqlite:////FOLDER/mlflow.db"
+        )
+    return f"{_SQLITE}{output.absolute() / 'mlflow.db'}"
 
 
 def code_revision() -> str:
@@ -68,14 +83,15 @@ class Tracker:
         if self._client is not None:
             self._client.log_image(self.run_id, picture, key=key, step=step)
 
-    def artifact(self, path: Path, folder: str | None = None) -> None:
+    def artifact(self, place: Place, folder: str | None = None) -> None:
         """Stores a file, or a folder with all it holds, with the run."""
         if self._client is None:
             return
-        if path.is_dir():
-            self._client.log_artifacts(self.run_id, str(path), folder)
-        else:
-            self._client.log_artifact(self.run_id, str(path), folder)
+        with fetched(place) as path:
+            if path.is_dir():
+                self._client.log_artifacts(self.run_id, str(path), folder)
+            else:
+                self._client.log_artifact(self.run_id, str(path), folder)
 
     def close(self, status: str = "FINISHED") -> None:
         """Ends the run as FINISHED, FAILED or KILLED."""
@@ -84,7 +100,7 @@ class Tracker:
 
 
 def open_run(
-    folder: Path, *, uri: str, experiment: str, name: str, parameters: dict[str, Any], tags: dict[str, str]
+    folder: Place, *, uri: str, experiment: str, name: str, parameters: dict[str, Any], tags: dict[str, str]
 ) -> Tracker:
     """The MLflow run of the run folder `folder`: the one it began earlier, or a new one.
 
@@ -96,7 +112,7 @@ def open_run(
 
     client = MlflowClient(tracking_uri=uri)
     kept = folder / "mlflow.json"
-    if kept.exists():
+    if kept.is_file():
         known = json.loads(kept.read_text())
         if known["uri"] == uri:
             try:
@@ -109,18 +125,28 @@ def open_run(
     tracker = Tracker(client, run.info.run_id)
     for key, value in parameters.items():
         client.log_param(run.info.run_id, key, value)
-    temporary = kept.with_suffix(".partial")
-    temporary.write_text(json.dumps({"uri": uri, "run_id": run.info.run_id}))
-    temporary.replace(kept)
+    replace(kept, json.dumps({"uri": uri, "run_id": run.info.run_id}).encode())
     return tracker
 
 
-def _experiment_id(client: Any, name: str, folder: Path, uri: str) -> str:
+def _experiment_id(client: Any, name: str, folder: Place, uri: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is not None:
         return str(found.experiment_id)
-    # Without a server that keeps artifacts, they lie beside the SQLite file and not in the working directory.
-    local = None if uri.startswith("http") else (folder.parent / "artifacts").absolute().as_uri()
     # The kind opens MLflow's pages for training rather than those for language models.
     kind = {"mlflow.experimentKind": "custom_model_development"}
-    return str(client.create_experiment(name, artifact_location=local, tags=kind))
+    return str(client.create_experiment(name, artifact_location=_artifacts(folder, uri), tags=kind))
+
+
+def _artifacts(folder: Place, uri: str) -> str | None:
+    """Where a new experiment keeps its artifacts when no server knows a place: never in the working directory.
+
+    In the output folder; for an output in an object store beside the SQLite file.
+    """
+    if uri.startswith("http"):
+        return None
+    if isinstance(folder, Path):
+        return (folder.parent / "artifacts").absolute().as_uri()
+    if uri.startswith(_SQLITE):
+        return Path(uri.removeprefix(_SQLITE)).with_name("artifacts").absolute().as_uri()
+    return str(folder.parent / "artifacts")

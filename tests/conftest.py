@@ -1,5 +1,6 @@
 """A small corpus for feeding and training: six subjects of smooth, slowly changing signal in a ball of voxels."""
 
+import itertools
 import logging
 import os
 import secrets
@@ -13,15 +14,46 @@ from typing import Any
 os.environ.pop("RAY_ADDRESS", None)
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
 
+import boto3
 import numpy as np
 import pytest
 import ray
+from moto.server import ThreadedMotoServer
 from scipy.ndimage import gaussian_filter
 
 from neurostorm.config import Config
 from neurostorm.store import Grid, create_store, quantise, run_path, write_manifest, write_run
 
 SHAPE = (24, 24, 24)
+_BUCKETS = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The address of an S3 server on loopback; the environment leads every process that starts later to it."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    address = f"http://{host}:{port}"
+    settings = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
+    os.environ |= settings | {"AWS_ENDPOINT_URL": address}
+    yield address
+    for name in (*settings, "AWS_ENDPOINT_URL"):
+        os.environ.pop(name, None)
+    server.stop()
+
+
+@pytest.fixture
+def make_bucket(s3_server: str) -> Callable[[], str]:
+    """Makes empty buckets: `make_bucket()` -> "s3://bucket-3". Ask for it before a Ray, whose workers inherit it."""
+
+    def make() -> str:
+        name = f"bucket-{next(_BUCKETS)}"
+        boto3.client("s3", endpoint_url=s3_server, region_name="us-east-1").create_bucket(Bucket=name)
+        return f"s3://{name}"
+
+    return make
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,12 @@ def test_tuples_booleans_and_none_are_read_from_text():
     assert config.train.max_steps is None
 
 
+@pytest.mark.parametrize("text", ["{hcp: 2, ukb: .5}", "hcp: 2, ukb: 0.5"])
+def test_names_with_values_are_read_as_yaml(text):
+    assert JOB.load(["--data.weights", text]).data.weights == {"hcp": 2.0, "ukb": 0.5}
+    assert JOB.load(["--data.weights", "{}"]).data.weights == {}
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -44,6 +50,11 @@ def test_tuples_booleans_and_none_are_read_from_text():
         (["--train.micro_batch", "5"], ["train.micro_batch=5", "32"]),
         (["--model.heads", "5,6,12,24"], ["heads[0]=5", "36"]),
         (["--model.patch", "6,6,6,2"], ["patch[3]=2"]),
+        (["--data.weights", "{hcp: -1}"], ["data.weights.hcp=-1", ">= 0"]),
+        (["--data.weights", "hcp=2"], ["--data.weights", "hcp=2", "{hcp: 2, ukb: 1}"]),
+        (["--data.weights", "{hcp:2}"], ["--data.weights", "a space after"]),
+        (["--data.weights", "{hcp: 2"], ["--data.weights", "{hcp: 2, ukb: 1}"]),
+        (["--data.temperature", "0"], ["data.temperature=0", "> 0"]),
         (["--config", "missing.yaml"], ["missing.yaml", "cannot be read"]),
     ],
 )
@@ -121,4 +132,8 @@ def test_only_settings_that_change_the_result_hinder_resuming():
     tree["train"]["log_every"] = 7
     tree["run"]["output"] = "elsewhere"
     tree["train"]["lr"] = 1e-5
-    assert differing_keys(config.model_dump(mode="json"), Config.model_validate(tree)) == ["train.lr: 0.002 -> 1e-05"]
+    tree["data"]["weights"] = {"hcp": 2.0}
+    assert differing_keys(config.model_dump(mode="json"), Config.model_validate(tree)) == [
+        "data.weights: {} -> {'hcp': 2.0}",
+        "train.lr: 0.002 -> 1e-05",
+    ]

@@ -11,7 +11,7 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
-from neurostorm import tracking
+from neurostorm import places, tracking
 from neurostorm.tracking import Tracker, code_revision, open_run, tracking_uri
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*noload:DeprecationWarning")  # MLflow's use of its database library
@@ -152,6 +152,32 @@ def test_the_server_is_the_one_given_or_a_file_in_the_output_folder(place):
     assert tracking_uri("http://tracking:5000", place) == "http://tracking:5000"
     assert tracking_uri(None, place) == f"sqlite:///{place}/mlflow.db"
     assert tracking_uri(None, Path("runs")) == f"sqlite:///{Path.cwd()}/runs/mlflow.db"
+
+
+def test_an_output_in_an_object_store_has_no_database_of_its_own(place):
+    output = places.place("s3://bucket/runs")
+    assert tracking_uri("http://tracking:5000", output) == "http://tracking:5000"
+    with pytest.raises(ValueError, match=r"tracking\.uri is not set.*run\.output=s3://bucket/runs.*sqlite:////"):
+        tracking_uri(None, output)
+
+
+def test_a_run_in_an_object_store_keeps_its_artifacts_beside_the_database(place, make_bucket):
+    folder = places.place(make_bucket()) / "runs" / "mine"
+    for name in ("config.yaml", "model/deep/weights"):
+        places.replace(folder / name, name.encode())
+
+    def opened():
+        uri = f"sqlite:///{place / 'mlflow.db'}"
+        return open_run(folder, uri=uri, experiment="study", name="mine", parameters={}, tags={})
+
+    tracker = opened()
+    tracker.artifact(folder / "config.yaml")
+    tracker.artifact(folder / "model", "model")
+    root = Path(urllib.parse.urlparse(client_of(place).get_run(tracker.run_id).info.artifact_uri).path)
+    assert place / "artifacts" in root.parents
+    assert (root / "config.yaml").read_text() == "config.yaml"
+    assert (root / "model" / "deep" / "weights").read_text() == "model/deep/weights"
+    assert opened().run_id == tracker.run_id, "its id is kept in the object store"
 
 
 @pytest.fixture

@@ -96,5 +96,5 @@ PY
 cat <<EOF
 Look at the run:   .venv/bin/mlflow server --backend-store-uri sqlite:///$output/mlflow.db --host 127.0.0.1 --port 5000
                    then open http://127.0.0.1:5000 (experiment "neurostorm": losses, reconstructions, the model)
-Inspect the store: .venv/bin/python tools/inspect_store.py $output/store
+Inspect the store: .venv/bin/python tools/store.py stats $output/store
 EOF

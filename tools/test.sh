@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 tools/setup.sh dev
 
-export RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true OMP_WAIT_POLICY=PASSIVE
+export RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1
 bin=$PWD/.venv/bin
 step() { printf '\n== %s\n' "$*"; "$@"; }
 
@@ -12,4 +12,4 @@ step "$bin/ruff" check .
 step "$bin/ruff" format --check .
 step "$bin/mypy"
 step "$bin/lint-imports" --no-logo
-step "$bin/python" -m pytest "$@"
+step "$bin/python" -m pytest -n 2 --dist loadfile "$@" # a file's tests share what they start, a Ray or a server

@@ -1,20 +1,26 @@
 """Clips as they lie in the store, read as the plan asks: no Ray here.
 
-    plan rows -> ClipReader -> columns of numpy (what Ray Data carries) or a ClipBatch of tensors (what training takes)
+    plan rows -> reads (neighbours together) -> ClipReader -> columns of numpy (what Ray Data carries)
+                                                           -> ClipBatch of tensors (what training takes)
 
-A clip that cannot be read becomes a clip without data, of which the loss counts nothing, and is marked `bad`, so that
-the worker that gets it names and counts it.
+Frames go from the file to their place in the batch and nowhere else. A clip that cannot be read becomes a clip without
+data, of which the loss counts nothing, and is marked `bad`, so that the worker that gets it names and counts it.
 """
 
 import logging
-from collections.abc import Callable
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from neurostorm.data.reads import Read, plan_reads
 from neurostorm.store.layout import StoreError
 from neurostorm.store.reader import FrameStore
 
@@ -69,33 +75,116 @@ class ClipReader:
     clip_frames: int
     normalise: str
 
-    def read(self, rows: NDArray[np.void]) -> Columns:
-        """The columns of ClipBatch for `rows`, with unreadable clips zeroed and marked."""
-        shape = (len(rows), self.clip_frames, self.store.voxel_count)
-        columns: Columns = {name: np.ascontiguousarray(rows[name]) for name in ("row", "run", "start")}
-        columns |= {"bad": np.zeros(len(rows), bool), "frames": np.zeros(shape, np.int8)}
-        if self.normalise == "global":
-            columns |= {name: np.zeros((len(rows), shape[2]), np.float32) for name in ("scale", "shift")}
-            columns["fill"] = np.zeros(len(rows), np.float32)
-        for index, row in enumerate(rows):
-            try:
-                self._read_clip(columns, index, self.runs[row["run"]], int(row["start"]))
-            except StoreError as error:  # a damaged clip, or a run that is gone
-                logger.warning("%s", error)
-                columns["bad"][index] = True
-                columns["frames"][index] = 0
+    def read(self, rows: NDArray[np.void], paths: Sequence[str] | None = None) -> Columns:
+        """The columns of ClipBatch for `rows`, with unreadable clips zeroed and marked.
+
+        `paths` names the run of each row; by default the reader's own `runs` do.
+        """
+        columns, reads, paths = self._prepare(rows, paths)
+        for read in reads:
+            self._fill(columns, read, paths[read.first])
         return columns
 
-    def _read_clip(self, columns: Columns, index: int, run: str, start: int) -> None:
-        columns["frames"][index] = self.store.frames(run, start, self.clip_frames)
-        if self.normalise == "global":
-            mean, std = self.store.moments(run)
-            attributes = self.store.run_attributes(run)
-            centre, spread = attributes["global_mean"], attributes["global_std"]
-            columns["scale"][index] = std / spread
-            columns["shift"][index] = (mean - centre) / spread
-            columns["fill"][index] = -centre / spread  # outside the mask the intensity is zero
+    def read_ahead(
+        self, orders: Iterable[tuple[NDArray[np.void], Sequence[str]]], *, threads: int, ahead: int
+    ) -> Iterator[Columns]:
+        """`read` of each (rows, paths) of `orders`, in their order, up to `ahead` begun before they are asked for.
+
+        Memory: `ahead` + 2 results, whose frames are used again and again, as new memory costs as much as reading into
+        it: the frames of a result are overwritten once the second one after it has been asked for. `threads` reads go
+        on at a time, of one result or of several.
+        """
+        ring: deque[Columns | None] = deque([None] * (ahead + 2))
+        waiting: deque[tuple[Columns, list[Any]]] = deque()
+        with ThreadPoolExecutor(threads, thread_name_prefix="clips") as pool:
+            try:
+                for rows, paths in orders:
+                    columns, reads, paths = self._prepare(rows, paths, ring.popleft())
+                    ring.append(columns)
+                    waiting.append((columns, [pool.submit(self._fill, columns, r, paths[r.first]) for r in reads]))
+                    if len(waiting) > ahead:
+                        yield _finished(*waiting.popleft())
+                while waiting:
+                    yield _finished(*waiting.popleft())
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
 
     def batch(self, rows: NDArray[np.void]) -> ClipBatch:
         """`rows` read here and now, as tensors."""
-        return ClipBatch(**{name: torch.from_numpy(values) for name, values in self.read(rows).items()})
+        return as_batch(self.read(rows))
+
+    @property
+    def clip_bytes(self) -> int:
+        """Bytes of one clip in a batch."""
+        return self.store.voxel_count * (self.clip_frames + (8 if self.normalise == "global" else 0))
+
+    def _prepare(
+        self, rows: NDArray[np.void], paths: Sequence[str] | None, used: Columns | None = None
+    ) -> tuple[Columns, list[Read], Sequence[str]]:
+        """Columns still without frames, in the memory of `used` if that fits, and what to read for them."""
+        columns: Columns = {name: np.ascontiguousarray(rows[name]) for name in ("row", "run", "start")}
+        columns["bad"] = np.zeros(len(rows), bool)
+        shapes: dict[str, tuple[tuple[int, ...], type]] = {"frames": ((self.clip_frames,), np.int8)}
+        if self.normalise == "global":
+            shapes |= {"scale": ((), np.float32), "shift": ((), np.float32)}
+            columns["fill"] = np.zeros(len(rows), np.float32)
+        for name, (inner, dtype) in shapes.items():
+            shape = (len(rows), *inner, self.store.voxel_count)
+            fits = used is not None and used[name].shape == shape
+            columns[name] = used[name] if used is not None and fits else np.empty(shape, dtype)
+        named = [self.runs[run] for run in rows["run"]] if paths is None else paths
+        return columns, plan_reads(columns["run"], columns["start"], self.clip_frames), named
+
+    def _fill(self, columns: Columns, read: Read, run: str) -> None:
+        """Bring in the clips of one read; where it fails, one clip after the other, so that only bad ones are lost."""
+        try:
+            self._read_frames(columns, read, run)
+            if self.normalise == "global":
+                self._read_scale(columns, read, run)
+        except StoreError as error:  # a damaged clip, or a run that is gone
+            if read.count > 1:
+                for index in range(read.first, read.first + read.count):
+                    self._fill(columns, Read(index, 1, int(columns["start"][index]), self.clip_frames, True), run)
+                return
+            logger.warning("%s", error)
+            for name in columns.keys() & {"frames", "scale", "shift", "fill"}:
+                columns[name][read.first] = 0
+            columns["bad"][read.first] = True
+
+    def _read_frames(self, columns: Columns, read: Read, run: str) -> None:
+        clips = slice(read.first, read.first + read.count)
+        frames = columns["frames"][clips]
+        if read.in_order:
+            self.store.frames(run, read.start, read.frames, out=frames.reshape(read.frames, -1))
+            return
+        held = self.store.frames(run, read.start, read.frames)
+        for clip, start in zip(frames, columns["start"][clips], strict=True):
+            clip[:] = held[start - read.start : start - read.start + self.clip_frames]
+
+    def _read_scale(self, columns: Columns, read: Read, run: str) -> None:
+        clips = slice(read.first, read.first + read.count)
+        mean, std = self.store.moments(run)
+        centre, spread = _global_moments(self.store, run)
+        columns["scale"][clips] = std / spread
+        columns["shift"][clips] = (mean - centre) / spread
+        columns["fill"][clips] = -centre / spread  # outside the mask the intensity is zero
+
+
+def as_batch(columns: Columns) -> ClipBatch:
+    """Columns as tensors that share their memory, which may be read-only (Ray's); nothing writes into a batch."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable.*")
+        return ClipBatch(**{name: torch.from_numpy(values) for name, values in columns.items()})
+
+
+def _finished(columns: Columns, reads: list[Any]) -> Columns:
+    for read in reads:
+        read.result()
+    return columns
+
+
+@lru_cache(maxsize=1 << 17)
+def _global_moments(store: FrameStore, run: str) -> tuple[float, float]:
+    """Mean and std over the run's brain and frames, source units; from its metadata, read once per process."""
+    attributes = store.run_attributes(run)
+    return float(attributes["global_mean"]), float(attributes["global_std"])

@@ -16,10 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -27,15 +24,15 @@ from tqdm import tqdm
 
 from neurostorm.config import Config, EmbedConfig
 from neurostorm.downstream.embed_input import Input, open_input, remember
-from neurostorm.downstream.embed_parts import CLIPS, FAILED, RUNS, SUBJECTS, Assembled, Run, assemble, is_finished
+from neurostorm.downstream.embed_parts import CLIPS, FAILED, RUNS, SUBJECTS, Assembled, Run, assemble, unfinished
 from neurostorm.downstream.embed_run import Embedder, Task
+from neurostorm.places import Place
 from neurostorm.session import ensure_ray
 
 logger = logging.getLogger(__name__)
 
 WAVE_RUNS = 2000  # runs handed to Ray Data at a time: bounds what the driver holds for a corpus of 66,000
 CRASH_RETRIES = 2  # of a run whose process died; Ray Data's own default is without end
-STAT_THREADS = 16
 LISTED_REASONS = 20
 
 
@@ -43,7 +40,7 @@ LISTED_REASONS = 20
 class EmbedReport:
     """What an embedding job did: where, of how many runs, how many were there already, and what the tables hold."""
 
-    out: Path
+    out: Place
     runs: int
     already_there: int
     seconds: float
@@ -76,21 +73,21 @@ def embed(config: Config) -> EmbedReport:
         HubError: the model cannot be read, or does not say how its clips were made.
         DiscoverError: the source holds no run.
         StoreError: the store cannot be read, or its grid, mask or TR is not the model's.
+        PlaceError: an object store does not answer.
     """
     started = time.monotonic()
     settings, out = config.embed, config.embed.out.absolute()
     given = open_input(settings)
     remember(out, given)
-    with ThreadPoolExecutor(STAT_THREADS) as pool:
-        finished = list(pool.map(partial(is_finished, out), given.runs))
-    waiting = [run for run, done in zip(given.runs, finished, strict=True) if not done]
+    waiting = unfinished(out, given.runs)
     with _progress(len(waiting)) as bar:
         for failed in spread(waiting, task_of(settings, given, out), settings):
             bar.update()
             bar.set_postfix(failed=failed, refresh=False)
     missing = f"its process died {CRASH_RETRIES + 1} time(s); if memory ran out, a lower embed.batch_clips helps"
     tables = assemble(out, given.runs, given.tr_s, missing)
-    return EmbedReport(out, len(given.runs), sum(finished), time.monotonic() - started, tables)
+    there = len(given.runs) - len(waiting)
+    return EmbedReport(out, len(given.runs), there, time.monotonic() - started, tables)
 
 
 def spread(runs: Sequence[Run], task: Task, settings: EmbedConfig) -> Iterator[int]:
@@ -140,7 +137,7 @@ class _Worker:
         return {"failed": [any(clip.reason for clip in clips) for clips in results]}
 
 
-def task_of(settings: EmbedConfig, given: Input, out: Path) -> Task:
+def task_of(settings: EmbedConfig, given: Input, out: Place) -> Task:
     """What every worker is told."""
     return Task(
         model=given.model,

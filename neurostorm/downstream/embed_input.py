@@ -10,7 +10,9 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,14 @@ from neurostorm.config import ConfigError, EmbedConfig
 from neurostorm.downstream.embed_parts import Run
 from neurostorm.ingest.discover import Source, discover
 from neurostorm.model.hub import CONFIG, WEIGHTS, NeuroStorm
+from neurostorm.places import Place, replace
+from neurostorm.staging import fetched
 from neurostorm.store import FrameStore, StoreError, read_manifest
-from neurostorm.store.files import replace_file
 from neurostorm.tracking import code_revision
 
 SETTINGS = "embed.json"
 SAME_PLACE_MM = 1e-3
+STAT_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,8 @@ class Input:
     """A model and the runs that it embeds, in the order of the tables.
 
     Attributes:
-        model: folder of the model.
-        store: folder of the store; None for NIfTI files.
+        model: place of the model.
+        store: place of the store; None for NIfTI files.
         runs: those of one subject beside each other.
         tr_s: seconds between two frames of a clip.
         normalise: "voxel" or "global".
@@ -45,8 +49,8 @@ class Input:
         facts: what stands in embed.json.
     """
 
-    model: Path
-    store: Path | None
+    model: Place
+    store: Place | None
     runs: tuple[Run, ...]
     tr_s: float
     normalise: str
@@ -66,13 +70,14 @@ def open_input(settings: EmbedConfig) -> Input:
         raise ConfigError(
             f"embed.model={settings.model}: no model there ({CONFIG} is missing); training writes RUN/model"
         )
-    model = NeuroStorm.from_pretrained(folder)
+    with fetched(folder) as local:
+        model, weights_sha256 = NeuroStorm.from_pretrained(local), _sha256(local / WEIGHTS)
     data, runs, tr_s = _store(settings.store, model) if settings.store else _source(settings, model)
     normalise = _normalisation(model, settings)
     frames = model.config.frames
     stride = settings.clip_stride_frames or frames
     facts = {
-        "model": {"path": str(folder), "sha256": _sha256(folder / WEIGHTS), "config": _json(folder / CONFIG)},
+        "model": {"path": str(folder), "sha256": weights_sha256, "config": _json(folder / CONFIG)},
         "data": data,
         "normalise": normalise,
         "clip_frames": frames,
@@ -118,7 +123,7 @@ def _same_brain(model: NeuroStorm, store: FrameStore) -> bool:
     return bool(model.extra.get("mask_sha256", store.mask_sha256) == store.mask_sha256)
 
 
-def remember(out: Path, given: Input) -> None:
+def remember(out: Place, given: Input) -> None:
     """Write embed.json, unless the folder holds an embedding that was made otherwise: ConfigError naming how."""
     file = out / SETTINGS
     if file.is_file():
@@ -129,8 +134,7 @@ def remember(out: Path, given: Input) -> None:
                 "with again, or another folder, --out"
             )
     out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(given.facts, indent=2) + "\n"
-    replace_file(file, lambda path: path.write_text(text))
+    replace(file, (json.dumps(given.facts, indent=2) + "\n").encode())
 
 
 def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -167,7 +171,7 @@ def _normalisation(model: NeuroStorm, settings: EmbedConfig) -> str:
     return str(own or asked)
 
 
-def _store(path: Path, model: NeuroStorm) -> tuple[dict[str, Any], list[Run], float]:
+def _store(path: Place, model: NeuroStorm) -> tuple[dict[str, Any], list[Run], float]:
     """What embed.json says of a store, its runs, and seconds between its frames."""
     store = FrameStore.open(path.absolute())
     check_fits(model, store)
@@ -194,7 +198,12 @@ def _store(path: Path, model: NeuroStorm) -> tuple[dict[str, Any], list[Run], fl
 def _source(settings: EmbedConfig, model: NeuroStorm) -> tuple[dict[str, Any], list[Run], float]:
     """What embed.json says of a folder of NIfTI files, its runs, and seconds between the frames of a clip."""
     assert settings.source is not None
-    tr_s, root = model.clip_recipe().tr_s, Path(os.path.abspath(settings.source))
+    tr_s, root = model.clip_recipe().tr_s, settings.source
+    if isinstance(root, Path):
+        root = Path(os.path.abspath(root))
+    sources = discover(root, settings.dataset)
+    with ThreadPoolExecutor(STAT_THREADS) as pool:
+        contents = list(pool.map(partial(_state_of, root), sources))
     runs = [
         Run(
             run=source.run,
@@ -203,28 +212,29 @@ def _source(settings: EmbedConfig, model: NeuroStorm) -> tuple[dict[str, Any], l
             session=source.session,
             task=source.task,
             place=str(source.path),
-            content=_state_of(source, root),
+            content=content,
             source=source,
         )
-        for source in discover(root, settings.dataset)
+        for source, content in zip(sources, contents, strict=True)
     ]
-    contents = sorted((run.run, run.content) for run in runs)
-    sha256 = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+    listed = sorted((run.run, run.content) for run in runs)
+    sha256 = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
     return {"kind": "source", "path": str(root), "sha256": sha256, "tr_s": tr_s}, runs, tr_s
 
 
-def _state_of(source: Source, root: Path) -> str:
+def _state_of(root: Place, source: Source) -> str:
     """Where a run's files lie below the source, their sizes and times."""
     files = [source.path, *([source.mask_path] if source.mask_path else []), *source.sidecars]
     states = []
     for file in files:
         try:
             status = file.stat()
-        except OSError as error:  # a link to nowhere is a run that cannot be read, not the end of the job
+        except FileNotFoundError as error:  # a link to nowhere is a run that cannot be read, not the end of the job
             states.append(str(error.strerror))
         else:
             states.append(f"{status.st_size} {status.st_mtime_ns}")
-    return f"{source.path.relative_to(root)} {'; '.join(states)}"
+    relative = str(source.path).removeprefix(f"{root}/")
+    return f"{relative} {'; '.join(states)}"
 
 
 def _sha256(path: Path) -> str:
@@ -232,7 +242,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Place) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:

@@ -1,6 +1,6 @@
 """What is kept of each embedded run, and the tables made of all of them.
 
-    worker: one run --> OUT/parts/<dataset>/<subject>/<run>.<key>.parquet, renamed into place whole
+    worker: one run --> OUT/parts/<dataset>/<subject>/<run>.<key>.parquet, put in its place whole
     driver: all parts, in the order of the runs --> clips.parquet --> runs.parquet --> subjects.parquet
 
 A part that is there is finished; its key says from what content of the run it was made. A run of which something could
@@ -10,7 +10,9 @@ from the parts alone, so that it does not matter how often a job was interrupted
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -20,10 +22,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from neurostorm.ingest.discover import Source
-from neurostorm.store.files import replace_file
+from neurostorm.places import Place, files_below, replace
+from neurostorm.staging import outgoing
 
+PARTS = "parts"
 CLIPS, RUNS, SUBJECTS, FAILED = "clips.parquet", "runs.parquet", "subjects.parquet", "failed.parquet"
 GROUP_CLIPS = 20_000  # clips per row group of clips.parquet: bounds what assembling holds
+READ_PARTS = 64  # parts that assembling holds, read by some threads at a time: each is a round trip to an object store
+_READ_THREADS = 16
 Vector = NDArray[np.float32]
 _VECTOR = pa.list_(pa.float32())
 _NAMES = [(name, pa.string()) for name in ("dataset", "subject", "session", "task", "run")]
@@ -85,27 +91,29 @@ class Assembled:
     width: int
 
 
-def is_finished(out: Path, run: Run) -> bool:
-    """Whether the part of a run is there, whole."""
-    return _part(out, run).is_file()
+def unfinished(out: Place, runs: Sequence[Run]) -> list[Run]:
+    """Those of `runs` whose part is not there; found by one listing of all parts."""
+    there = {name for name, _ in files_below(out / PARTS)}
+    return [run for run in runs if _part(run) not in there]
 
 
-def write_part(out: Path, run: Run, clips: Sequence[ClipResult]) -> None:
+def write_part(out: Place, run: Run, clips: Sequence[ClipResult]) -> None:
     """Keep what was made of a run, in one step."""
     failed = any(clip.reason is not None for clip in clips)
-    target = _part(out, run, failed)
+    target = out / PARTS / _part(run, failed)
     target.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.Table.from_pylist([vars(clip) for clip in clips], schema=PART_SCHEMA)
-    replace_file(target, lambda path: pq.write_table(table, path))
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist([vars(clip) for clip in clips], schema=PART_SCHEMA), sink)
+    replace(target, sink.getvalue().to_pybytes())
     if not failed:
-        _part(out, run, failed=True).unlink(missing_ok=True)
+        (out / PARTS / _part(run, failed=True)).unlink(missing_ok=True)
 
 
-def assemble(out: Path, runs: Sequence[Run], tr_s: float, missing: str) -> Assembled:
+def assemble(out: Place, runs: Sequence[Run], tr_s: float, missing: str) -> Assembled:
     """Write the tables of `runs`, in their order, from their parts.
 
     Args:
-        out: the result's folder.
+        out: the result's place.
         runs: those of one subject beside each other.
         tr_s: seconds between two frames.
         missing: the reason that stands in failed.parquet for a run without a part.
@@ -114,8 +122,8 @@ def assemble(out: Path, runs: Sequence[Run], tr_s: float, missing: str) -> Assem
     failed: list[dict[str, object]] = []
 
     def clip_tables() -> Iterator[pa.Table]:
-        for run in runs:
-            clips = _read_part(out, run) or [ClipResult(None, None, missing)]
+        for run, part in zip(runs, _read_parts(out, runs), strict=True):
+            clips = part or [ClipResult(None, None, missing)]
             good = [(clip.start_frame or 0, clip.embedding) for clip in clips if clip.embedding is not None]
             failed.extend(
                 {"run": run.run, "start_frame": clip.start_frame, "source": run.place, "reason": clip.reason}
@@ -130,30 +138,43 @@ def assemble(out: Path, runs: Sequence[Run], tr_s: float, missing: str) -> Assem
             ]
             yield pa.Table.from_pylist(rows, schema=CLIPS_SCHEMA)
 
-    clip_count = _write_grouped(out / CLIPS, clip_tables())
-    _write(out / RUNS, [{**run.names, "clips": count, "embedding": mean} for run, count, mean in means], RUNS_SCHEMA)
-    subjects = _subjects(means)
-    _write(out / SUBJECTS, subjects, SUBJECTS_SCHEMA)
-    if failed:
-        _write(out / FAILED, failed, FAILED_SCHEMA)
-    else:
+    with outgoing(out) as tables:
+        clip_count = _write_grouped(tables / CLIPS, clip_tables())
+        rows = [{**run.names, "clips": count, "embedding": mean} for run, count, mean in means]
+        _write(tables / RUNS, rows, RUNS_SCHEMA)
+        subjects = _subjects(means)
+        _write(tables / SUBJECTS, subjects, SUBJECTS_SCHEMA)
+        if failed:
+            _write(tables / FAILED, failed, FAILED_SCHEMA)
+    if not failed:
         (out / FAILED).unlink(missing_ok=True)
     return Assembled(clip_count, len(means), len(subjects), tuple(failed), len(means[0][2]) if means else 0)
 
 
-def _part(out: Path, run: Run, failed: bool = False) -> Path:
+def _part(run: Run, failed: bool = False) -> str:
+    """The part's path below OUT/parts."""
     key = hashlib.sha256(run.content.encode()).hexdigest()[:12]
     _, dataset, subject, stem = run.run.split("/")  # runs/<dataset>/<subject>/<entities>
-    return out / "parts" / dataset / subject / f"{stem}.{key}{'.failed' if failed else ''}.parquet"
+    return f"{dataset}/{subject}/{stem}.{key}{'.failed' if failed else ''}.parquet"
 
 
-def _read_part(out: Path, run: Run) -> list[ClipResult] | None:
-    for path in (_part(out, run), _part(out, run, failed=True)):
-        if path.is_file():
-            table = pq.ParquetFile(path).read()
-            vectors = [row.values.to_numpy() if row.is_valid else None for row in table["embedding"]]
-            starts, reasons = table["start_frame"].to_pylist(), table["reason"].to_pylist()
-            return [ClipResult(*clip) for clip in zip(starts, vectors, reasons, strict=True)]
+def _read_parts(out: Place, runs: Sequence[Run]) -> Iterator[list[ClipResult] | None]:
+    """The parts of `runs`, in their order; None for a run without one."""
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        for first in range(0, len(runs), READ_PARTS):
+            yield from pool.map(partial(_read_part, out), runs[first : first + READ_PARTS])
+
+
+def _read_part(out: Place, run: Run) -> list[ClipResult] | None:
+    for failed in (False, True):
+        try:
+            data = (out / PARTS / _part(run, failed)).read_bytes()
+        except FileNotFoundError:
+            continue
+        table = pq.ParquetFile(pa.BufferReader(data)).read()
+        vectors = [row.values.to_numpy() if row.is_valid else None for row in table["embedding"]]
+        starts, reasons = table["start_frame"].to_pylist(), table["reason"].to_pylist()
+        return [ClipResult(*clip) for clip in zip(starts, vectors, reasons, strict=True)]
     return None
 
 
@@ -171,27 +192,21 @@ def _subjects(means: Sequence[tuple[Run, int, Vector]]) -> list[dict[str, object
     return rows
 
 
-def _write_grouped(target: Path, tables: Iterator[pa.Table]) -> int:
+def _write_grouped(file: Path, tables: Iterator[pa.Table]) -> int:
     """Write the clips' tables as one file in row groups of about GROUP_CLIPS; how many rows in all."""
-    rows = 0
-
-    def write(path: Path) -> None:
-        nonlocal rows
-        waiting, count = [CLIPS_SCHEMA.empty_table()], 0
-        with pq.ParquetWriter(path, CLIPS_SCHEMA) as writer:
-            for table in tables:
-                waiting.append(table)
-                rows, count = rows + table.num_rows, count + table.num_rows
-                if count >= GROUP_CLIPS:
-                    writer.write_table(pa.concat_tables(waiting), row_group_size=count)
-                    waiting, count = [], 0
-            if waiting:
-                writer.write_table(pa.concat_tables(waiting), row_group_size=max(1, count))
-
-    replace_file(target, write)
+    rows = count = 0
+    waiting = [CLIPS_SCHEMA.empty_table()]
+    with pq.ParquetWriter(file, CLIPS_SCHEMA) as writer:
+        for table in tables:
+            waiting.append(table)
+            rows, count = rows + table.num_rows, count + table.num_rows
+            if count >= GROUP_CLIPS:
+                writer.write_table(pa.concat_tables(waiting), row_group_size=count)
+                waiting, count = [], 0
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting), row_group_size=max(1, count))
     return rows
 
 
-def _write(target: Path, rows: Sequence[dict[str, object]], schema: pa.Schema) -> None:
-    table = pa.Table.from_pylist(list(rows), schema=schema)
-    replace_file(target, lambda path: pq.write_table(table, path))
+def _write(file: Path, rows: Sequence[dict[str, object]], schema: pa.Schema) -> None:
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), file)

@@ -11,7 +11,6 @@ import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -26,6 +25,8 @@ from neurostorm.ingest.clip import read_clips
 from neurostorm.ingest.nifti import RunError
 from neurostorm.model.geometry import patch_table
 from neurostorm.model.hub import NeuroStorm
+from neurostorm.places import Place
+from neurostorm.staging import fetched
 from neurostorm.store import FrameStore, StoreError
 
 logger = logging.getLogger(__name__)
@@ -38,8 +39,8 @@ class Task:
     """What a worker needs to know; paths are absolute.
 
     Attributes:
-        model: folder of the model.
-        out: folder of the result.
+        model: place of the model.
+        out: place of the result.
         store: where runs without a source are read from.
         normalise: "voxel" or "global".
         clip_frames: of the model's clip; a shorter run is one shorter clip.
@@ -49,9 +50,9 @@ class Task:
         threads: of torch, on the CPU.
     """
 
-    model: Path
-    out: Path
-    store: Path | None
+    model: Place
+    out: Place
+    store: Place | None
     normalise: str
     clip_frames: int
     stride_frames: int
@@ -75,7 +76,8 @@ class Embedder:
     def __init__(self, task: Task) -> None:
         torch.set_num_threads(task.threads)
         self._task = task
-        self._model = NeuroStorm.from_pretrained(task.model).to(task.device)
+        with fetched(task.model) as folder:
+            self._model = NeuroStorm.from_pretrained(folder).to(task.device)
         self._unpackers: dict[int, ClipUnpacker] = {}
         self._store = None if task.store is None else FrameStore.open(task.store)
 
@@ -134,7 +136,7 @@ class Embedder:
             assert self._store is not None
             table = patch_table(torch.from_numpy(self._store.mask), self._model.config.patch_size)
             finest = self._model.geometry(frames).levels[0]
-            unpacker = ClipUnpacker(table, finest.space_of_token, finest.time_of_token)
+            unpacker = ClipUnpacker(table, finest.space_of_token, finest.time_of_token, self._store.voxel_count)
             self._unpackers[frames] = unpacker.to(self._task.device)
         return self._unpackers[frames]
 

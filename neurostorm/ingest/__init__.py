@@ -1,7 +1,9 @@
 """From NIfTI files to the frame store.
 
-    discover (find runs) -> nifti (read) -> standardize (grid, TR, z, bytes) -> convert (one run) -> fanout (all runs)
-    names: what a path says    template: the store's brain mask    synthetic*: a cohort to try everything on
+    tree, discover (find runs) -> nifti, stream (read) -> standardize (grid, TR, z, bytes) -> target (a run's bytes)
+        -> convert (one run into the store) -> survey (what is left to do) -> spread, fanout (all runs on a cluster)
+    names: what a path says    template: the store's brain mask    estimate: a dry run    tables, report: what is kept
+    synthetic*: a cohort to try everything on
 
-Import what is needed from the module that has it: only `fanout` starts Ray.
+Import what is needed from the module that has it: only `spread` works with Ray.
 """

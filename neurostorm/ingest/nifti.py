@@ -1,48 +1,43 @@
 """Reading one NIfTI file, once, front to back, and saying in plain words what is wrong with it.
 
     open_run(path) -> RunHeader           grid, affine, TR, number type; RunError before any data is read
-    read_frames(header, digest)           one frame at a time as float32, the file's sha256 on the way
+    read_stored(header, digest)           one frame at a time in the file's own numbers, its sha256 on the way
+    read_frames(header, digest)           the same as values: float32, scaled
     read_volume(path) -> (array, affine)  a mask or another single volume
 
 A `.nii.gz` cannot be entered in the middle, so frames come in the order of the file from one forward pass: a run is
-decompressed once, and memory holds one frame. Whether a file is compressed is decided by its bytes, not its name.
+decompressed once, and memory holds one frame, or a few with a thread that reads ahead (`stream.py`).
 """
 
-import gzip
 import hashlib
-import io
 import math
-import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol, cast
+from typing import Any
 
 import nibabel
 import numpy as np
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
+from neurostorm.ingest.stream import DAMAGE, Digest, Stream, open_head, open_stream, read_ahead
+from neurostorm.places import Place
+
 MIN_TR_S, MAX_TR_S = 0.05, 30.0
-_GZIP_MAGIC = b"\x1f\x8b"
+MAX_VOXELS = 1 << 28  # of a frame; 0.7 mm over the whole head are 2^25
 _HEADERS = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
 _SINGLE_FILE = {b"n+1\0", b"n+2\0"}
 _HEADER_FILE = {b"ni1\0", b"ni2\0"}
 # NIfTI codes of `xyzt_units & 0x38`. Files that do not say (0) nearly always mean seconds; the limits catch the rest.
 _SECONDS_PER_UNIT = {0: 1.0, 8: 1.0, 16: 1e-3, 24: 1e-6}
 _STEP_BYTES = 1 << 20
-
-Stream = IO[bytes] | gzip.GzipFile
+_MOST_GZIP_SHRINKS = 1032  # 258 bytes per 2 bits: no deflate stream holds more for its length
+_FRAMES_AHEAD = 4  # frames in their file's numbers that wait for who takes them, with a thread of its own to read
 
 
 class RunError(ValueError):
     """One input file that cannot be ingested; the message is the reason, in words, for the quarantine table."""
-
-
-class Digest(Protocol):
-    """What `hashlib.sha256()` returns, as far as it is needed here."""
-
-    def update(self, data: bytes, /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -60,7 +55,7 @@ class RunHeader:
         data_offset: byte of the (decompressed) file where the first frame begins.
     """
 
-    path: Path
+    path: Place
     shape: tuple[int, int, int]
     frames: int
     affine: NDArray[np.float64]
@@ -81,7 +76,7 @@ class RunHeader:
         return self.voxels * self.dtype.itemsize
 
 
-def open_run(path: Path) -> RunHeader:
+def open_run(path: Place) -> RunHeader:
     """The checked header of a 4D file.
 
     RunError: empty, truncated or not a NIfTI; 3D or one frame; no usable affine; no real numbers.
@@ -93,43 +88,52 @@ def open_run(path: Path) -> RunHeader:
     return header
 
 
-def read_volume(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+def read_volume(path: Place) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """The first volume of a file, (X, Y, Z) float32, and its (4, 4) affine. RunError as `open_run`, but 3D is fine."""
     header = _read_header(path)
     frame = next(read_frames(header))
     return frame.reshape(header.shape, order="F"), header.affine
 
 
-def read_frames(header: RunHeader, digest: Digest | None = None) -> Iterator[NDArray[np.float32]]:
-    """Every frame of a run in the order of the file.
+def read_stored(
+    header: RunHeader, digest: Digest | None = None, *, threads: int = 1
+) -> Generator[NDArray[Any], None, None]:
+    """Every frame of a run in the order of the file, as its numbers are stored.
 
     Args:
         header: from `open_run`.
         digest: given every byte of the file as it lies on disk, so that one pass both reads and hashes; complete when
             the iterator has come to its end. sha256 costs about a tenth of the decompression.
+        threads: with more than one, a thread of its own reads and decompresses, up to five frames ahead; it ends with
+            the iterator. What is yielded and raised is the same.
 
     Yields:
-        (X * Y * Z) float32, scaled, with the array's first axis fastest (Fortran order, as the file has it).
+        (X * Y * Z) of `header.dtype`, read-only, with the array's first axis fastest (Fortran order, as in the file).
 
     Raises:
         RunError: the data end early or the compression is damaged; names the frame.
     """
-    done = 0
-    try:
-        with _open_stream(header.path, digest) as stream:
-            _skip(stream, header.data_offset)
-            while done < max(header.frames, 1):
-                data = stream.read(header.frame_bytes)
-                if len(data) < header.frame_bytes:
-                    raise EOFError
-                yield _scaled(np.frombuffer(data, header.dtype), header)
-                done += 1
-            while stream.read(_STEP_BYTES):  # to the end: gzip's checksum comes last, and the digest covers all bytes
-                pass
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise RunError(_damage(error, header, done)) from error
-    except OSError as error:
-        raise RunError(f"cannot be read: {error.strerror or error}") from error
+    frames = _one_pass(header, digest)
+    yield from read_ahead(frames, _FRAMES_AHEAD) if threads > 1 else frames
+
+
+def read_frames(header: RunHeader, digest: Digest | None = None) -> Iterator[NDArray[np.float32]]:
+    """`read_stored` as values: each frame (X * Y * Z) float32, scaled."""
+    for stored in read_stored(header, digest):
+        yield as_values(stored, header.slope, header.intercept)
+
+
+def as_values(stored: NDArray[Any], slope: float, intercept: float) -> NDArray[np.float32]:
+    """Stored numbers of any real type and shape as float32: slope * stored + intercept, always a new array.
+
+    What float32 cannot hold becomes infinite, so that its voxel is left out of the run.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = stored.astype(np.float32)
+        if (slope, intercept) != (1.0, 0.0):
+            values *= np.float32(slope)
+            values += np.float32(intercept)
+    return values
 
 
 def repetition_time_s(header: RunHeader, sidecar_tr_s: float | None) -> float:
@@ -152,55 +156,35 @@ def repetition_time_s(header: RunHeader, sidecar_tr_s: float | None) -> float:
     return tr_s
 
 
-def file_sha256(path: Path) -> str:
+def file_sha256(path: Place) -> str:
     """sha256 in hex of a file's bytes on disk. OSError when it cannot be read."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class _Tap(io.RawIOBase):
-    """A file that shows every byte it hands out to a digest."""
-
-    def __init__(self, file: IO[bytes], digest: Digest) -> None:
-        super().__init__()
-        self._file, self._digest = file, digest
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._file.read(size)
-        self._digest.update(data)
-        return data
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-def _open_stream(path: Path, digest: Digest | None) -> Stream:
-    """The file's decompressed bytes, to be read forwards. OSError when it cannot be opened."""
-    file = path.open("rb")
-    compressed = file.peek(2)[:2] == _GZIP_MAGIC
-    tapped = file if digest is None else cast(IO[bytes], _Tap(file, digest))
-    return _OwningGzip(tapped) if compressed else tapped
+def _one_pass(header: RunHeader, digest: Digest | None) -> Generator[NDArray[Any], None, None]:
+    done = 0
+    try:
+        stream, _ = open_stream(header.path, digest)
+        with stream:
+            _skip(stream, header.data_offset)
+            while done < max(header.frames, 1):
+                data = stream.read(header.frame_bytes)
+                if len(data) < header.frame_bytes:
+                    raise EOFError
+                yield np.frombuffer(data, header.dtype)
+                done += 1
+            while stream.read(_STEP_BYTES):  # to the end: gzip's checksum comes last, and the digest covers all bytes
+                pass
+    except DAMAGE as error:
+        raise RunError(_damage(error, header, done)) from error
+    except OSError as error:
+        raise RunError(f"cannot be read: {error.strerror or error}") from error
 
 
-class _OwningGzip(gzip.GzipFile):
-    """A gzip stream that closes the file below it, which `GzipFile` leaves open."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        super().__init__(fileobj=file, mode="rb")
-        self._below = file
-
-    def close(self) -> None:
-        super().close()
-        self._below.close()
-
-
-def _read_header(path: Path) -> RunHeader:
+def _read_header(path: Place) -> RunHeader:
     """Header of a single-file NIfTI-1 or -2. `frames` is 0 for a 3D file."""
-    block = _first_bytes(path, 540)
+    block, compressed = _first_bytes(path, 540)
     size = next((size for size in _HEADERS for order in ("little", "big") if _leading_int(block, order) == size), None)
     if size is None or len(block) < size:
         raise RunError("is not a NIfTI file: its first bytes are no NIfTI-1 or NIfTI-2 header")
@@ -212,27 +196,32 @@ def _read_header(path: Path) -> RunHeader:
     try:
         header = _HEADERS[size](block[:size], check=True)
         dtype, shape = header.get_data_dtype(), tuple(int(n) for n in header.get_data_shape())
-    except (HeaderDataError, ValueError, KeyError) as error:
+        data_offset = max(int(header.get_data_offset()), size)
+    except (HeaderDataError, ValueError, KeyError, OverflowError) as error:
         raise RunError(f"has a damaged NIfTI header: {error}") from error
     if dtype.kind not in "iuf":
         raise RunError(f"holds {dtype} data: a run needs real numbers")
     space, frames = _axes(shape)
     slope, intercept = _scaling(header)
     checked = RunHeader(
-        path, space, frames, _affine(header), _header_tr_s(header), dtype, slope, intercept,
-        max(int(header.get_data_offset()), size),
+        path, space, frames, _affine(header), _header_tr_s(header), dtype, slope, intercept, data_offset
     )  # fmt: skip
-    _check_length(checked)
+    _check_length(checked, compressed)
     return checked
 
 
-def _first_bytes(path: Path, count: int) -> bytes:
+def _first_bytes(path: Place, count: int) -> tuple[bytes, bool]:
+    """The beginning of the decompressed file, and whether it is compressed."""
     try:
-        if path.stat().st_size == 0:
+        size = path.stat().st_size
+        if isinstance(path, Path) and not path.is_file():  # reading a pipe would wait for ever
+            raise RunError("is not a file: a folder, a pipe or a device has its name")
+        if size == 0:
             raise RunError("is an empty file (0 bytes)")
-        with _open_stream(path, None) as stream:
-            return stream.read(count)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        stream, compressed = open_head(path)
+        with stream:
+            return stream.read(count), compressed
+    except DAMAGE as error:
         raise RunError("is a truncated or damaged gzip file: not even the NIfTI header can be read") from error
     except OSError as error:
         raise RunError(f"cannot be read: {error.strerror or error}") from error
@@ -248,6 +237,8 @@ def _axes(shape: tuple[int, ...]) -> tuple[tuple[int, int, int], int]:
         raise RunError(f"has the shape {shape}: a run is X, Y, Z and time")
     if math.prod(shape[4:]) > 1:
         raise RunError(f"has the shape {shape}: more than four axes are in use")
+    if math.prod(shape[:3]) > MAX_VOXELS:
+        raise RunError(f"has the shape {shape}: more than {MAX_VOXELS:,} voxels in a frame is no functional run")
     return (shape[0], shape[1], shape[2]), (shape[3] if len(shape) > 3 else 0)
 
 
@@ -285,15 +276,16 @@ def _scaling(header: Any) -> tuple[float, float]:
     return slope, intercept if math.isfinite(intercept) else 0.0
 
 
-def _check_length(header: RunHeader) -> None:
-    """An uncompressed file shows by its length that data are missing; a compressed one only while it is read."""
-    with header.path.open("rb") as file:
-        if file.read(2) == _GZIP_MAGIC:
-            return
+def _check_length(header: RunHeader, compressed: bool) -> None:
+    """A file shows by its length that data are missing, so that nothing is planned for frames that cannot be there.
+
+    For a compressed one this is a bound only; the rest shows while it is read.
+    """
     there = header.path.stat().st_size
     needed = header.data_offset + max(header.frames, 1) * header.frame_bytes
-    if there < needed:
-        raise RunError(f"is truncated: {there:,} of {needed:,} bytes are there")
+    if there * (_MOST_GZIP_SHRINKS if compressed else 1) < needed:
+        packed = " compressed" if compressed else ""
+        raise RunError(f"is truncated: {there:,}{packed} bytes are there for {needed:,} that the header announces")
 
 
 def _skip(stream: Stream, count: int) -> None:
@@ -302,15 +294,6 @@ def _skip(stream: Stream, count: int) -> None:
         if not data:
             raise EOFError
         count -= len(data)
-
-
-def _scaled(stored: NDArray[Any], header: RunHeader) -> NDArray[np.float32]:
-    with np.errstate(over="ignore", invalid="ignore"):  # what float32 cannot hold becomes inf, so the voxel is left out
-        values = stored.astype(np.float32)
-    if (header.slope, header.intercept) != (1.0, 0.0):
-        values *= np.float32(header.slope)
-        values += np.float32(header.intercept)
-    return values
 
 
 def _damage(error: Exception, header: RunHeader, done: int) -> str:

@@ -7,7 +7,6 @@ Affines alone decide: nilearn's template lies on a grid of its own, and a user's
 """
 
 import math
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +14,7 @@ from scipy import ndimage
 
 from neurostorm.ingest.nifti import RunError, read_volume
 from neurostorm.ingest.standardize import plan_spatial
+from neurostorm.places import Place
 from neurostorm.store import Grid
 
 Bool = NDArray[np.bool_]
@@ -30,7 +30,7 @@ class MaskError(ValueError):
     """A mask file that cannot be the store's mask; the message names it and the fix."""
 
 
-def brain_mask(grid: Grid, mask_path: Path | None = None) -> Bool:
+def brain_mask(grid: Grid, mask_path: Place | None = None) -> Bool:
     """Brain voxels of a grid, bool (X, Y, Z), from the ICBM152 template or from a mask file in MNI space.
 
     Raises MaskError when the file cannot be read, is empty, or does not lie inside the grid.
@@ -77,7 +77,7 @@ def _padded(outline: Bool, affine: NDArray[np.float64], grid: Grid) -> tuple[Boo
     return np.pad(outline, [(width, width) for width in margin]), shifted
 
 
-def _check_inside(path: Path, outline: Bool, affine: NDArray[np.float64], mask: Bool, grid: Grid) -> None:
+def _check_inside(path: Place, outline: Bool, affine: NDArray[np.float64], mask: Bool, grid: Grid) -> None:
     """MaskError unless nine tenths of the mask lie inside the grid."""
     if not mask.any():
         raise MaskError(f"ingest.mask={path}: lies outside the {grid.name} grid; is it in MNI space?")

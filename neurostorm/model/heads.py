@@ -13,6 +13,7 @@ raster order (d, h, w, frame; the frame fastest), which is also the order of tok
 only brain patches are tokens, give tokens: the grid is zero in its other cells, and zeros would enter the mean.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -27,14 +28,15 @@ _WIDENING = 4  # hidden width over the features' in v2 and v3
 _DROPOUT = 0.1  # of v3 in training
 
 
-class _Head(nn.Module):
+class _Head(nn.Module, ABC):
     """``features(x)`` (B, F), what the last linear map reads, and its outputs (B, outputs)."""
 
     width: int  # C' of the features it takes
     head: nn.Module
 
+    @abstractmethod
     def features(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """What the last linear map reads: (B, F)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))

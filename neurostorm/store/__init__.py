@@ -1,8 +1,10 @@
 """The frame store: preprocessed fMRI as Zarr v3, one byte per brain voxel and frame.
 
-    layout (names, grids) -> codec (z-scores <-> bytes) -> writer -> reader -> manifest (tables at the root)
+    layout (names, grids) -> codec (z-scores <-> bytes) -> shard (bytes of a run) -> writer -> reader
+    files (headers, which runs are there)    manifest (tables at the root)
+    inventory, verify, care, merge, summary, export: looking after a store, imported where they are needed
 
-`files` is the floor under them: attributes, renames, locks. No Ray, no torch.
+`places` is the floor under them: local paths and object stores. No Ray, no torch.
 """
 
 from neurostorm.store.codec import dequantise, quantise
@@ -15,11 +17,15 @@ from neurostorm.store.manifest import (
     read_manifest,
     read_participants,
     read_quarantine,
+    read_withdrawn,
+    withdrawn_subjects,
     write_manifest,
     write_participants,
 )
+from neurostorm.store.partials import remove_partials
 from neurostorm.store.reader import FrameStore
-from neurostorm.store.writer import create_store, remove_partials, write_run
+from neurostorm.store.shard import run_bytes, run_files
+from neurostorm.store.writer import create_store, write_run
 
 __all__ = [
     "FORMAT",
@@ -40,8 +46,12 @@ __all__ = [
     "read_manifest",
     "read_participants",
     "read_quarantine",
+    "read_withdrawn",
     "remove_partials",
+    "run_bytes",
+    "run_files",
     "run_path",
+    "withdrawn_subjects",
     "write_manifest",
     "write_participants",
     "write_run",

@@ -26,11 +26,12 @@ def quantise(z: NDArray[np.floating[Any]]) -> NDArray[np.int8]:
     flat = np.asarray(z).reshape(-1)
     out = np.empty(flat.shape, np.int8)
     for first in range(0, flat.size, _BLOCK_FLOATS):
-        block = flat[first : first + _BLOCK_FLOATS] * np.float32(SCALE)
-        if not np.isfinite(block).all():
+        values = flat[first : first + _BLOCK_FLOATS]
+        if not np.isfinite(values).all():
             raise ValueError("z-scores must be finite: set voxels without signal to 0 (and their std to 0) first")
+        block = np.clip(values, -LIMIT / SCALE, LIMIT / SCALE)  # before scaling, which may leave the range of floats
+        block *= SCALE
         np.rint(block, out=block)
-        np.clip(block, -LIMIT, LIMIT, out=block)
         out[first : first + _BLOCK_FLOATS] = block  # whole numbers within the range: the cast is exact
     return out.reshape(np.shape(z))
 

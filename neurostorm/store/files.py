@@ -1,45 +1,56 @@
-"""What the store does to the disk: read a group's attributes, and put files and folders in place in one step.
+"""Which files a store consists of, read as plain files: headers, attributes, the runs that are there.
 
-    write under another name --fsync--> rename --> everybody sees the old state, or the whole new one
+    zarr.json of the root -> is it a store, of a format that is known?      zarr.json of a run -> its attributes
 
-No Zarr here: a group's attributes are one small JSON file, and planning reads 66,000 of them.
+No Zarr here: metadata is one small JSON file, and planning reads 66,000 of them. A store lies on a local path or in an
+object store (`places.py`); nothing here asks where.
 """
 
-import contextlib
-import fcntl
 import json
 import os
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from neurostorm.store.layout import FORMAT, LOCK, RUNS, StoreError
+from neurostorm.object_store import ObjectPath
+from neurostorm.places import Place, files_below, place
+from neurostorm.store.layout import FORMAT, METADATA, RUNS, StoreError
 
-StorePath = str | os.PathLike[str]
-
-
-def local_path(path: StorePath) -> Path:
-    """`path` as a local Path. StoreError for an object-store address, which this format cannot rename in."""
-    text = os.fspath(path)
-    if "://" in text:
-        raise StoreError(f"{text} is not a local path: give a folder, for object stores a mounted one")
-    return Path(text)
+StorePath = str | os.PathLike[str] | ObjectPath
+READ_THREADS = 16  # small files at once; on an object store each is a round trip
 
 
-def is_group(path: Path) -> bool:
-    """Whether a Zarr v3 node stands at `path`; for a run this means that it is complete."""
-    return (path / "zarr.json").is_file()
+class MissingNodeError(StoreError):
+    """There is no Zarr node where one was asked for."""
+
+
+def store_place(path: StorePath) -> Place:
+    """`path` as a Place. StoreError for an address that is not understood."""
+    try:
+        return place(path)
+    except ValueError as error:
+        raise StoreError(str(error)) from error
+
+
+def is_node(folder: Place) -> bool:
+    """Whether a Zarr v3 node stands at `folder`; for a run this means that it is complete."""
+    return (folder / METADATA).is_file()
 
 
 def read_header(path: StorePath) -> dict[str, Any]:
     """The attributes of a store's root. StoreError: no such folder, not a store, or a format this code cannot read."""
-    root = local_path(path)
-    if not root.is_dir():
-        raise StoreError(f"there is no store at {root}: check the path, or make one with jobs/ingest.py --store {root}")
-    attributes = read_attributes(root) if is_group(root) else {}
+    root = store_place(path)
+    try:
+        attributes = read_attributes(root)
+    except MissingNodeError:
+        if root.is_dir():
+            raise StoreError(f"{root} is not a frame store: its {METADATA} is missing") from None
+        raise StoreError(
+            f"there is no store at {root}: check the path, or make one with jobs/ingest.py --store {root}"
+        ) from None
     if "neurostorm_format" not in attributes:
-        raise StoreError(f"{root} is not a frame store: its zarr.json is missing or has no `neurostorm_format`")
+        raise StoreError(f"{root} is not a frame store: its {METADATA} has no `neurostorm_format`")
     if attributes["neurostorm_format"] != FORMAT:
         raise StoreError(
             f"{root} has format {attributes['neurostorm_format']}, this version reads format {FORMAT}: "
@@ -48,70 +59,50 @@ def read_header(path: StorePath) -> dict[str, Any]:
     return attributes
 
 
-def read_attributes(group: Path) -> dict[str, Any]:
-    """The attributes of one Zarr v3 group, straight from its zarr.json: planning opens 66,000 of them."""
-    file = group / "zarr.json"
+def read_metadata(node: Place) -> dict[str, Any]:
+    """The zarr.json of a group or an array. MissingNodeError, or StoreError when it cannot be read as one."""
+    file = node / METADATA
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")).get("attributes", {}))
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise StoreError(f"{file} cannot be read as the metadata of a Zarr v3 group: {error}") from error
+        metadata = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(metadata.get("attributes", {}), dict):
+            raise ValueError("`attributes` is not an object")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise MissingNodeError(f"{file} is missing") from error
+    except (OSError, ValueError, AttributeError) as error:
+        raise StoreError(f"{file} cannot be read as the metadata of a Zarr v3 node: {error}") from error
+    return dict(metadata)
+
+
+def read_attributes(node: Place) -> dict[str, Any]:
+    """The attributes of a group or an array. StoreError as `read_metadata`."""
+    return dict(read_metadata(node).get("attributes", {}))
+
+
+def read_many(root: Place, runs: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The attributes of `runs`, in their order, several read at a time. StoreError as `read_metadata`."""
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        yield from pool.map(lambda run: read_attributes(root / run), runs)
 
 
 def find_runs(path: StorePath) -> list[str]:
-    """Paths of the complete runs of a store, in no order: three levels of folders below `runs`, renamed there whole."""
-    root = local_path(path)
+    """Paths of the complete runs of a store, in no order."""
+    root = store_place(path)
+    if isinstance(root, Path):
+        return [folder.relative_to(root).as_posix() for folder in run_folders(root) if is_node(folder)]
+    depth = len(f"{RUNS}/dataset/subject/entities/{METADATA}".split("/"))
+    names = (f"{RUNS}/{name}" for name, _ in files_below(root / RUNS) if name.endswith(f"/{METADATA}"))
+    return [name.removesuffix(f"/{METADATA}") for name in names if name.count("/") + 1 == depth]
+
+
+def run_folders(root: Path) -> list[Path]:
+    """Folders of a local store where runs stand, or stood: three levels below `runs`, in no order."""
     level = [root / RUNS]
     for _ in range(3):
         level = [
             Path(entry.path)
             for folder in level
+            if folder.is_dir()
             for entry in os.scandir(folder)
             if entry.is_dir() and not entry.name.startswith(".")
         ]
-    return [folder.relative_to(root).as_posix() for folder in level if is_group(folder)]
-
-
-def publish(partial: Path, target: Path) -> bool:
-    """Rename a finished folder to its place; False when somebody else's is there already."""
-    try:
-        os.replace(partial, target)
-    except OSError:
-        if is_group(target):
-            return False
-        raise
-    sync(target.parent)
-    return True
-
-
-def replace_file(target: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `target`, flush it and rename it: readers see the old or the new one."""
-    partial = target.with_name(f".{uuid.uuid4().hex}.{target.name}")  # the suffix stays: some writers go by it
-    try:
-        write(partial)
-        sync(partial)
-        os.replace(partial, target)
-        sync(target.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def locked(path: StorePath) -> Iterator[None]:
-    """Hold the store's lock: for tables that are read, added to and written back, by one process at a time."""
-    with (local_path(path) / LOCK).open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-def flush(folder: Path) -> None:
-    """Force a folder with all it holds to disk, so that the rename cannot outlive the data in a power cut."""
-    for item in (*folder.rglob("*"), folder):
-        sync(item)
-
-
-def sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    return level

@@ -3,10 +3,12 @@
     store.zarr/
       zarr.json                                 format, grid, TR, mask hash, recipe (attributes of the root group)
       mask/                                     uint8 (X, Y, Z), 1 inside the brain
-      runs/<dataset>/<subject>/<entities>/      one run: attributes of the group, and
-        frames/                                 int8 (T, V), 16 x the z-score of each voxel
-        mean/  std/                             float32 (V), source units; std 0 = outside this run's field of view
-      manifest.parquet participants.parquet quarantine.parquet
+      runs/<dataset>/<subject>/<entities>/      one run, an array int8 (T + 8, V): zarr.json with its attributes, and
+        0.0                                     T frames (16 x the z-score of each voxel), then its mean and std
+      manifest.parquet participants.parquet quarantine.parquet withdrawn.parquet
+
+A run's zarr.json comes last and is put there in one step: a run that has one is whole (`shard.py` says what its bytes
+are). mean and std are in the source's units; std 0 means outside this run's field of view.
 
 V counts the mask's voxels, in the C order of the (X, Y, Z) box. Everything that reads or writes a store takes its
 names, shapes and errors from here; nothing here touches a file.
@@ -20,13 +22,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-FORMAT = 1
+FORMAT = 2
 RECIPE_VERSION = 1
 SPACE = "MNI152NLin6Asym"
-MASK, RUNS, FRAMES, MEAN, STD = "mask", "runs", "frames", "mean", "std"
-PARTIAL, LOCK = ".partial", ".lock"
+MASK, RUNS, METADATA = "mask", "runs", "zarr.json"
+PARTIAL = ".partial"
 MISSING_FRAME = -128  # what Zarr returns for a chunk of frames that is not there: no byte of the codec has this value
-MANIFEST, PARTICIPANTS, QUARANTINE = "manifest.parquet", "participants.parquet", "quarantine.parquet"
+MANIFEST, PARTICIPANTS = "manifest.parquet", "participants.parquet"
+QUARANTINE, WITHDRAWN = "quarantine.parquet", "withdrawn.parquet"
 
 _SAFE = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]*")
 

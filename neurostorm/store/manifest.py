@@ -1,24 +1,25 @@
-"""The store's three tables, as Parquet at its root.
+"""The store's four tables, as Parquet at its root.
 
     manifest.parquet      a row per run: all that planning needs; rebuilt from the runs at any time
     participants.parquet  a row per subject: labels, from participants.tsv and phenotype tables
     quarantine.parquet    a row per input that could not be ingested, with the reason
+    withdrawn.parquet     a row per subject who withdrew: never to be ingested again
 
-Each is replaced whole, by a rename. Participants and quarantine are added to under the store's lock, so that two
-ingests into one store keep each other's rows.
+Each is read, changed and put back in one step (`places.update`), so that two ingests into one store keep each other's
+rows. A subject who withdrew is looked up inside that step: no rebuilt manifest and no labels bring them back.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from neurostorm.store.files import StorePath, find_runs, local_path, locked, read_attributes, read_header, replace_file
-from neurostorm.store.layout import MANIFEST, PARTICIPANTS, QUARANTINE, StoreError, split_run
+from neurostorm.places import Place, update
+from neurostorm.store.files import StorePath, find_runs, read_header, read_many, store_place
+from neurostorm.store.layout import MANIFEST, METADATA, PARTICIPANTS, QUARANTINE, WITHDRAWN, StoreError, split_run
 
 MANIFEST_SCHEMA = pa.schema(
     [
@@ -36,42 +37,46 @@ MANIFEST_SCHEMA = pa.schema(
     ]
 )
 QUARANTINE_SCHEMA = pa.schema([("source", pa.string()), ("reason", pa.string()), ("when", pa.string())])
+WITHDRAWN_SCHEMA = pa.schema([("dataset", pa.string()), ("subject", pa.string()), ("when", pa.string())])
 _PARTICIPANT_KEY = ("dataset", "participant_id")
 
 
 def build_manifest(path: StorePath) -> pa.Table:
-    """A row per complete run, sorted by run, from the runs' own attributes.
+    """A row per complete run, sorted by run, from the runs' own attributes; none for subjects who withdrew.
 
     Figures that a run does not state are null, texts empty. StoreError: not a store, or a run whose attributes cannot
     be read or have a value of the wrong kind.
     """
-    root = local_path(path)
+    root = store_place(path)
     read_header(root)
-    rows = [_manifest_row(root, run) for run in sorted(find_runs(root))]
+    gone = withdrawn_subjects(root)
+    runs = sorted(run for run in find_runs(root) if split_run(run)[:2] not in gone)
+    rows = [manifest_row(root, run, found) for run, found in zip(runs, read_many(root, runs), strict=True)]
     return pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA)
 
 
 def write_manifest(path: StorePath) -> pa.Table:
     """Rebuild `manifest.parquet` from the runs, replace it in one step, and return it. Errors as `build_manifest`."""
-    table = build_manifest(path)
-    _replace(local_path(path) / MANIFEST, table)
-    return table
+    held: list[pa.Table] = []
+
+    def rebuild(_: bytes | None) -> bytes:  # whatever is there, readable or not
+        held[:] = [build_manifest(path)]
+        return _parquet(held[0])
+
+    update(store_place(path) / MANIFEST, rebuild)
+    return held[0]
 
 
 def read_manifest(path: StorePath) -> pa.Table:
     """The manifest as it was last written, with `MANIFEST_SCHEMA`. StoreError: no store, or no readable manifest."""
     read_header(path)
-    file = local_path(path) / MANIFEST
+    file = store_place(path) / MANIFEST
     table = _read(file)
     if table is None:
-        raise StoreError(
-            f"{file} is missing: run the ingest again, or rebuild it with store.write_manifest({str(path)!r})"
-        )
+        raise StoreError(f"{file} is missing: run the ingest again, or rebuild it with tools/store.py repair {path}")
     missing = sorted(set(MANIFEST_SCHEMA.names) - set(table.column_names))
     if missing:
-        raise StoreError(
-            f"{file} has no column {', '.join(missing)}: rebuild it with store.write_manifest({str(path)!r})"
-        )
+        raise StoreError(f"{file} has no column {', '.join(missing)}: rebuild it with tools/store.py repair {path}")
     return table.select(MANIFEST_SCHEMA.names).cast(MANIFEST_SCHEMA)
 
 
@@ -82,7 +87,7 @@ def write_participants(path: StorePath, table: pa.Table) -> pa.Table:
         path: the store.
         table: `dataset`, `participant_id` (both needed) and any labels. A subject that is there already gets the new
             row; other datasets keep theirs, with nulls in columns that only one of them has. A column that is text in
-            one and numbers in the other becomes text.
+            one and numbers in the other becomes text. Subjects who withdrew are left out.
 
     Raises:
         ValueError: one of the two key columns is missing, or a subject stands in `table` twice.
@@ -94,20 +99,23 @@ def write_participants(path: StorePath, table: pa.Table) -> pa.Table:
     if len(set(keys)) != len(keys):
         raise ValueError(f"participants: {next(key for key in keys if keys.count(key) > 1)} stands in the table twice")
     read_header(path)
-    with locked(path):
-        old = read_participants(path)
-        if old is not None:
-            new = set(keys)
-            old = old.filter(pa.array([key not in new for key in _keys(old)], pa.bool_()))
-            table = _union(old, table)
-        table = table.sort_by([(name, "ascending") for name in _PARTICIPANT_KEY])
-        _replace(local_path(path) / PARTICIPANTS, table)
-    return table
+
+    def change(old: pa.Table | None) -> pa.Table:
+        if old is None:
+            added = table
+        else:
+            added = _union(old.filter(pa.array([key not in fresh for key in _keys(old)], pa.bool_())), table)
+        gone = withdrawn_subjects(path)
+        stays = added.filter(pa.array([not is_withdrawn(*key, gone) for key in _keys(added)], pa.bool_()))
+        return stays.sort_by([(name, "ascending") for name in _PARTICIPANT_KEY])
+
+    fresh = set(keys)
+    return _change(store_place(path) / PARTICIPANTS, change)
 
 
 def read_participants(path: StorePath) -> pa.Table | None:
     """The participants table, or None if no dataset came with one. StoreError if it cannot be read."""
-    return _read(local_path(path) / PARTICIPANTS)
+    return _read(store_place(path) / PARTICIPANTS)
 
 
 def add_quarantine(path: StorePath, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -130,13 +138,64 @@ def clear_quarantine(path: StorePath, sources: Iterable[str]) -> None:
 
 def read_quarantine(path: StorePath) -> pa.Table:
     """`source`, `reason`, `when` of every input that could not be ingested, sorted by source; maybe empty."""
-    table = _read(local_path(path) / QUARANTINE)
+    table = _read(store_place(path) / QUARANTINE)
     return QUARANTINE_SCHEMA.empty_table() if table is None else table
 
 
-def _manifest_row(root: Path, run: str) -> dict[str, Any]:
-    """One run's row, each value of its column's kind."""
-    attributes = read_attributes(root / run)
+def read_withdrawn(path: StorePath) -> pa.Table:
+    """`dataset`, `subject` (sub-...), `when` of every participant who withdrew, sorted; maybe empty."""
+    table = _read(store_place(path) / WITHDRAWN)
+    return WITHDRAWN_SCHEMA.empty_table() if table is None else table
+
+
+def withdrawn_subjects(path: StorePath) -> set[tuple[str, str]]:
+    """(dataset, subject) of everybody who withdrew."""
+    table = read_withdrawn(path)
+    return set(zip(table.column("dataset").to_pylist(), table.column("subject").to_pylist(), strict=True))
+
+
+def is_withdrawn(dataset: str, participant: str, gone: Container[tuple[str, str]]) -> bool:
+    """Whether a row of participants, whose id may lack the `sub-` of the runs, is of somebody in `gone`."""
+    return (dataset, participant) in gone or (dataset, f"sub-{participant}") in gone
+
+
+def add_withdrawn(path: StorePath, subjects: Iterable[tuple[str, str]]) -> None:
+    """Record that (dataset, subject) withdrew, now; who stands there already keeps the time."""
+    read_header(path)
+    when = datetime.now(UTC).isoformat(timespec="seconds")
+    asked = sorted(set(subjects))
+
+    def change(old: pa.Table | None) -> pa.Table | None:
+        rows = [] if old is None else old.to_pylist()
+        there = {(row["dataset"], row["subject"]) for row in rows}
+        fresh = [{"dataset": key[0], "subject": key[1], "when": when} for key in asked if key not in there]
+        table = pa.Table.from_pylist(rows + fresh, schema=WITHDRAWN_SCHEMA)
+        return table.sort_by([("dataset", "ascending"), ("subject", "ascending")]) if fresh else None
+
+    _change(store_place(path) / WITHDRAWN, change)
+
+
+def drop_rows(path: StorePath, name: str, drop: Callable[[dict[str, Any]], bool]) -> int:
+    """Take the rows for which `drop` is true off the table `name` (MANIFEST, ...), in one step; returns how many.
+
+    StoreError when the table cannot be read; a table that is not there has no rows.
+    """
+    dropped = 0
+
+    def change(old: pa.Table | None) -> pa.Table | None:
+        nonlocal dropped
+        if old is None:
+            return None
+        stays = old.filter(pa.array([not drop(row) for row in old.to_pylist()], pa.bool_()))
+        dropped = old.num_rows - stays.num_rows
+        return stays if dropped else None
+
+    _change(store_place(path) / name, change)
+    return dropped
+
+
+def manifest_row(root: Place, run: str, attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """One run's row of the manifest, each value of its column's kind. StoreError names a field of another kind."""
     dataset, subject, entities = split_run(run)
     known = {"run": run, "dataset": dataset, "subject": subject, "run_label": attributes.get("run_label", entities)}
     row: dict[str, Any] = {}
@@ -149,7 +208,7 @@ def _manifest_row(root: Path, run: str) -> dict[str, Any]:
                 row[field.name] = None if value is None else pa.scalar(value, field.type).as_py()
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise StoreError(
-                f"{root / run / 'zarr.json'}: `{field.name}` is {value!r} ({error}): ingest the run again"
+                f"{root / run / METADATA}: `{field.name}` is {value!r} ({error}): ingest the run again"
             ) from error
     return row
 
@@ -180,23 +239,59 @@ def _quarantine_row(row: Mapping[str, Any], now: datetime) -> dict[str, str]:
 
 def _change_quarantine(path: StorePath, drop: Iterable[str], add: Iterable[Mapping[str, str]]) -> None:
     read_header(path)
-    with locked(path):
-        table = read_quarantine(path)
-        stays = pc.invert(pc.is_in(table.column("source"), pa.array(list(drop), pa.string())))
-        fresh = pa.Table.from_pylist(list(add), schema=QUARANTINE_SCHEMA)
-        after = pa.concat_tables([table.filter(stays), fresh]).sort_by("source")
-        if not after.equals(table):
-            _replace(local_path(path) / QUARANTINE, after)
+    fresh = pa.Table.from_pylist(list(add), schema=QUARANTINE_SCHEMA)
+    dropped = pa.array(list(drop), pa.string())
+
+    def change(old: pa.Table | None) -> pa.Table | None:
+        table = QUARANTINE_SCHEMA.empty_table() if old is None else old
+        stays = table.filter(pc.invert(pc.is_in(table.column("source"), dropped)))
+        after = pa.concat_tables([_with_old_times(fresh, table), stays]).sort_by("source")
+        return None if after.equals(table) else after
+
+    _change(store_place(path) / QUARANTINE, change)
 
 
-def _replace(file: Path, table: pa.Table) -> None:
-    replace_file(file, lambda partial: pq.write_table(table, partial, compression="zstd"))
+def _with_old_times(fresh: pa.Table, old: pa.Table) -> pa.Table:
+    """`fresh` with the time of the first failure where source and reason are those of an old row."""
+    times = {(row["source"], row["reason"]): row["when"] for row in old.to_pylist()}
+    rows = [row | {"when": times.get((row["source"], row["reason"]), row["when"])} for row in fresh.to_pylist()]
+    return pa.Table.from_pylist(rows, schema=QUARANTINE_SCHEMA)
 
 
-def _read(file: Path) -> pa.Table | None:
-    if not file.is_file():
-        return None
+def _change(file: Place, change: Callable[[pa.Table | None], pa.Table | None]) -> pa.Table:
+    """The table after `change` of what it was (None: not there); None leaves it. StoreError when it is unreadable."""
+    held: list[pa.Table | None] = [None]
+
+    def change_bytes(before: bytes | None) -> bytes | None:
+        old = None if before is None else _parse(file, before)
+        held[0] = change(old)
+        if held[0] is None:
+            held[0] = old
+            return None
+        return _parquet(held[0])
+
+    update(file, change_bytes)
+    return held[0]
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
+
+
+def _read(file: Place) -> pa.Table | None:
     try:
-        return pq.read_table(file)
+        return _parse(file, file.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StoreError(f"{file} cannot be read: {error}") from error
+
+
+def _parse(file: Place, data: bytes) -> pa.Table:
+    try:
+        return pq.read_table(pa.BufferReader(data))
     except (pa.ArrowException, OSError) as error:
-        raise StoreError(f"{file} cannot be read as Parquet ({error}): remove it and ingest again") from error
+        fix = "rebuild it with tools/store.py repair" if file.name == MANIFEST else "remove it and ingest again"
+        raise StoreError(f"{file} cannot be read as Parquet ({error}): {fix}") from error

@@ -1,32 +1,40 @@
 """Reading a store: what runs there are, their frames as stored bytes, and the way back to a box of voxels.
 
     FrameStore.open(path).frames(run, start, count)  ->  int8 (count, V)  --unpack-->  (count, X, Y, Z)
+        run's zarr.json (once) -> its layout -> one contiguous range of the shard -> checksums -> the caller's array
 
-Only the chunks that hold the asked frames are read, and each carries a checksum: what comes back is what was written,
-or an error that names the run and the clip. A `FrameStore` is cheap to send to another process (only its path
-travels) and opens each array once per process.
+Chosen by measurement (tools/bench_feed.py): of the same clips zarr-python brings a tenth of what the file system gives,
+tensorstore and zarrs a fifth to a third; reading the range straight into its place brings nearly all of it. Each chunk
+carries a checksum: what comes back is what was written, or an error that names the run and the clip. A `FrameStore` is
+cheap to send to another process: only its path travels.
 """
 
 import hashlib
 import json
-import os
 import threading
 from collections import OrderedDict
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
+import pyarrow as pa
 import zarr
 from numpy.typing import NDArray
 
-from neurostorm.store.files import StorePath, find_runs, is_group, local_path, read_attributes, read_header
+from neurostorm.object_store import ObjectPath, errors
+from neurostorm.places import Place
+from neurostorm.store.files import (
+    MissingNodeError,
+    StorePath,
+    find_runs,
+    read_attributes,
+    read_header,
+    read_metadata,
+    store_place,
+)
 from neurostorm.store.layout import (
-    FRAMES,
     MASK,
-    MEAN,
-    MISSING_FRAME,
-    STD,
+    METADATA,
     ClipReadError,
     FrameRangeError,
     Grid,
@@ -35,15 +43,20 @@ from neurostorm.store.layout import (
     split_run,
 )
 from neurostorm.store.manifest import read_manifest
+from neurostorm.store.run_file import RunFile
+from neurostorm.store.shard import MOMENT_ROWS, SHARD_FILE, ShardError, layout_of, moments_of
 
-_OPEN_ARRAYS = 256  # a few kB each
+Verify = Literal["first", "always"]
+_KNOWN_RUNS = 1 << 17  # layouts kept, about 1 kB each; a corpus has 66,000
 
 
 class FrameStore:
     """One store, opened for reading. Make it with `FrameStore.open`.
 
     Attributes:
-        path: the store's folder.
+        path: the store's place.
+        verify: which reads check the checksums: "first", those of chunks that this process has not read before, or
+            "always". Checking costs about a quarter of the rate at which a file system's cache gives the bytes.
         grid: the box its runs are stored on.
         mask: (X, Y, Z) bool, True inside the brain.
         voxel_count: V, the voxels of the mask.
@@ -52,28 +65,29 @@ class FrameStore:
         recipe: `{"name", "version"}` of the preparation.
     """
 
-    def __init__(self, path: StorePath) -> None:
-        self.path = local_path(path)
-        self._arrays: OrderedDict[str, Any] = OrderedDict()
+    def __init__(self, path: StorePath, verify: Verify = "first") -> None:
+        self.path = store_place(path)
+        self.verify = verify
+        self._known: OrderedDict[str, RunFile] = OrderedDict()
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, path: StorePath) -> Self:
+    def open(cls, path: StorePath, verify: Verify = "first") -> Self:
         """Open the store at `path`. StoreError: missing, not a store, another format, or a damaged header or mask."""
-        store = cls(path)
+        store = cls(path, verify)
         shape, expected = tuple(store.grid.shape), store.mask_sha256  # the header first: it says more when it is wrong
         if store.mask.shape != shape or mask_hash(store.mask) != expected:
             raise StoreError(
-                f"{store.path / MASK} does not match the grid and hash in {store.path / 'zarr.json'}: "
+                f"{store.path / MASK} does not match the grid and hash in {store.path / METADATA}: "
                 "restore the two, or ingest again"
             )
         return store
 
-    def __reduce__(self) -> tuple[type[Self], tuple[str]]:
-        return type(self), (os.fspath(self.path),)
+    def __reduce__(self) -> tuple[type[Self], tuple[str, Verify]]:
+        return type(self), (str(self.path), self.verify)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({os.fspath(self.path)!r})"
+        return f"{type(self).__name__}({str(self.path)!r})"
 
     @cached_property
     def _header(self) -> dict[str, Any]:
@@ -81,7 +95,7 @@ class FrameStore:
 
     def _property(self, key: str) -> Any:
         if key not in self._header:
-            raise StoreError(f"{self.path / 'zarr.json'} has no `{key}`: restore the file, or ingest again")
+            raise StoreError(f"{self.path / METADATA} has no `{key}`: restore the file, or ingest again")
         return self._header[key]
 
     @cached_property
@@ -90,7 +104,7 @@ class FrameStore:
         try:
             return Grid.from_attributes(self._property("grid"))
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise StoreError(f"{self.path / 'zarr.json'}: `grid` does not describe a grid ({error!r})") from error
+            raise StoreError(f"{self.path / METADATA}: `grid` does not describe a grid ({error!r})") from error
 
     @property
     def tr_s(self) -> float:
@@ -111,8 +125,8 @@ class FrameStore:
     def mask(self) -> NDArray[np.bool_]:
         """(X, Y, Z) bool, True inside the brain."""
         try:
-            return np.asarray(zarr.open_array(self.path / MASK, mode="r")[...]) != 0
-        except (OSError, ValueError, KeyError) as error:
+            return _read_array(self.path / MASK) != 0
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise StoreError(f"{self.path / MASK} cannot be read: {error}") from error
 
     @cached_property
@@ -130,45 +144,57 @@ class FrameStore:
 
     def run_attributes(self, run: str) -> dict[str, Any]:
         """The run's attributes. StoreError if there is no such run."""
-        return read_attributes(self._run_folder(run))
+        folder = self._run_folder(run)
+        try:
+            return read_attributes(folder)
+        except MissingNodeError:
+            raise StoreError(f"{self.path} has no run {run!r}") from None
 
     def frame_count(self, run: str) -> int:
-        """T of a run. StoreError if there is no such run, ClipReadError if its array cannot be opened."""
-        return int(self._array(run, FRAMES, 0).shape[0])
+        """T of a run. StoreError if there is no such run, ClipReadError if its metadata cannot be read."""
+        return self._layout(run, 0).layout.frames
 
-    def frames(self, run: str, start: int = 0, count: int | None = None) -> NDArray[np.int8]:
+    def frames(
+        self, run: str, start: int = 0, count: int | None = None, out: NDArray[np.int8] | None = None
+    ) -> NDArray[np.int8]:
         """The stored bytes of `count` frames from `start` on (to the end, if None).
+
+        Args:
+            run, start, count: what is wanted.
+            out: int8 (count, V), C-contiguous, to read into; a new array if None. What it holds after an error is
+                undefined.
 
         Returns:
             (count, V) int8; `codec.dequantise` makes z-scores of it.
 
         Raises:
             StoreError: there is no such run.
+            ValueError: an `out` that does not fit.
             FrameRangeError: the run does not have these frames.
-            ClipReadError: a chunk is missing or fails its checksum.
+            ClipReadError: the run's file is missing, too short, or a chunk fails its checksum.
         """
-        array = self._array(run, FRAMES, start)
-        total = int(array.shape[0])
+        known = self._layout(run, start)
+        total = known.layout.frames
         stop = total if count is None else start + count
         if not 0 <= start < stop <= total:
             raise FrameRangeError(f"{self.path / run} has frames 0 to {total - 1}, not {start} to {stop - 1}")
-        values = self._read(array, slice(start, stop), run, start)
-        absent = np.flatnonzero(values[:, 0] == MISSING_FRAME)
-        if len(absent):
-            raise ClipReadError(
-                run, start, f"the chunk of frame {start + absent[0]} is missing from {self.path / run / FRAMES}"
-            )
-        return values
+        wanted = (stop - start, known.layout.voxels)
+        if out is None:
+            out = np.empty(wanted, np.int8)
+        elif out.shape != wanted or out.dtype != np.int8 or not (out.flags.c_contiguous and out.flags.writeable):
+            raise ValueError(f"out is {out.dtype} {out.shape}; it must be int8 {wanted}, C-contiguous and writeable")
+        self._read_rows(run, known, start, out)
+        return out
 
     def moments(self, run: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Mean and standard deviation over the run, each (V) float32 in source units; std 0 outside its field of view.
 
-        Raises StoreError if there is no such run, ClipReadError if an array is missing or fails its checksum.
+        Raises StoreError if there is no such run, ClipReadError as `frames`.
         """
-        mean, std = (self._read(self._array(run, name, 0), slice(None), run, 0) for name in (MEAN, STD))
-        if np.isnan(mean).any() or np.isnan(std).any():
-            raise ClipReadError(run, 0, f"mean or std is missing from {self.path / run}")
-        return mean, std
+        known = self._layout(run, 0)
+        rows = np.empty((MOMENT_ROWS, self.voxel_count), np.int8)
+        self._read_rows(run, known, known.layout.frames, rows)
+        return moments_of(rows)
 
     def unpack(self, values: NDArray[Any], fill: float = 0.0) -> NDArray[Any]:
         """Put packed voxels into the box: (..., V) -> (..., X, Y, Z) of the same dtype, `fill` outside the mask."""
@@ -178,46 +204,60 @@ class FrameStore:
         box[..., self._voxels] = values
         return box.reshape(*values.shape[:-1], *self.mask.shape)
 
-    def content_hash(self) -> str:
+    def content_hash(self, manifest: pa.Table | None = None) -> str:
         """sha256 in hex of what a model would see: grid, mask, TR, and (run, source_sha256, frames) of the manifest.
 
-        StoreError if there is no manifest.
+        The manifest is the store's own if none is given; StoreError if there is none.
         """
-        table = read_manifest(self.path).select(["run", "source_sha256", "frames"])
+        manifest = read_manifest(self.path) if manifest is None else manifest
+        table = manifest.select(["run", "source_sha256", "frames"])
         rows = sorted((row["run"], row["source_sha256"], row["frames"]) for row in table.to_pylist())
         facts = {"grid": self.grid.describe(), "mask_sha256": self.mask_sha256, "tr_s": self.tr_s, "runs": rows}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
-    def _run_folder(self, run: str) -> Path:
+    def _run_folder(self, run: str) -> Place:
         try:
             split_run(run)
         except ValueError as error:
             raise StoreError(str(error)) from error
-        folder = self.path / run
-        if not is_group(folder):
-            raise StoreError(f"{self.path} has no run {run!r}")
-        return folder
+        return self.path / run
 
-    def _array(self, run: str, name: str, start: int) -> Any:
-        """The open array of a run, from the cache; the one used longest ago makes room."""
-        key = f"{run}/{name}"
+    def _layout(self, run: str, start: int) -> RunFile:
+        """The run's layout, read once; of those the one used longest ago makes room."""
         with self._lock:
-            if key in self._arrays:
-                self._arrays.move_to_end(key)
-                return self._arrays[key]
+            if run in self._known:
+                self._known.move_to_end(run)
+                return self._known[run]
         folder = self._run_folder(run)
         try:
-            array = zarr.open_array(folder / name, mode="r")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ClipReadError(run, start, f"{folder / name} cannot be opened: {error}") from error
+            layout = layout_of(read_metadata(folder))
+            if layout.voxels != self.voxel_count:
+                raise ShardError(f"has {layout.voxels} voxels where the store's mask has {self.voxel_count}")
+            known = RunFile(layout, folder / SHARD_FILE)
+        except MissingNodeError:
+            raise StoreError(f"{self.path} has no run {run!r}") from None
+        except (StoreError, ShardError) as error:
+            raise ClipReadError(run, start, f"{folder / METADATA} {error}") from error
         with self._lock:
-            self._arrays[key] = array
-            while len(self._arrays) > _OPEN_ARRAYS:
-                self._arrays.popitem(last=False)
-        return array
+            self._known[run] = known
+            while len(self._known) > _KNOWN_RUNS:
+                self._known.popitem(last=False)
+        return known
 
-    def _read(self, array: Any, part: slice, run: str, start: int) -> NDArray[Any]:
+    def _read_rows(self, run: str, known: RunFile, first: int, out: NDArray[np.int8]) -> None:
+        """Fill `out` with the rows from `first` on."""
         try:
-            return np.asarray(array[part])
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise ClipReadError(run, start, str(error)) from error
+            known.read(first, out, verify_all=self.verify == "always")
+        except ShardError as error:
+            raise ClipReadError(run, first, f"{known.shard} {error}") from error
+        except OSError as error:
+            raise ClipReadError(run, first, f"{known.shard} cannot be read: {error}") from error
+
+
+def _read_array(node: Place) -> NDArray[Any]:
+    """A whole Zarr array."""
+    if not isinstance(node, ObjectPath):
+        return np.asarray(zarr.open_array(node, mode="r")[...])
+    with errors(node):
+        store = zarr.storage.ObjectStore(node.client, read_only=True)
+        return np.asarray(zarr.open_array(store, path=node.key, mode="r")[...])

@@ -1,56 +1,59 @@
 """Writing a store: the empty store once, then each run once, whole.
 
-    .partial/<uuid>/{frames, mean, std, attributes} --flush to disk--> rename to runs/<dataset>/<subject>/<entities>/
+    local          .partial/<uuid>/{0.0, zarr.json} --flush to disk--> rename to runs/<dataset>/<subject>/<entities>/
+    object store   upload .partial/<uuid>/0.0 --> copy to runs/.../0.0 --> put runs/.../zarr.json, unless they are there
 
-A rename is one step for everybody who looks: a run that is there is complete, and one that was cut off is only rubbish
-under `.partial`, for `remove_partials` to sweep. The same holds for the store itself, so any number of processes may
-create and fill one store at once; whoever comes second finds the work done.
+The last step is one step for everybody who looks: a run that has its zarr.json is complete, and what was cut off is
+only rubbish, for `remove_partials` to sweep. The same holds for the store itself, so any number of processes may create
+and fill one store at once; whoever comes second finds the work done.
 """
 
 import contextlib
+import itertools
 import json
-import logging
 import math
+import os
 import shutil
-import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import Crc32cCodec, ZstdCodec
 
+from neurostorm.object_store import ObjectPath, PlaceError
+from neurostorm.places import Place, create, files_below, open_locked, sync, take_place
 from neurostorm.store.codec import LIMIT
-from neurostorm.store.files import StorePath, flush, is_group, local_path, publish, read_header, replace_file
+from neurostorm.store.files import StorePath, is_node, read_header, store_place
 from neurostorm.store.layout import (
     FORMAT,
-    FRAMES,
     MASK,
-    MEAN,
+    METADATA,
     MISSING_FRAME,
     PARTIAL,
     RECIPE_VERSION,
     RUNS,
     SPACE,
-    STD,
     Grid,
     StoreError,
     mask_hash,
     split_run,
 )
+from neurostorm.store.shard import (
+    CODECS,
+    MOMENT_ROWS,
+    SHARD_FILE,
+    RunLayout,
+    array_metadata,
+    default_chunk_frames,
+    encode,
+    moment_rows,
+)
 
-logger = logging.getLogger(__name__)
-
-SHARD_FRAMES = 600  # one shard holds most runs whole, and stays near 140 MB at 2 mm
-CODECS: dict[str, tuple[Any, ...]] = {
-    "none": (Crc32cCodec(),),
-    "zstd": (ZstdCodec(level=1), Crc32cCodec()),
-}
-# One file name per chunk ("0.0") instead of a folder per dimension: inodes are what a corpus runs out of.
-_FLAT_KEYS = {"name": "v2", "separator": "."}
+_GROUP = {"zarr_format": 3, "node_type": "group", "attributes": {}}
+_WRITE_BYTES = 8 << 20  # handed to the disk at a time
 
 
 def create_store(
@@ -75,7 +78,7 @@ def create_store(
         ValueError: a mask of another shape or without a voxel, or a TR that is not positive.
         StoreError: the folder holds something else, or a store with other properties (the message lists them).
     """
-    target = local_path(path)
+    target = store_place(path)
     inside = np.asarray(mask) != 0
     if inside.shape != tuple(grid.shape):
         raise ValueError(f"the mask has shape {inside.shape}, the grid {grid.name} has {tuple(grid.shape)}")
@@ -92,8 +95,8 @@ def create_store(
         "mask_voxels": int(inside.sum()),
         "recipe": {"name": recipe, "version": recipe_version},
     }
-    if not is_group(target):
-        _publish_store(target, header, inside)
+    if not is_node(target):
+        _publish_store(target, _empty_store(header, inside))
     _check_same(target, header)
 
 
@@ -105,7 +108,7 @@ def write_run(
     mean: NDArray[np.floating[Any]],
     std: NDArray[np.floating[Any]],
     attributes: Mapping[str, Any],
-    chunk_frames: int = 10,
+    chunk_frames: int | None = None,
     codec: str = "none",
 ) -> bool:
     """Write one run, whole, or not at all.
@@ -117,7 +120,7 @@ def write_run(
         mean, std: (V) in source units; std 0 marks voxels outside the run's field of view.
         attributes: what the manifest and a reader need to know, JSON values; `frames`, `tr_s`, `dataset`, `subject` and
             `neurostorm_format` are filled in.
-        chunk_frames: frames that are read together, about 2 MB per ten at 2 mm.
+        chunk_frames: frames under one checksum; default: as many as come nearest to 128 kB.
         codec: "none", or "zstd" where the network is slower than the decompression.
 
     Returns:
@@ -125,74 +128,162 @@ def write_run(
 
     Raises:
         ValueError: shapes, values or names that do not fit the store.
-        StoreError: `path` is not a store of this format.
+        StoreError: `path` is not a store of this format, or something else lies, or is being put, in the run's place.
+        OSError: the store cannot be written: disk full, no permission, an object store that does not answer.
     """
-    root = local_path(path)
+    root = store_place(path)
     dataset, subject, _ = split_run(run)
     header = read_header(root)
     _check_arrays(run, frames, mean, std, int(header["mask_voxels"]))
+    chunk_frames = default_chunk_frames(frames.shape[1]) if chunk_frames is None else chunk_frames
     if codec not in CODECS or chunk_frames < 1:
         raise ValueError(
             f"codec {codec!r} with chunks of {chunk_frames} frames: codecs are {sorted(CODECS)}, chunks >= 1"
         )
-    target = root / run
-    if is_group(target):
+    if is_node(root / run):
         return False
     facts = dict(attributes) | {"dataset": dataset, "subject": subject, "frames": len(frames)}
     facts |= {"tr_s": header["tr_s"], "neurostorm_format": FORMAT}
+    chunk_frames = min(chunk_frames, len(frames) + MOMENT_ROWS)  # no longer than the run
+    layout = RunLayout(len(frames), frames.shape[1], chunk_frames, codec)
+    metadata = _json(array_metadata(layout, _plain(facts)))
+    shard = encode(layout, frames, moment_rows(mean, std))
+    return publish(root, run, metadata, shard)
+
+
+def publish(path: StorePath, run: str, metadata: bytes, shard: Iterable[bytes | memoryview]) -> bool:
+    """Put a run's two files in place, whole or not at all; False when a complete run is there, which is left as it is.
+
+    Errors as `write_run`, and whatever `shard` raises while its pieces are taken: then nothing was written.
+    """
+    root = store_place(path)
+    make_groups(root, run)
+    if isinstance(root, Path):
+        return _publish_local(root, root / run, metadata, shard)
+    return _publish_object(root, root / run, metadata, shard)
+
+
+def make_groups(root: Place, run: str) -> None:
+    """Give the groups between the root and a run their metadata, so that any Zarr reader can walk down."""
+    target = root / run
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for group in (target.parents[1], target.parents[0]):  # dataset, subject
+        if not is_node(group) and create(group / METADATA, _json(_GROUP)) and isinstance(group, Path):
+            sync(group.parent)
+
+
+def _publish_local(root: Path, target: Path, metadata: bytes, shard: Iterable[bytes | memoryview]) -> bool:
+    """Write the run beside its place, flush it, rename it there; False when somebody else's is there already."""
     partial = root / PARTIAL / uuid.uuid4().hex
     try:
-        zarr.create_group(partial, attributes=_plain(facts))
-        _write_frames(partial, frames, chunk_frames, codec)
-        for name, values in ((MEAN, mean), (STD, std)):
-            _write_vector(partial, name, values)
-        flush(partial)
-        _make_parents(root, target)
-        return publish(partial, target)
+        with open_locked(partial / SHARD_FILE, _WRITE_BYTES) as file:
+            for piece in shard:
+                file.write(piece)
+            file.flush()
+            (partial / METADATA).write_bytes(metadata)
+            return _rename(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def remove_partials(path: StorePath, older_than_s: float = 24 * 3600.0) -> int:
-    """Delete what interrupted writers left under `.partial` and did not touch for `older_than_s`; returns how many."""
-    removed = 0
-    folder = local_path(path) / PARTIAL
-    for entry in sorted(folder.glob("*/")):
-        with contextlib.suppress(FileNotFoundError):  # its writer finished just now
-            newest = max(item.stat().st_mtime for item in (entry, *entry.rglob("*")))
-            if time.time() - newest >= older_than_s:
-                shutil.rmtree(entry)
-                removed += 1
-    if removed:
-        logger.info("removed %d unfinished run(s) from %s", removed, folder)
-    return removed
+def _publish_object(root: ObjectPath, target: ObjectPath, metadata: bytes, shard: Iterable[bytes | memoryview]) -> bool:
+    """Upload the shard beside its place, copy it there unless one is there, then put the metadata unless it is there.
+
+    Neither file is ever overwritten, so a run never mixes the shard of one writer with the metadata of another, whoever
+    is killed when. A shard that waits for its metadata, because its writer is at that or was killed before, serves
+    every writer of the same bytes.
+    """
+    upload = root / PARTIAL / uuid.uuid4().hex / SHARD_FILE
+    place = target / SHARD_FILE
+    try:
+        upload.write_bytes(bytes(piece) for piece in shard)
+        if not take_place(upload, place):
+            if is_node(target):
+                return False
+            if not _same(upload, place):
+                raise StoreError(
+                    f"{place} is another run's, of a source file that differs and is being written just now, or was "
+                    f"when its writer was killed: wait for it, or clear up with tools/store.py repair {root}"
+                )
+        return create(target / METADATA, metadata)
+    finally:
+        with contextlib.suppress(PlaceError):  # what made the upload fail is said already; `remove_partials` sweeps
+            upload.unlink(missing_ok=True)
 
 
-def _publish_store(target: Path, header: dict[str, Any], inside: NDArray[np.bool_]) -> None:
-    """Build the empty store beside `target` and rename it there; a store that came first is left as it is."""
-    occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
-    if occupied and not is_group(target):  # asked last: another process may have published just now
+def _same(one: ObjectPath, other: ObjectPath) -> bool:
+    """Whether two objects hold the same bytes."""
+    if one.stat().st_size != other.stat().st_size:
+        return False
+    with one.open("rb") as first, other.open("rb") as second:
+        return all(
+            first.read(_WRITE_BYTES) == second.read(_WRITE_BYTES) for _ in range(0, one.stat().st_size, _WRITE_BYTES)
+        )
+
+
+def _empty_store(header: dict[str, Any], inside: NDArray[np.bool_]) -> dict[str, bytes]:
+    """The files of a store without runs, the root's metadata last."""
+    memory: dict[str, Any] = {}
+    zarr.create_array(
+        zarr.storage.MemoryStore(memory),
+        name=MASK,
+        data=inside.astype(np.uint8),
+        chunks=inside.shape,
+        compressors=(zarr.codecs.ZstdCodec(level=1), zarr.codecs.Crc32cCodec()),
+        chunk_key_encoding={"name": "v2", "separator": "."},
+        dimension_names=("x", "y", "z"),
+    )
+    files = {name: value.to_bytes() for name, value in memory.items() if name.startswith(f"{MASK}/")}
+    return files | {f"{RUNS}/{METADATA}": _json(_GROUP), METADATA: _json(_GROUP | {"attributes": _plain(header)})}
+
+
+def _publish_store(target: Place, files: dict[str, bytes]) -> None:
+    """Put the empty store in place in one step; one that came first is left as it is."""
+    if _occupied(target, files) and not is_node(target):  # asked last: another process may have published just now
         raise StoreError(f"{target} exists and is not a frame store: choose another path, or an empty folder")
+    if isinstance(target, ObjectPath):
+        for name, data in files.items():
+            if not create(target / name, data) and name != METADATA and (target / name).read_bytes() != data:
+                raise StoreError(
+                    f"{target / name} is left from another attempt, with another mask, or one is being made just now: "
+                    f"delete {target} if that has failed, or choose another path"
+                )
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.parent / f".{target.name}.{uuid.uuid4().hex}.partial"
     try:
-        group = zarr.create_group(partial, attributes=header)
-        group.create_array(
-            MASK,
-            data=inside.astype(np.uint8),
-            chunks=inside.shape,
-            compressors=CODECS["zstd"],
-            chunk_key_encoding=_FLAT_KEYS,
-            dimension_names=("x", "y", "z"),
-        )
-        group.create_group(RUNS)
-        flush(partial)
-        publish(partial, target)
+        for name, data in files.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            (partial / name).write_bytes(data)
+        _rename(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_same(target: Path, wanted: dict[str, Any]) -> None:
+def _occupied(target: Place, files: dict[str, bytes]) -> bool:
+    """Whether something else lies at `target`; what an interrupted creation left in an object store is no harm."""
+    if isinstance(target, Path):
+        return target.exists() and (not target.is_dir() or any(target.iterdir()))
+    return any(name not in files for name, _ in itertools.islice(files_below(target), 100))
+
+
+def _rename(partial: Path, target: Path) -> bool:
+    """Flush a finished folder to disk and rename it to its place; False when somebody else's is there already."""
+    for item in (*partial.rglob("*"), partial):  # the rename must not outlive the data in a power cut
+        sync(item)
+    try:
+        os.replace(partial, target)
+    except OSError:
+        if is_node(target):
+            return False
+        if target.is_dir() and any(target.iterdir()):
+            raise StoreError(f"{target} holds something else, what is left of a deleted run maybe: delete it") from None
+        raise
+    sync(target.parent)
+    return True
+
+
+def _check_same(target: Place, wanted: dict[str, Any]) -> None:
     """StoreError naming every property in which the store differs from what the caller wants to put in."""
     found = read_header(target)
     differing = [
@@ -215,49 +306,14 @@ def _check_arrays(run: str, frames: NDArray[Any], mean: NDArray[Any], std: NDArr
             f"{run}: frames hold {MISSING_FRAME}, which marks missing chunks; make them with codec.quantise"
         )
     for name, values in (("mean", mean), ("std", std)):
-        if values.shape != (voxels,) or not np.isfinite(values).all():
+        if values.shape != (voxels,) or not np.isfinite(np.asarray(values, np.float32)).all():
             raise ValueError(f"{run}: {name} has shape {values.shape}; the store takes ({voxels},) finite numbers")
     if (std < 0).any():
         raise ValueError(f"{run}: std holds negative numbers")
 
 
-def _write_frames(group: Path, frames: NDArray[np.int8], chunk_frames: int, codec: str) -> None:
-    shard = min(-(-len(frames) // chunk_frames), max(1, SHARD_FRAMES // chunk_frames)) * chunk_frames
-    array = zarr.create_array(
-        group / FRAMES,
-        shape=frames.shape,
-        dtype="int8",
-        chunks=(chunk_frames, frames.shape[1]),
-        shards=(shard, frames.shape[1]),
-        compressors=CODECS[codec],
-        fill_value=MISSING_FRAME,
-        chunk_key_encoding=_FLAT_KEYS,
-        dimension_names=("frame", "voxel"),
-    )
-    array[:] = frames
-
-
-def _write_vector(group: Path, name: str, values: NDArray[Any]) -> None:
-    array = zarr.create_array(
-        group / name,
-        shape=values.shape,
-        dtype="float32",
-        chunks=values.shape,
-        compressors=CODECS["none"],
-        fill_value=float("nan"),  # what a missing file reads as, and no mean or std ever is
-        chunk_key_encoding=_FLAT_KEYS,
-        dimension_names=("voxel",),
-    )
-    array[:] = values.astype(np.float32)
-
-
-def _make_parents(root: Path, target: Path) -> None:
-    """Give every group between the root and a run its metadata, so that any Zarr reader can walk down."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}})
-    for group in (target.parents[2], target.parents[1], target.parents[0]):
-        if root in group.parents and not is_group(group):
-            replace_file(group / "zarr.json", lambda partial: partial.write_text(text, encoding="utf-8"))
+def _json(tree: Mapping[str, Any]) -> bytes:
+    return json.dumps(tree, indent=1).encode()
 
 
 def _plain(value: Any) -> Any:

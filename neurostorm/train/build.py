@@ -5,8 +5,6 @@ config + store -> model, unpacker, engine -> newest checkpoint -> Loop ... -> ex
 
 import logging
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,11 +20,14 @@ from neurostorm.model.mae import MaskedAutoencoder
 from neurostorm.model.masking import MaskConfig
 from neurostorm.model.strd import StrdConfig
 from neurostorm.model.swin_config import SwinConfig
+from neurostorm.places import Place
+from neurostorm.staging import outgoing
 from neurostorm.store.reader import FrameStore
 from neurostorm.tracking import Tracker, code_revision
 from neurostorm.train import checkpoint
 from neurostorm.train.engine import Engine
 from neurostorm.train.loop import Loop
+from neurostorm.train.ranks import gather
 from neurostorm.train.validate import Validation
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ def build_unpacker(model: MaskedAutoencoder, store: FrameStore, frames: int, dev
     """What turns packed clips into the model's patches on `device`."""
     finest = model.geometry(frames).levels[0]
     table = model.patch_table(torch.from_numpy(store.mask))
-    return ClipUnpacker(table, finest.space_of_token, finest.time_of_token).to(device)
+    return ClipUnpacker(table, finest.space_of_token, finest.time_of_token, store.voxel_count).to(device)
 
 
 def assemble(
@@ -118,7 +119,7 @@ def assemble(
             "workers": dist.get_world_size(),
             "mlflow_run_id": tracker.run_id,
             "code_revision": code_revision(),
-            "store_sha256": corpus.store.content_hash(),
+            "store_sha256": corpus.content_sha256,
         },
         rank=rank,
         first_step=first_step,
@@ -130,31 +131,27 @@ def assemble(
 
 def resume(config: Config, engine: Engine, rank: int) -> int:
     """Loads the newest checkpoint, which rank 0 chooses for all, and returns its number of finished steps."""
-    found: list[Any] = [None]
-    if rank == 0:
-        newest = checkpoint.newest(config.run.folder / "checkpoints")
-        found = [(str(newest.path), newest.step)] if newest else [None]
-    dist.broadcast_object_list(found, src=0)
-    if found[0] is None:
+    found = checkpoint.restore(config.run.folder / "checkpoints", engine.load, gather=gather, rank=rank)
+    if found is None:
         return 0
-    path, step = found[0]
-    engine.load(Path(path))
     if rank == 0:
-        logger.info("resuming after step %d from %s", step, path)
-    return int(step)
+        logger.info("resuming after step %d from %s", found.step, found.path)
+    return found.step
 
 
-def export(loop: Loop, store: FrameStore, folder: Path) -> None:
+def export(loop: Loop, corpus: Corpus, folder: Place) -> None:
     """Writes `model.safetensors` and `config.json` to `folder` on rank 0; a collective call."""
     weights = loop.engine.full_weights()
     if loop.rank != 0:
         return
+    store = corpus.store
     extra = {
         "normalise": loop.config.data.normalise,
         "grid": {"name": store.grid.name, "shape": list(store.grid.shape), "affine": store.grid.affine.tolist()},
         "tr_s": store.tr_s,
         "mask_sha256": store.mask_sha256,
-        "store_sha256": store.content_hash(),
+        "store_sha256": corpus.content_sha256,
         "steps": loop.total_steps,
     }
-    save_pretrained(loop.model, folder, extra=extra, state_dict=weights)
+    with outgoing(folder) as local:
+        save_pretrained(loop.model, local, extra=extra, state_dict=weights)

@@ -2,26 +2,38 @@
 
     checkpoints/step-00000050/state/...      every rank's DeepSpeed shards
                               trainer.json   step, configuration, MLflow run, code revision, workers
-                              COMMITTED      size and CRC-32 of every other file; written last, by rename
+                              COMMITTED      size and CRC-32 of every other file, and which rank wrote it; written last
+
+    save:     each rank writes to a folder of its own, takes its files' sizes and CRCs, and puts them in their place
+              -> gathered -> rank 0: all there? -> trainer.json -> COMMITTED -> old ones removed
+    restore:  rank 0 chooses the newest -> each rank fetches its own files and rank 0's, checks them -> loads
 
 `newest` is the highest step whose marker is there and whose files are what the marker says; a broken one is passed
-over with a warning. Clip order, masks and dropout follow from (seed, step), so no generator state needs saving.
+over with a warning. In an object store it compares sizes only; CRCs are checked of what a rank has fetched, and a
+checkpoint found damaged then is marked as such, so that all who look after that agree on the one before. Clip order,
+masks and dropout follow from (seed, step), so no generator state needs saving.
 """
 
 import json
 import logging
-import os
-import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from neurostorm.object_store import PlaceError
+from neurostorm.places import Place, files_below, remove_tree, replace
+from neurostorm.staging import fetched, outgoing
 
 logger = logging.getLogger(__name__)
 
 MARKER = "COMMITTED"
 TRAINER = "trainer.json"
+_PREFIX = "step-"
+
+Fingerprint = list[int]  # size in bytes, CRC-32
+Gather = Callable[[Any], list[Any]]
 
 
 class CheckpointError(RuntimeError):
@@ -29,50 +41,68 @@ class CheckpointError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A committed checkpoint: its folder, the number of finished steps, and what `trainer.json` holds."""
+class Marker:
+    """What a commit marker says: each file's fingerprint, the files of each rank, and what was found to be broken."""
 
-    path: Path
+    files: dict[str, Fingerprint]
+    ranks: list[list[str]]
+    broken: str | None = None
+
+    @classmethod
+    def read(cls, path: Place) -> "Marker":
+        """The marker of a checkpoint. FileNotFoundError when it has none, ValueError when it is not one."""
+        content = json.loads((path / MARKER).read_text())
+        try:
+            return cls(dict(content["files"]), list(content["ranks"]), content.get("broken"))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
+
+    def write(self, path: Place) -> None:
+        """Commits the checkpoint at `path`, in one step."""
+        replace(path / MARKER, json.dumps(vars(self), indent=1).encode())
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint: its place, the number of finished steps, and what `trainer.json` holds."""
+
+    path: Place
     step: int
     trainer: dict[str, Any]
 
 
 def save(
-    folder: Path,
+    folder: Place,
     step: int,
     *,
     write_shards: Callable[[Path], None],
-    barrier: Callable[[], None],
+    gather: Gather,
     rank: int,
     trainer: dict[str, Any],
     keep: int,
 ) -> None:
     """Writes and commits the checkpoint of `step` finished steps; every rank calls it.
 
-    write_shards  saves this rank's part into the folder it is given (a collective of the engine)
-    barrier       returns once all ranks have reached it
+    write_shards  saves this rank's part into the local folder it is given (a collective of the engine)
+    gather        gives every rank's value, in order, once all ranks have called it
     """
-    path = folder / f"step-{step:08d}"
+    path = folder / f"{_PREFIX}{step:08d}"
     if rank == 0:
-        shutil.rmtree(path, ignore_errors=True)  # an uncommitted rest of a killed run
-        path.mkdir(parents=True)
-    barrier()
-    if not path.is_dir():
-        raise CheckpointError(
-            f"{path}: this worker does not see what worker 0 made: run.output must be a shared folder"
-        )
-    write_shards(path)
-    barrier()
+        _remove(path)  # an uncommitted rest of a killed run
+    gather(None)
+    with outgoing(path) as own:
+        write_shards(own)
+        written = {name: _fingerprint(own / name) for name, _ in files_below(own)}
+    of_ranks = gather(written)
     if rank == 0:
-        _write_json(path / TRAINER, {"step": step, **trainer})
-        _write_json(path / MARKER, {"files": {name: _fingerprint(path / name) for name in _files(path)}})
-        _prune(folder, keep)
-    barrier()
+        _commit(path, {"step": step, **trainer}, of_ranks)
+        _prune(folder, path.name, keep)
+    gather(None)
 
 
-def newest(folder: Path) -> Checkpoint | None:
+def newest(folder: Place) -> Checkpoint | None:
     """The checkpoint to resume from, or None; broken ones are passed over with a warning."""
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for path in reversed(_steps(folder)):
         problem = _problem(path)
         if problem is None:
             trainer = json.loads((path / TRAINER).read_text())
@@ -81,14 +111,77 @@ def newest(folder: Path) -> Checkpoint | None:
     return None
 
 
-def _problem(path: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None."""
+def restore(folder: Place, load: Callable[[Path], None], *, gather: Gather, rank: int) -> Checkpoint | None:
+    """Loads the newest checkpoint, if there is one, and returns it; every rank calls it.
+
+    load  restores this rank's part from the local folder it is given (a collective of the engine)
+
+    Raises:
+        CheckpointError: on all ranks, when one of them found its files damaged. From then on the checkpoint is passed
+            over, so that the next start (Ray Train makes one by itself) resumes from the one before.
+    """
+    offers = gather(newest(folder) if rank == 0 else None)
+    chosen: Checkpoint | None = offers[0]
+    if chosen is None:
+        return None
+    marker = Marker.read(chosen.path)
+    if len(marker.ranks) != len(offers):
+        raise CheckpointError(f"{chosen.path} is of {len(marker.ranks)} workers, and {len(offers)} want to resume")
+    own = sorted({*marker.ranks[0], *marker.ranks[rank]})
+    with fetched(chosen.path, own) as local:
+        problems = [problem for problem in gather(_damage(local, {n: marker.files[n] for n in own})) if problem]
+        if not problems:
+            load(local)
+            return chosen
+    if rank == 0:
+        Marker(marker.files, marker.ranks, broken=problems[0]).write(chosen.path)
+    raise CheckpointError(f"{chosen.path}: {problems[0]}; start again to resume from the checkpoint before it")
+
+
+def is_begun(folder: Place) -> bool:
+    """Whether any checkpoint was committed, be it broken or not."""
+    return any((path / MARKER).is_file() for path in _steps(folder))
+
+
+def _commit(path: Place, trainer: dict[str, Any], of_ranks: list[dict[str, Fingerprint]]) -> None:
+    content = json.dumps(trainer, indent=1).encode()
+    replace(path / TRAINER, content)
+    files = {name: mark for written in of_ranks for name, mark in written.items()}
+    files[TRAINER] = [len(content), zlib.crc32(content)]
+    problem = _missing(path, files)
+    if problem:
+        raise CheckpointError(f"{path}: {problem}: run.output must be one place for all workers")
+    Marker(files, [sorted(written) for written in of_ranks]).write(path)
+
+
+def _problem(path: Place) -> str | None:
+    """What is wrong with a checkpoint, or None."""
     try:
-        files = json.loads((path / MARKER).read_text())["files"]
+        marker = Marker.read(path)
     except FileNotFoundError:
         return "it was not committed (a save was interrupted)"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except PlaceError:  # an object store that does not answer says nothing about the checkpoint
+        raise
+    except (OSError, ValueError) as error:
         return f"its marker {MARKER} cannot be read ({error})"
+    if marker.broken:
+        return marker.broken
+    if isinstance(path, Path):
+        return _damage(path, marker.files)
+    return _missing(path, marker.files)  # the CRCs would take a download: `restore` looks at them
+
+
+def _missing(path: Place, files: dict[str, Fingerprint]) -> str | None:
+    """The first file that is not there with its size, from one listing."""
+    sizes = dict(files_below(path))
+    for name, (size_bytes, _) in files.items():
+        if sizes.get(name) != size_bytes:
+            return f"{name} has {sizes.get(name, 'no')} bytes there, {size_bytes} were written"
+    return None
+
+
+def _damage(path: Path, files: dict[str, Fingerprint]) -> str | None:
+    """The first file that is not what was committed, by its content."""
     for name, expected in files.items():
         try:
             found = _fingerprint(path / name)
@@ -99,11 +192,7 @@ def _problem(path: Path) -> str | None:
     return None
 
 
-def _files(path: Path) -> list[str]:
-    return sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
-
-
-def _fingerprint(path: Path) -> list[int]:
+def _fingerprint(path: Path) -> Fingerprint:
     """[size in bytes, CRC-32] of a file, read in blocks of 16 MiB."""
     size_bytes = crc = 0
     with path.open("rb") as file:
@@ -112,18 +201,20 @@ def _fingerprint(path: Path) -> list[int]:
     return [size_bytes, crc]
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def _steps(folder: Place) -> list[Place]:
+    """The checkpoints that are there, committed or not, by step."""
+    found: Iterable[Place] = folder.iterdir() if folder.is_dir() else ()
+    return sorted((path for path in found if path.name.startswith(_PREFIX)), key=lambda path: path.name)
 
 
-def _prune(folder: Path, keep: int) -> None:
-    """Removes all but the `keep` newest committed checkpoints, marker first, so that none is ever half there."""
-    committed = sorted(path for path in folder.glob("step-*") if (path / MARKER).exists())
+def _remove(path: Place) -> None:
+    """Marker first, so that it is never half there and committed."""
+    (path / MARKER).unlink(missing_ok=True)
+    remove_tree(path)
+
+
+def _prune(folder: Place, last: str, keep: int) -> None:
+    """Removes all but the `keep` newest committed checkpoints up to `last`; a later one can only be broken."""
+    committed = [path for path in _steps(folder) if path.name <= last and (path / MARKER).is_file()]
     for path in committed[:-keep]:
-        (path / MARKER).unlink()
-        shutil.rmtree(path)
+        _remove(path)

@@ -6,11 +6,11 @@
 Both name the clips concerned, so that a person can look at them.
 """
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from neurostorm.data.clips import ClipBatch
+from neurostorm.places import Place
+from neurostorm.train.journal import Journal
 
 
 class NonFiniteError(RuntimeError):
@@ -47,8 +47,8 @@ class SkipGuard:
 class BadClips:
     """Counts and names the clips of one worker that could not be read."""
 
-    def __init__(self, folder: Path, rank: int, max_fraction: float) -> None:
-        self._file, self._max_fraction = folder / f"unreadable-{rank}.jsonl", max_fraction
+    def __init__(self, folder: Place, rank: int, max_fraction: float) -> None:
+        self._journal, self._max_fraction = Journal(folder, f"unreadable-{rank}"), max_fraction
         self.bad = self.seen = 0
 
     def note(self, batch: ClipBatch, runs: Sequence[str], step: int) -> None:
@@ -58,11 +58,15 @@ class BadClips:
             return
         named = [name for name, bad in zip(clip_names(batch, runs), batch.bad.tolist(), strict=True) if bad]
         self.bad += len(named)
-        with self._file.open("a") as file:
-            for name in named:
-                file.write(json.dumps({"step": step, "clip": name}) + "\n")
+        for name in named:
+            self._journal.add(step=step, clip=name)
         if self.bad > self._max_fraction * max(self.seen, 100):
+            self.keep(step + 1)
             raise UnreadableClipsError(
                 f"{self.bad} of {self.seen} clips could not be read, more than data.max_bad_fraction="
-                f"{self._max_fraction}; the last: {named[-1]}; all are in {self._file}"
+                f"{self._max_fraction}; the last: {named[-1]}; all are in {self._journal}"
             )
+
+    def keep(self, done: int) -> None:
+        """Makes sure, after `done` steps, that the names outlive this process."""
+        self._journal.keep(done)

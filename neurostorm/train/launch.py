@@ -2,13 +2,14 @@
 
     config -> corpus and model fit? folder free or resumable? -> TorchTrainer -> summary
 
-A run is its folder OUTPUT/NAME. Started again, it goes on from the newest committed checkpoint there; a different
-configuration or number of workers is refused with what differs.
+A run is its folder OUTPUT/NAME, local or in an object store. Started again, it goes on from the newest committed
+checkpoint there; a different configuration or number of workers is refused with what differs.
 """
 
 import json
 import logging
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from pydantic import ValidationError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from neurostorm.config import Config, ConfigError, differing_keys
-from neurostorm.data.corpus import Corpus, open_corpus
-from neurostorm.data.pipeline import clip_dataset
+from neurostorm.data.corpus import Corpus
+from neurostorm.data.pipeline import clip_dataset, feed_options
+from neurostorm.places import replace
 from neurostorm.session import ensure_ray
 from neurostorm.tracking import tracking_uri
-from neurostorm.train import checkpoint
+from neurostorm.train import checkpoint, planned
 from neurostorm.train.build import swin_config
 from neurostorm.train.worker import SUMMARY, train_worker
 
@@ -42,6 +44,10 @@ class Plan:
 def check(config: Config, corpus: Corpus) -> Plan:
     """Whether this configuration can run in its folder now. Raises ConfigError naming the field and the fix."""
     swin_config(config, corpus.store)
+    try:
+        tracking_uri(config.tracking.uri, config.run.output)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     folder, resume = config.run.folder, config.checkpoint.resume
     newest = checkpoint.newest(folder / "checkpoints")
     total = corpus.plan.total_steps(config.train.epochs, config.train.max_steps)
@@ -70,7 +76,7 @@ def check(config: Config, corpus: Corpus) -> Plan:
             f"{newest.path} was saved by {newest.trainer['workers']} workers and scale.workers={config.scale.workers}: "
             f"resume with --scale.workers {newest.trainer['workers']}"
         )
-    if newest.trainer["store_sha256"] != corpus.store.content_hash():
+    if newest.trainer["store_sha256"] != corpus.content_sha256:
         raise ConfigError(
             f"{newest.path} was trained on another content of {corpus.store.path}: runs were added or removed since, "
             "so the clip order differs; take another run.name"
@@ -81,14 +87,16 @@ def check(config: Config, corpus: Corpus) -> Plan:
 def pretrain(config: Config) -> dict[str, Any]:
     """Runs pretraining to its end on the Ray cluster and returns the summary.
 
-    Raises ConfigError or StoreError before anything starts, and Ray Train's error when the run fails for good.
+    Raises ConfigError, StoreError or PlaceError before anything starts, and Ray Train's error when the run fails for
+    good.
     """
-    corpus = open_corpus(config)
+    corpus = planned.choose(config)
     plan = check(config, corpus)
     folder = config.run.folder
     if not plan.finished:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(config.to_yaml())
+        replace(folder / "config.yaml", config.to_yaml().encode())
+        planned.keep(config, corpus)
         logger.info(
             "%d subjects, %d runs, %d frames; %s; %d clips per epoch; steps %d to %d",
             corpus.subjects, len(corpus.runs), corpus.frames, corpus.split, corpus.plan.clips_per_epoch,
@@ -97,13 +105,18 @@ def pretrain(config: Config) -> dict[str, Any]:
         # The controller polls its workers at this interval; at its default of 2 s a failure is noticed late.
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         ensure_ray()
-        trainer(config).fit()
+        with tempfile.TemporaryDirectory(prefix="neurostorm-ray-") as storage:
+            trainer(config, corpus, storage).fit()
     summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
     return {**summary, "mlflow_uri": tracking_uri(config.tracking.uri, config.run.output)}
 
 
-def trainer(config: Config) -> Any:
-    """The Ray Train V2 trainer of a run."""
+def trainer(config: Config, corpus: Corpus, storage: str) -> Any:
+    """The Ray Train V2 trainer of a run.
+
+    storage  a local folder for Ray Train's own notes. Workers report no checkpoints through Ray, so its controller,
+             which runs on the driver's machine, is the only one to use it.
+    """
     scale = config.scale
     resources = {"CPU": scale.cpus_per_worker} | ({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})
     return TorchTrainer(
@@ -117,24 +130,30 @@ def trainer(config: Config) -> Any:
         ),
         run_config=ray.train.RunConfig(
             name=config.run.name,
-            storage_path=str(config.run.folder / "ray"),
+            storage_path=storage,
             failure_config=ray.train.FailureConfig(max_failures=scale.max_failures),
             worker_runtime_env={"env_vars": worker_environment(config)},
         ),
         datasets={"train": lambda: training_data(config)},
         dataset_config=ray.train.DataConfig(
-            execution_options=ray.data.ExecutionOptions(preserve_order=True), enable_shard_locality=False
+            execution_options=feed_options(
+                corpus.reader, corpus.plan, read_in=config.data.read_in, steps_ahead=config.data.steps_ahead
+            ),
+            enable_shard_locality=False,
         ),
     )
 
 
 def training_data(config: Config) -> Any:
     """The clips still to be trained on; Ray Train calls this whenever a group of workers starts."""
-    corpus = open_corpus(config)
+    corpus = planned.planned(config)
     newest = checkpoint.newest(config.run.folder / "checkpoints")
     total = corpus.plan.total_steps(config.train.epochs, config.train.max_steps)
     first = min(newest.step if newest else 0, total - 1)
-    return clip_dataset(corpus.reader, corpus.plan, first_step=first, last_step=total, workers=config.scale.workers)
+    return clip_dataset(
+        corpus.reader, corpus.plan, first_step=first, last_step=total, workers=config.scale.workers,
+        read_in=config.data.read_in,
+    )  # fmt: skip
 
 
 def worker_environment(config: Config) -> dict[str, str]:

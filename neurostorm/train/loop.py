@@ -6,7 +6,6 @@
 step, rank), so a resumed run repeats the uninterrupted one.
 """
 
-import json
 import logging
 import resource
 import sys
@@ -17,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from neurostorm.config import Config
 from neurostorm.data.clips import ClipBatch
@@ -28,7 +26,8 @@ from neurostorm.tracking import Tracker
 from neurostorm.train import checkpoint
 from neurostorm.train.engine import Engine
 from neurostorm.train.health import BadClips, SkipGuard, clip_names
-from neurostorm.train.ranks import mean_over_ranks, sum_over_ranks
+from neurostorm.train.journal import Journal
+from neurostorm.train.ranks import gather, mean_over_ranks, sum_over_ranks
 from neurostorm.train.schedule import DROPOUT, MASK, draw_masks, learning_rate, seed_for
 from neurostorm.train.validate import Validation
 
@@ -108,6 +107,7 @@ class Loop:
         self.peak_flops_per_s = self.config.scale.workers * measured_peak(self.device, dtype)
         self.guard = SkipGuard(train.max_skipped_steps)
         self.bad_clips = BadClips(self.folder, self.rank, self.config.data.max_bad_fraction)
+        self.ledger = Journal(self.folder / "ledger", f"rank-{self.rank}")
         self.window = Window(len(self.config.model.depths), self.device)
 
     def run(self) -> dict[str, float]:
@@ -190,20 +190,18 @@ class Loop:
         self.window.restart()
 
     def save(self, done: int) -> None:
-        """Commits a checkpoint of `done` finished steps; a collective call."""
+        """Commits a checkpoint of `done` finished steps, and what was noted down to there; a collective call."""
+        self.ledger.keep(done)
+        self.bad_clips.keep(done)
         checkpoint.save(
-            self.folder / "checkpoints", done, write_shards=self.engine.save, barrier=dist.barrier, rank=self.rank,
+            self.folder / "checkpoints", done, write_shards=self.engine.save, gather=gather, rank=self.rank,
             trainer=self.trainer, keep=self.config.checkpoint.keep,
         )  # fmt: skip
 
     def write_ledger(self, step: int, batch: ClipBatch, means: torch.Tensor) -> None:
         """Appends this worker's clips of one step, and the step's mean loss over all workers, to RUN/ledger."""
         loss = mean_over_ranks(means)[0]
-        path = self.folder / "ledger" / f"rank-{self.rank}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        entry = {"step": step, "loss": loss, "rows": batch.row.tolist(), "clips": clip_names(batch, self.runs)}
-        with path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        self.ledger.add(step=step, loss=loss, rows=batch.row.tolist(), clips=clip_names(batch, self.runs))
 
 
 def memory(device: torch.device) -> dict[str, float]:

@@ -1,6 +1,7 @@
-"""Small collectives of the loop: sums and means over all ranks, in float64."""
+"""Small collectives of the loop: sums and means over all ranks, in float64; and every rank's word."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,3 +18,10 @@ def sum_over_ranks(values: Sequence[float] | torch.Tensor, device: torch.device)
 def mean_over_ranks(values: torch.Tensor) -> list[float]:
     """Each value averaged over all ranks; a collective call."""
     return [value / dist.get_world_size() for value in sum_over_ranks(values, values.device)]
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, in order, once all ranks have called it; values are small and picklable."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -15,11 +15,13 @@ import ray.train
 import torch
 
 from neurostorm.config import Config
-from neurostorm.data.corpus import Corpus, open_corpus
+from neurostorm.data.corpus import Corpus
 from neurostorm.data.pipeline import batches
+from neurostorm.places import replace
 from neurostorm.tracking import Tracker, code_revision, open_run, tracking_uri
 from neurostorm.train import checkpoint
 from neurostorm.train.build import assemble, export
+from neurostorm.train.planned import planned
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +36,16 @@ def train_worker(settings: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, device = context.get_world_rank(), ray.train.torch.get_device()
     torch.set_num_threads(config.scale.threads_per_worker)
-    corpus = open_corpus(config)
+    corpus = planned(config)
     tracker = open_tracker(config, corpus) if rank == 0 else Tracker()
     try:
-        feed = partial(batches, ray.train.get_dataset_shard("train"), rank=rank, clips=config.clips_per_worker)
+        feed = partial(
+            batches, ray.train.get_dataset_shard("train"), corpus.reader, rank=rank, clips=config.clips_per_worker,
+            threads=config.data.read_threads, steps_ahead=config.data.steps_ahead,
+        )  # fmt: skip
         loop = assemble(config, corpus, tracker, feed, rank=rank, device=device)
         final = loop.run()
-        export(loop, corpus.store, config.run.folder / "model")
+        export(loop, corpus, config.run.folder / "model")
         if rank == 0:
             finish(config, tracker, final, loop.total_steps)
     except BaseException:
@@ -57,7 +62,7 @@ def open_tracker(config: Config, corpus: Corpus) -> Tracker:
         experiment=config.tracking.experiment,
         name=config.run.name,
         parameters=config.flat("run", "data", "model", "mask", "strd", "train", "scale"),
-        tags={"code_revision": code_revision(), "store_sha256": corpus.store.content_hash(), "split": corpus.split},
+        tags={"code_revision": code_revision(), "store_sha256": corpus.content_sha256, "split": corpus.split},
     )
     tracker.artifact(folder / "config.yaml")
     return tracker
@@ -71,8 +76,6 @@ def finish(config: Config, tracker: Tracker, final: dict[str, float], steps: int
     if newest is not None:
         tracker.artifact(newest.path, f"checkpoints/{newest.path.name}")
     summary = {"steps": steps, **final, "mlflow_run_id": tracker.run_id, "model": str(folder / "model")}
-    temporary = folder / f"{SUMMARY}.partial"
-    temporary.write_text(json.dumps(summary, indent=1))
-    temporary.replace(folder / SUMMARY)
+    replace(folder / SUMMARY, json.dumps(summary, indent=1).encode())
     tracker.artifact(folder / SUMMARY)
     tracker.close()

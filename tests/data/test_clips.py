@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from neurostorm.store.shard import SHARD_FILE
+
 PLACES = [(3, 0), (0, 20), (8, 19), (3, 7)]
 
 
@@ -40,7 +42,7 @@ def damaged(uneven, tmp_path):
     """A copy of the store in which one byte of frames 8 to 11 of run 3 is another."""
     path = tmp_path / "damaged.zarr"
     shutil.copytree(uneven.path, path)
-    shard = path / uneven.runs[3] / "frames" / "0.0"
+    shard = path / uneven.runs[3] / SHARD_FILE
     content = bytearray(shard.read_bytes())
     content[2 * (4 * uneven.mask.sum() + 4) + 50] ^= 1  # two whole chunks, each with its checksum, come before
     shard.write_bytes(content)
@@ -67,7 +69,10 @@ def test_an_unreadable_clip_holds_no_data_is_marked_and_named_and_leaves_the_oth
 def test_moments_that_cannot_be_read_make_the_clip_bad_too(uneven, rows_of, tmp_path):
     path = tmp_path / "momentless.zarr"
     shutil.copytree(uneven.path, path)
-    (path / uneven.runs[0] / "std" / "0").unlink()
+    shard = path / uneven.runs[0] / SHARD_FILE
+    content = bytearray(shard.read_bytes())
+    content[-(16 * 9 + 4) - 10] ^= 1  # before the index: the last chunk, rows of the moments and what fills it up
+    shard.write_bytes(content)
     rows = rows_of([(0, 0), (1, 0)])
     found = uneven.reader(normalise="global", path=path).read(rows)
     assert found["bad"].tolist() == [True, False]
@@ -104,3 +109,55 @@ def test_a_reader_travels_as_a_path_and_not_as_data(uneven, rows_of):
     assert len(packed) < 2000 + len(json.dumps(uneven.runs))
     for name, values in pickle.loads(packed).read(rows_of(PLACES)).items():
         assert np.array_equal(values, reader.read(rows_of(PLACES))[name])
+
+
+@pytest.mark.parametrize("normalise", ["voxel", "global"])
+def test_neighbours_that_are_read_together_are_the_clips_read_alone(normalise, uneven, rows_of, monkeypatch):
+    # in order; overlapping; the same clip again; another run between; backwards
+    places = [(3, 0), (3, 6), (3, 12), (0, 2), (0, 4), (0, 4), (1, 0), (3, 12), (3, 6)]
+    reader, rows = uneven.reader(normalise=normalise), rows_of(places)
+    asked = []
+    frames = type(reader.store).frames
+    monkeypatch.setattr(
+        type(reader.store), "frames",
+        lambda self, run, start=0, count=None, out=None: (
+            asked.append((run, start, count)) or frames(self, run, start, count, out)
+        ),
+    )  # fmt: skip
+    together = reader.read(rows)
+    assert [(uneven.runs.index(run), start, count) for run, start, count in asked] == [
+        (3, 0, 18), (0, 2, 8), (1, 0, 6), (3, 12, 6), (3, 6, 6)
+    ]  # fmt: skip
+    for index in range(len(rows)):
+        for name, values in reader.read(rows[index : index + 1]).items():
+            assert np.array_equal(values[0], together[name][index]), f"{name} of clip {index}"
+
+
+def test_of_neighbours_only_the_damaged_clip_is_lost(uneven, damaged, rows_of):
+    found = uneven.reader(path=damaged).read(rows_of([(3, 0), (3, 2), (3, 8), (3, 14)]))
+    assert found["bad"].tolist() == [False, False, True, False], "frames 8 to 11 are damaged"
+    assert np.array_equal(found["frames"][3], uneven.frames[uneven.runs[3]][14:20])
+    assert not found["frames"][2].any()
+
+
+def test_reading_ahead_gives_the_same_in_order_and_begins_no_more_than_it_may(uneven, rows_of):
+    reader = uneven.reader(normalise="global")
+    orders = [(rows_of([(nth, 2 * nth), (nth, 2 * nth + 1)]), [uneven.runs[nth]] * 2) for nth in range(8)]
+    begun = []
+
+    def asked():
+        for order in orders:
+            begun.append(1)
+            yield order
+
+    stream = reader.read_ahead(asked(), threads=3, ahead=2)
+    before, places = None, set()
+    for nth, columns in enumerate(stream):
+        assert len(begun) <= nth + 3
+        for name, values in reader.read(orders[nth][0]).items():
+            assert np.array_equal(columns[name], values)
+        if before is not None:
+            assert np.array_equal(before["frames"], reader.read(orders[nth - 1][0])["frames"]), "overwritten too early"
+        before = columns
+        places.add(columns["frames"].ctypes.data)
+    assert nth == 7 and len(places) == 4, "memory is used again"

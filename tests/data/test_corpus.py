@@ -85,3 +85,44 @@ def test_a_store_without_a_manifest_is_refused_with_its_path(open_uneven, uneven
 def test_runs_shorter_than_a_clip_are_refused_with_the_store_and_the_field(open_uneven):
     with pytest.raises(ConfigError, match=r"uneven\.zarr: .*data\.clip_frames=38"):
         open_uneven(clip_frames=38)
+
+
+def test_datasets_are_mixed_as_the_configuration_says(open_uneven):
+    plain = open_uneven().plan
+    assert set(plain.clips_by_dataset) == {"made", "other"}
+    weighted = open_uneven(weights={"made": 0.5}, temperature=3.0).plan
+    made, other = (plain.clips_by_dataset[name] for name in ("made", "other"))
+    share = 0.5 * made ** (1 / 3) / (0.5 * made ** (1 / 3) + other ** (1 / 3))
+    assert weighted.clips_by_dataset["made"] == pytest.approx(share * (made + other), abs=1)
+    assert weighted.clips_per_epoch == made + other
+
+
+def test_a_left_out_dataset_is_neither_trained_on_nor_held_out_and_moves_nobody_else(open_uneven):
+    for seed in range(6):
+        whole, part = open_uneven(seed), open_uneven(seed, weights={"other": 0.0})
+        for side in (lambda corpus: corpus.plan.rows(0, 200), lambda corpus: corpus.validation):
+            everybody = people_of(whole, side(whole))
+            assert people_of(part, side(part)) == {name for name in everybody if name.startswith("made/")}
+
+
+def test_clips_of_a_subject_are_capped_kept_together_and_repeated(open_uneven):
+    corpus = open_uneven(max_clips_per_subject=2, clips_per_read=2, masks_per_clip=3)
+    rows = corpus.plan.epoch(0)
+    drawn = [person(corpus.runs[run]) for run in rows["run"]]
+    assert all(drawn.count(name) == 3 * 2 for name in set(drawn)), "two clips of each, three times"
+    starts = rows["start"].reshape(-1, 3)
+    assert (starts == starts[:, :1]).all()
+    assert (rows["run"].reshape(-1, 2, 3) == rows["run"].reshape(-1, 2, 3)[:, :1, :1]).mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ({"mode": 2.0}, r"uneven\.zarr: data\.weights: there is no dataset 'mode'; did you mean made\?"),
+        ({"made": 0.0, "other": 0.0}, "leaves every dataset out"),
+        ({"made": 0.0}, "no (training|validation) run"),
+    ],
+)
+def test_weights_that_fit_no_dataset_are_refused(weights, words, open_uneven):
+    with pytest.raises(ConfigError, match=words):
+        open_uneven(weights=weights)

@@ -27,7 +27,7 @@ def unpack(model, uneven):
     geometry = model.geometry(FRAMES).levels[0]
     assert not torch.equal(geometry.order, torch.arange(len(geometry.order)))
     table = model.patch_table(torch.from_numpy(uneven.mask))
-    return ClipUnpacker(table, geometry.space_of_token, geometry.time_of_token)
+    return ClipUnpacker(table, geometry.space_of_token, geometry.time_of_token, int(uneven.mask.sum()))
 
 
 def dense_patches(model, store, values, fill=0.0):

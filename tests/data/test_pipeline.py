@@ -3,6 +3,8 @@
 One small local Ray for the module.
 """
 
+import pickle
+import shutil
 import threading
 import time
 
@@ -13,9 +15,12 @@ import ray.data
 import ray.train
 import torch
 
+from neurostorm.data import pipeline
 from neurostorm.data.clips import ClipReader
-from neurostorm.data.pipeline import ClipSource, batches, clip_dataset
-from neurostorm.data.plan import ClipPlan, Segments
+from neurostorm.data.pipeline import OrderSource, batches, clip_dataset, feed_bytes, feed_options
+from neurostorm.data.plan import ClipPlan
+from neurostorm.data.split import Segments
+from neurostorm.store.shard import SHARD_FILE
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")  # Ray's own, of copying its context
 
@@ -43,23 +48,25 @@ def late_first_reader(uneven):
     """A reader whose earliest rows take longest, so that blocks become ready in another order than the plan's."""
 
     class LateFirst(ClipReader):  # local, so that it travels to the tasks by value
-        def read(self, rows):
-            time.sleep(max(0.0, 0.3 - 0.02 * int(rows["row"][0])))
-            return super().read(rows)
+        def _fill(self, columns, read, run):
+            time.sleep(max(0.0, 0.3 - 0.02 * int(columns["row"][read.first])))
+            super()._fill(columns, read, run)
 
     reader = uneven.reader(normalise="global")
     return LateFirst(reader.store, reader.runs, reader.clip_frames, reader.normalise)
 
 
-def feed(reader, plan, first_step):
+def feed(reader, plan, first_step, read_in):
     """What each of two workers gets from `first_step` on, taken at the same time as in training; by rank."""
-    dataset = clip_dataset(reader, plan, first_step=first_step, last_step=STEPS, workers=WORKERS)
-    options = ray.data.ExecutionOptions(preserve_order=True)
+    dataset = clip_dataset(reader, plan, first_step=first_step, last_step=STEPS, workers=WORKERS, read_in=read_in)
+    options = feed_options(reader, plan, read_in=read_in, steps_ahead=2)
     shards = ray.train.DataConfig(execution_options=options).configure({"train": dataset}, WORKERS, None, None)
     taken = [[] for _ in shards]
 
     def take(rank):
-        taken[rank].extend(batches(shards[rank]["train"], rank=rank, first_step=first_step, clips=CLIPS))
+        shard = shards[rank]["train"]
+        stream = batches(shard, reader, rank=rank, first_step=first_step, clips=CLIPS)
+        taken[rank].extend(batch.map(torch.clone) for batch in stream)
 
     threads = [threading.Thread(target=take, args=(rank,), daemon=True) for rank in range(WORKERS)]
     for thread in threads:
@@ -69,9 +76,13 @@ def feed(reader, plan, first_step):
     return taken
 
 
+@pytest.mark.parametrize("read_in", ["worker", "tasks"])
 @pytest.mark.parametrize("first_step", [0, 3])
-def test_each_worker_gets_its_clips_of_each_step_as_read_without_ray(first_step, late_first_reader, uneven, plan):
-    taken = feed(late_first_reader, plan, first_step)
+def test_each_worker_gets_its_clips_of_each_step_as_read_without_ray(
+    first_step, read_in, late_first_reader, uneven, plan, monkeypatch
+):
+    monkeypatch.setattr(pipeline, "STRETCH_CLIPS", 2 * CLIPS)  # two steps in a task of rows, the last task shorter
+    taken = feed(late_first_reader, plan, first_step, read_in)
     plain = uneven.reader(normalise="global")
     for rank, stream in enumerate(taken):
         assert len(stream) == STEPS - first_step
@@ -89,40 +100,51 @@ def in_order(dataset):
     return dataset.iterator()
 
 
-def test_clips_without_data_arrive_marked(uneven, plan):
-    class Blind(ClipReader):
-        def read(self, rows):
-            return super().read(rows) | {"bad": rows["row"] % 2 == 1}
-
-    reader = uneven.reader()
-    blind = Blind(reader.store, reader.runs, reader.clip_frames, reader.normalise)
-    shard = in_order(clip_dataset(blind, plan, first_step=0, last_step=1, workers=1))
-    (batch,) = batches(shard, rank=0, first_step=0, clips=plan.global_batch)
+@pytest.mark.parametrize("read_in", ["worker", "tasks"])
+def test_clips_without_data_arrive_marked(read_in, uneven, plan, tmp_path):
+    store = tmp_path / "damaged.zarr"
+    shutil.copytree(uneven.path, store)
+    bad = plan.step_rows(0, 0, 1)[1]
+    (store / uneven.runs[bad["run"]] / SHARD_FILE).unlink()
+    reader = uneven.reader(path=store)
+    shard = in_order(clip_dataset(reader, plan, first_step=0, last_step=1, workers=1, read_in=read_in))
+    (batch,) = batches(shard, reader, rank=0, first_step=0, clips=plan.global_batch)
     assert batch.bad.dtype == torch.bool
-    assert batch.bad.tolist() == [row % 2 == 1 for row in range(plan.global_batch)]
+    assert batch.bad.tolist() == [row["run"] == bad["run"] for row in plan.step_rows(0, 0, 1)]
 
 
 def test_one_block_is_one_workers_step_however_small_ray_wants_blocks(uneven, plan):
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = 1000  # a block of three clips is about 60 kB
-    dataset = clip_dataset(uneven.reader(), plan, first_step=1, last_step=4, workers=WORKERS).materialize()
+    dataset = clip_dataset(uneven.reader(), plan, first_step=1, last_step=4, workers=WORKERS, read_in="tasks")
+    dataset.context.execution_options.preserve_order = True
+    dataset = dataset.materialize()
     assert dataset.num_blocks() == 3 * WORKERS
     blocks = [ray.get(block) for block in dataset.get_internal_block_refs()]
-    places = {tuple(set(zip(b["step"].to_pylist(), b["rank"].to_pylist(), strict=True))) for b in blocks}
-    assert places == {((step, rank),) for step in (1, 2, 3) for rank in range(WORKERS)}
+    places = [set(zip(b["step"].to_pylist(), b["rank"].to_pylist(), strict=True)) for b in blocks]
+    assert places == [{(step, rank)} for step in (1, 2, 3) for rank in range(WORKERS)]
     assert all(block.num_rows == CLIPS for block in blocks)
 
 
-def test_blocks_are_planned_with_their_true_size(uneven, plan):
-    for normalise in ("voxel", "global"):
-        reader = uneven.reader(normalise=normalise)
-        source = ClipSource(reader, plan, first_step=2, last_step=4, workers=WORKERS)
-        tasks = source.get_read_tasks(parallelism=99)
-        assert len(tasks) == 2 * WORKERS, "whatever parallelism Ray asks for"
-        (block,) = tasks[0]()
-        assert tasks[0].metadata.num_rows == block.num_rows == CLIPS
-        assert tasks[0].metadata.size_bytes == pytest.approx(block.nbytes, rel=0.05)
-        assert source.estimate_inmemory_data_size() == 2 * WORKERS * tasks[0].metadata.size_bytes
+@pytest.mark.parametrize(("per_rank", "parts"), [(True, 3 * WORKERS), (False, 3)])
+def test_a_long_plan_is_few_tasks_of_true_size(per_rank, parts, uneven, plan, monkeypatch):
+    monkeypatch.setattr(pipeline, "STRETCH_CLIPS", 10 * CLIPS)
+    source = OrderSource(plan, uneven.runs, first_step=2, last_step=25, workers=WORKERS, per_rank=per_rank)
+    tasks = source.get_read_tasks(parallelism=99)
+    assert len(tasks) == len(source) == parts, "whatever parallelism Ray asks for"
+    tables = [table for task in tasks for table in task()]
+    assert [task.metadata.num_rows for task in tasks] == [table.num_rows for table in tables]
+    assert sum(table.num_rows for table in tables) == 23 * plan.global_batch
+    assert source.estimate_inmemory_data_size() == sum(task.metadata.size_bytes for task in tasks)
+    assert sum(len(pickle.dumps(task)) for task in tasks) < 3000 * parts, "the plan travels once, not with every task"
+
+
+def test_what_ray_may_hold_of_clips_is_bounded_where_it_holds_any(uneven, plan):
+    reader = uneven.reader()
+    assert feed_options(reader, plan, read_in="worker", steps_ahead=2).preserve_order
+    limited = feed_options(reader, plan, read_in="tasks", steps_ahead=2).resource_limits.object_store_memory
+    block = reader.batch(plan.step_rows(0, 0, 1)).frames.nbytes
+    assert limited == feed_bytes(reader, plan.global_batch, 2) == 6 * block
 
 
 @pytest.mark.parametrize(
@@ -137,9 +159,9 @@ def test_blocks_are_planned_with_their_true_size(uneven, plan):
 )
 def test_clips_of_another_step_or_worker_stop_the_run(rank, first_step, clips, words, uneven, plan):
     plan = ClipPlan(plan.segments, 6, 6, seed=5, global_batch=3)
-    dataset = clip_dataset(uneven.reader(), plan, first_step=2, last_step=4, workers=1)
-    shard = in_order(dataset)
+    reader = uneven.reader()
+    shard = in_order(clip_dataset(reader, plan, first_step=2, last_step=4, workers=1))
     with pytest.raises(RuntimeError, match="clip order broken") as broken:
-        list(batches(shard, rank=rank, first_step=first_step, clips=clips))
+        list(batches(shard, reader, rank=rank, first_step=first_step, clips=clips))
     for word in words:
         assert word in str(broken.value)

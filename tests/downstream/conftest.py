@@ -12,7 +12,7 @@ import torch
 from neurostorm.config import EmbedConfig
 from neurostorm.downstream.embed import task_of
 from neurostorm.downstream.embed_input import open_input, remember
-from neurostorm.downstream.embed_parts import Assembled, assemble, is_finished
+from neurostorm.downstream.embed_parts import Assembled, assemble, unfinished
 from neurostorm.downstream.embed_run import Embedder
 from neurostorm.ingest.convert import ingest_run
 from neurostorm.ingest.discover import discover
@@ -72,9 +72,8 @@ def embed_here(out: Path, **settings: Any) -> Assembled:
     given = open_input(config)
     remember(out, given)
     embedder = Embedder(task_of(config, given, out))
-    for run in given.runs:
-        if not is_finished(out, run):
-            embedder.embed(run)
+    for run in unfinished(out, given.runs):
+        embedder.embed(run)
     return assemble(out, given.runs, given.tr_s, "no part")
 
 

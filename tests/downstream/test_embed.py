@@ -23,7 +23,9 @@ from neurostorm.downstream.embed_parts import ClipResult, Run, assemble, write_p
 from neurostorm.downstream.embed_run import Embedder, Task
 from neurostorm.ingest.discover import discover
 from neurostorm.model.hub import NeuroStorm
+from neurostorm.places import Place, copy_files, files_below, place
 from neurostorm.store import FrameStore
+from neurostorm.store.shard import SHARD_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
 FRAMES = 10  # of the model's clip
@@ -38,7 +40,7 @@ def vectors(rows: pa.Table) -> np.ndarray:
     return np.array(rows["embedding"].to_pylist(), np.float32)
 
 
-def content(out: Path) -> dict[str, bytes]:
+def content(out: Place) -> dict[str, bytes]:
     return {name: (out / f"{name}.parquet").read_bytes() for name in TABLES}
 
 
@@ -92,24 +94,25 @@ def test_files_and_a_store_of_them_give_the_same_bits(
 def test_what_cannot_be_read_is_listed_and_tried_again(
     tmp_path: Path, ball_store: Path, model: Path, here: Any
 ) -> None:
-    """A damaged chunk costs its clips, a missing array its run; repaired, a second start makes the twin's tables."""
+    """A damaged chunk costs its clips, a missing folder its run; repaired, a second start makes the twin's tables."""
     store, out = tmp_path / "store", tmp_path / "out"
     shutil.copytree(ball_store, store)
     twin = here(tmp_path / "twin", model=model, store=store)
     damaged, gone = (store / f"runs/balls/sub-{subject}/task-rest" for subject in (1, 4))
-    (chunk,) = [file for file in (damaged / "frames").rglob("*") if file.is_file() and file.name != "zarr.json"]
-    whole = chunk.read_bytes()
-    chunk.write_bytes(whole[:100] + b"\x55" * 10 + whole[110:])  # within the first ten frames
+    shard = damaged / SHARD_FILE
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:100] + b"\x55" * 10 + whole[110:])  # within the first 24 frames
     shutil.move(gone, tmp_path / "aside")
     done = here(out, model=model, store=store)
-    assert (done.clips, done.runs) == (twin.clips - 5, twin.runs - 1)
+    assert (done.clips, done.runs) == (twin.clips - 7, twin.runs - 1)
     rows = table(out, "failed").to_pylist()
     assert [(row["run"], row["start_frame"]) for row in rows] == [
-        ("runs/balls/sub-1/task-rest", 0),
+        *(("runs/balls/sub-1/task-rest", start) for start in (0, 10, 20)),
         *(("runs/balls/sub-4/task-rest", start) for start in (0, 10, 20, 30)),
     ]
-    assert "no run" in rows[1]["reason"] and str(store) in rows[1]["source"]
-    chunk.write_bytes(whole)
+    assert "damaged chunk" in rows[0]["reason"]
+    assert "no run" in rows[-1]["reason"] and str(store) in rows[-1]["source"]
+    shard.write_bytes(whole)
     shutil.move(tmp_path / "aside", gone)
     assert here(out, model=model, store=store).failed == ()
     assert not (out / "failed.parquet").exists() and content(out) == content(tmp_path / "twin")
@@ -155,11 +158,14 @@ def job() -> ModuleType:
 
 
 @pytest.mark.integration
-@pytest.mark.usefixtures("local_ray")
+@pytest.mark.usefixtures("s3_server", "local_ray")  # in this order: Ray's workers inherit the server's address
 def test_the_job_makes_the_same_tables_however_often_it_is_interrupted(
-    tmp_path: Path, ball_store: Path, model: Path, job: ModuleType, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, ball_store: Path, model: Path, job: ModuleType, capsys: pytest.CaptureFixture[str], make_bucket: Any
 ) -> None:
-    """Undisturbed with two workers; as it lies after a kill, with two parts and a torn file, started again with one."""
+    """Undisturbed with two workers; as it lies after a kill, with two parts and a torn file, started again with one.
+
+    A third one reads from and writes to an object store.
+    """
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     arguments = ["--model", str(model), "--store", str(ball_store), "--embed.cpus_per_worker", "0.5"]
     assert job.main([*arguments, "--out", str(whole), "--workers", "2"]) == 0
@@ -181,6 +187,14 @@ def test_the_job_makes_the_same_tables_however_often_it_is_interrupted(
     assert "4 of 6 run(s) worked on" in printed and "2 were there already" in printed and len(kept) == 2
     assert {part: part.stat().st_mtime_ns for part in kept} == kept
     assert content(resumed) == content(whole)
+
+    bucket = place(make_bucket())
+    for name, folder in (("model", model), ("store", ball_store)):
+        copy_files(folder, bucket / name, [file for file, _ in files_below(folder)])
+    arguments = [f"--{name}={bucket / name}" for name in ("model", "store", "out")]
+    assert job.main([*arguments, "--embed.cpus_per_worker", "0.5"]) == 0
+    assert f"next: pandas.read_parquet('{bucket}/out/subjects.parquet')" in capsys.readouterr().out
+    assert content(bucket / "out") == content(whole)
 
 
 @pytest.mark.integration
@@ -222,7 +236,7 @@ def killed_at(number: int, out: Path) -> type:
 
 
 def test_the_exit_status(
-    tmp_path: Path, ball_store: Path, model: Path, job: ModuleType, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, ball_store: Path, model: Path, job: ModuleType, capsys: pytest.CaptureFixture[str], make_bucket: Any
 ) -> None:
     assert job.main(["--model", str(tmp_path / "none"), "--store", str(ball_store)]) == 2
     assert "no model there" in capsys.readouterr().err
@@ -230,3 +244,6 @@ def test_the_exit_status(
     assert "is not a frame store" in capsys.readouterr().err
     assert job.main(["--model", str(model), "--source", str(tmp_path)]) == 1
     assert "no run found" in capsys.readouterr().err
+    out = f"{make_bucket()}-that-is-not-there/out"
+    assert job.main(["--model", str(model), "--store", str(ball_store), "--out", out]) == 1
+    assert f"embed.py: {out}/embed.json" in capsys.readouterr().err

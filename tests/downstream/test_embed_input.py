@@ -11,7 +11,7 @@ import pytest
 
 from neurostorm.config import ConfigError, EmbedConfig
 from neurostorm.downstream.embed_input import open_input, remember
-from neurostorm.downstream.embed_parts import is_finished
+from neurostorm.downstream.embed_parts import unfinished
 from neurostorm.model.hub import HubError, save_pretrained
 from neurostorm.model.swin4d import SwinEncoder
 from neurostorm.model.swin_config import SwinConfig
@@ -73,10 +73,8 @@ def test_runs_that_are_added_are_embedded_and_changed_ones_anew(
     header = store / "runs/balls/sub-2/task-rest/zarr.json"
     header.write_text(header.read_text().replace(f"{2:064x}", f"{7:064x}"))
     write_manifest(store)
-    waiting = [
-        run.subject for run in open_input(EmbedConfig(model=model, store=store)).runs if not is_finished(out, run)
-    ]
-    assert waiting == ["sub-2", "sub-5"]
+    waiting = unfinished(out, open_input(EmbedConfig(model=model, store=store)).runs)
+    assert [run.subject for run in waiting] == ["sub-2", "sub-5"]
     assert here(out, model=model, store=store).runs == 6
 
 

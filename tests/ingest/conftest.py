@@ -1,6 +1,9 @@
-"""A phantom that is a function of world mm and seconds, written as NIfTI on any grid, and a small store for it."""
+"""A phantom that is a function of world mm and seconds, written as NIfTI; a small store for it; a bad line to S3."""
 
-from collections.abc import Callable, Iterable
+import http.client
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +120,80 @@ def source_of() -> Callable[..., Source]:
         return Source(path, **(known | {"run_label": "", "stem": "task-rest", "format": "plain"} | facts))
 
     return make
+
+
+class Proxy(ThreadingHTTPServer):
+    """Stands before the S3 server and misbehaves: `plan(method, key)` says how for each request.
+
+    "" passes it on; "503" refuses it; "stall" sends half of the answer, and the rest never; "swallow" takes the request
+    and neither passes it on nor answers.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, server: str) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.server = server.removeprefix("http://")
+        self.plan: Callable[[str, str], str] = lambda method, key: ""
+        self.seen: list[tuple[str, str]] = []
+        self.sent_bytes = 0
+        self.closing = threading.Event()
+        self.address = f"http://127.0.0.1:{self.server_port}"
+
+    def count(self, method: str, part: str) -> int:
+        """Requests of a method whose key holds `part`."""
+        return sum(one == method and part in key for one, key in self.seen)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Proxy
+
+    def answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.seen.append((self.command, self.path))
+        how = self.server.plan(self.command, self.path)
+        if how == "503":
+            self.send_response(503)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        if how == "swallow":
+            self.server.closing.wait(20)
+            self.close_connection = True
+            return
+        there = http.client.HTTPConnection(self.server.server, timeout=30)
+        there.request(self.command, self.path, body, dict(self.headers))
+        got = there.getresponse()
+        data = got.read()
+        self.server.sent_bytes += len(data)
+        self.send_response(got.status)
+        for name, value in got.getheaders():
+            if name.lower() not in ("transfer-encoding", "content-length", "connection", "date", "server"):
+                self.send_header(name, value)
+        length = got.getheader("Content-Length") if self.command == "HEAD" else len(data)
+        self.send_header("Content-Length", str(length or 0))
+        self.end_headers()
+        self.wfile.write(data[: len(data) // 2] if how == "stall" else data)
+        if how == "stall":
+            self.server.closing.wait(20)
+            self.close_connection = True
+
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = answer
+
+    def log_message(self, *_: object) -> None:
+        """Nothing: the tests look at `seen`."""
+
+
+@pytest.fixture
+def proxy(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """A proxy that clients of buckets made from now on go through, with short pauses and few retries."""
+    server = Proxy(s3_server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.address)
+    monkeypatch.setattr("neurostorm.object_store.MAX_RETRIES", 2)
+    monkeypatch.setattr("neurostorm.object_store.REQUEST_TIMEOUT_S", 1.0)
+    yield server
+    server.closing.set()
+    server.shutdown()
+    server.server_close()

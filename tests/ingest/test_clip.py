@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from neurostorm.data.clips import ClipReader
 from neurostorm.data.device import ClipUnpacker
 from neurostorm.data.plan import ROW
-from neurostorm.ingest.clip import read_clips, source_of
+from neurostorm.ingest.clip import read_clips
 from neurostorm.ingest.convert import ingest_run
-from neurostorm.ingest.discover import Source, discover
+from neurostorm.ingest.discover import Source, discover, source_of
 from neurostorm.ingest.nifti import RunError
 from neurostorm.model.geometry import patch_table
 from neurostorm.store import FrameStore
@@ -46,7 +46,7 @@ def from_store(store: Path, run: str, starts: list[int], frames: int, normalise:
     space, time = (
         index.reshape(-1) for index in torch.meshgrid(torch.arange(voxels), torch.arange(frames), indexing="ij")
     )
-    unpack = ClipUnpacker(patch_table(torch.from_numpy(opened.mask), (1, 1, 1)), space, time)
+    unpack = ClipUnpacker(patch_table(torch.from_numpy(opened.mask), (1, 1, 1)), space, time, opened.voxel_count)
     values = unpack(ClipReader(opened, (run,), frames, normalise).batch(rows)).values
     return values.view(len(starts), *opened.mask.shape, frames)
 

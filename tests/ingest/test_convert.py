@@ -1,5 +1,6 @@
 """One run from file to store: it lands in the right place, keeps its signal, and every defect has its reason."""
 
+import errno
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from neurostorm.ingest.standardize import plan_spatial, plan_temporal
 from neurostorm.ingest.synthetic_people import make_subject
 from neurostorm.ingest.synthetic_render import render_run, write_bold, write_mask
 from neurostorm.ingest.synthetic_sites import Site
+from neurostorm.ingest.target import bring_to_target, check_size
 from neurostorm.ingest.template import brain_mask
 from neurostorm.store import GRIDS, FrameStore, build_manifest, create_store, dequantise, remove_partials
 
@@ -197,9 +199,54 @@ def test_an_unexpected_error_costs_one_file(
     def fail(*args: object, **options: object) -> None:
         raise ZeroDivisionError("no such thing")
 
-    monkeypatch.setattr("neurostorm.ingest.convert.standardise", fail)
+    monkeypatch.setattr("neurostorm.ingest.convert.bring_to_target", fail)
     outcome = attempt(source_of(good), store)
     assert (outcome.status, outcome.reason) == ("quarantined", "unexpected ZeroDivisionError: no such thing")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_a_store_that_cannot_be_written_is_not_the_files_fault(
+    good: Path, store: Path, source_of: Callable[..., Source], monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("neurostorm.ingest.convert.write_run", fail)
+    outcome = attempt(source_of(good), store)
+    assert outcome.status == "unwritten"
+    assert os.strerror(code) in outcome.reason
+    monkeypatch.undo()
+    monkeypatch.setattr(Path, "open", fail)
+    outcome = attempt(source_of(good), store)
+    assert (outcome.status, outcome.reason) == ("quarantined", f"cannot be read: {os.strerror(code)}")
+
+
+@pytest.mark.parametrize(("more", "status"), [(b"", "complete"), (bytes(7), "changed")])
+def test_who_comes_second_hears_whether_it_was_the_same_file(
+    tmp_path: Path, good: Path, store: Path, source_of: Callable[..., Source], monkeypatch: pytest.MonkeyPatch,
+    more: bytes, status: str,
+) -> None:  # fmt: skip
+    """Another ingest writes the run between our look at the store and our own write."""
+    first = tmp_path / "first.nii.gz"
+    first.write_bytes(good.read_bytes() + more)
+
+    def meanwhile(*args: Any, **options: Any) -> Any:
+        monkeypatch.undo()
+        assert ingest_run(source_of(first, subject="sub-good"), store).status == "ingested"
+        return bring_to_target(*args, **options)
+
+    monkeypatch.setattr("neurostorm.ingest.convert.bring_to_target", meanwhile)
+    assert attempt(source_of(good), store).status == status
+
+
+@pytest.mark.parametrize(
+    ("frames", "tr_s", "voxels", "reason"),
+    [(5000, 20.0, 10, "would last 28 h"), (80_000, 0.8, 10**9, "needs about .* GB of memory as 80,001 frames")],
+)
+def test_a_run_of_impossible_size_is_refused(frames: int, tr_s: float, voxels: int, reason: str) -> None:
+    with pytest.raises(RunError, match=reason):
+        check_size(frames, tr_s, 0.8, voxels)
+    check_size(5400, 0.8, 0.8, 230_000)  # 72 minutes at 2 mm
 
 
 def test_the_nearest_sidecar_sets_the_time(
@@ -257,7 +304,7 @@ def test_a_killed_run_leaves_nothing_that_is_seen(
         "from neurostorm.ingest import convert\n"
         "from neurostorm.ingest.discover import Source\n"
         "from neurostorm.store import writer\n"
-        "writer.publish = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "writer._rename = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)\n"
         "good, store = map(Path, sys.argv[1:])\n"
         "convert.ingest_run(Source(good, 'test', 'sub-good', '', 'rest', '', 'task-rest', 'plain'), store)\n"
     )
@@ -270,7 +317,7 @@ def test_a_killed_run_leaves_nothing_that_is_seen(
     source = source_of(good)
     assert ingest_run(source, store).status == "ingested"
     assert FrameStore.open(store).frames(source.run).shape == (30, small_mask.sum())
-    assert remove_partials(store, older_than_s=0) == 1
+    assert remove_partials(store) == 1
     assert FrameStore.open(store).runs() == [source.run]
 
 

@@ -265,6 +265,15 @@ def test_participants_become_typed_columns(tmp_path: Path) -> None:
     }
 
 
+def test_labels_are_those_of_the_runs(tree: Callable[..., Path]) -> None:
+    """A label that cannot be a folder's name is cleaned alike in both, or labels would not find their runs."""
+    root = tree(f"sub-A B/func/sub-A B_task-rest{NLIN6}")
+    (root / "participants.tsv").write_text("participant_id\tage\nsub-A B\t30\n")
+    (source,) = discover(root)
+    assert source.participants is not None
+    assert read_participants(source.participants, "x").column("participant_id").to_pylist() == [source.subject]
+
+
 @pytest.mark.parametrize("text", ["", "name\tage\nx\t3\n", "participant_id\tage\n"])
 def test_a_table_without_participants_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "participants.tsv").write_text(text)

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from neurostorm.config import Config, ConfigError
-from neurostorm.ingest import fanout
+from neurostorm.ingest import spread as spreading
 from neurostorm.ingest.convert import Outcome
 from neurostorm.ingest.discover import Source
-from neurostorm.ingest.fanout import ingest, spread
+from neurostorm.ingest.fanout import ingest
+from neurostorm.ingest.spread import spread
 from neurostorm.store import FrameStore, read_manifest, read_participants, read_quarantine
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("local_ray")]
@@ -148,8 +149,8 @@ def test_no_source_is_a_setting_to_correct(tmp_path: Path) -> None:
 
 def test_a_dying_task_costs_its_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process of one run is killed each time, as for want of memory; all others are answered, in several waves."""
-    monkeypatch.setattr(fanout, "WAVE_RUNS", 3)
-    monkeypatch.setattr(fanout, "CRASH_RETRIES", 1)
+    monkeypatch.setattr(spreading, "WAVE_RUNS", 3)
+    monkeypatch.setattr(spreading, "WAVE_RUNS_PER_CORE", 0)
     sources = [Source(tmp_path / f"{n}.nii", "test", f"sub-{n}", "", "", "", "run", "plain") for n in range(5)]
     ledger = tmp_path / "ledger"
 
@@ -163,5 +164,5 @@ def test_a_dying_task_costs_its_own_run(tmp_path: Path, monkeypatch: pytest.Monk
     outcomes = {outcome.run: outcome for outcome in spread(sources, work, 1.0)}
     assert len(outcomes) == 5
     assert [outcomes[source.run].status == "ingested" for source in sources] == [True, False, True, True, True]
-    assert "died 2 times" in outcomes[sources[1].run].reason
-    assert ledger.read_text() == "xx"
+    assert "died 3 times" in outcomes[sources[1].run].reason
+    assert ledger.read_text() == "xxx"

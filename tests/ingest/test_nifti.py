@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from neurostorm.ingest.nifti import RunError, open_run, read_frames, read_volume, repetition_time_s
+from neurostorm.ingest.nifti import RunError, open_run, read_frames, read_stored, read_volume, repetition_time_s
 
 AFFINE = np.diag([-4.0, 4.0, 4.0, 1.0])
 SHAPE = (6, 7, 5)
@@ -90,6 +91,70 @@ def test_frames_are_read_one_by_one(tmp_path: Path, kit: Any, data: np.ndarray) 
     np.testing.assert_array_equal(next(frames), data[..., 0].ravel(order="F"))
     with pytest.raises(RunError, match=r"truncated: the data end in frame [3-7] of 9"):
         list(frames)
+
+
+def test_what_a_thread_reads_ahead_is_the_same(tmp_path: Path, kit: Any, data: np.ndarray) -> None:
+    for name in ("run.nii", "run.nii.gz"):
+        header = open_run(kit.save(tmp_path / name, data, AFFINE))
+        digests = hashlib.sha256(), hashlib.sha256()
+        alone, ahead = (list(read_stored(header, d, threads=n)) for n, d in enumerate(digests, start=1))
+        np.testing.assert_array_equal(ahead, alone)
+        assert digests[0].digest() == digests[1].digest() == hashlib.sha256(header.path.read_bytes()).digest()
+
+
+def test_damage_in_the_thread_is_the_same_error(tmp_path: Path, kit: Any, data: np.ndarray) -> None:
+    path = kit.save(tmp_path / "run.nii.gz", data, AFFINE)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    header, counts, reasons = open_run(path), [], []
+    for threads in (1, 2):
+        frames, taken = read_stored(header, threads=threads), 0
+        with pytest.raises(RunError) as error:
+            for _ in frames:
+                taken += 1
+        counts.append(taken)
+        reasons.append(str(error.value))
+    assert counts[0] == counts[1] > 0
+    assert reasons[0] == reasons[1]
+    assert not readers()
+
+
+def readers() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name == "read-ahead"]
+
+
+@pytest.mark.parametrize("taken", [1, 3, 9])
+def test_the_thread_ends_when_nobody_reads_on(tmp_path: Path, kit: Any, data: np.ndarray, taken: int) -> None:
+    header = open_run(kit.save(tmp_path / "run.nii.gz", np.repeat(data, 9, axis=3), AFFINE))
+    frames = read_stored(header, threads=2)
+    for _ in range(taken):
+        next(frames)
+    assert readers()
+    frames.close()
+    assert not readers()
+
+
+def test_members_and_what_follows_the_last(tmp_path: Path, kit: Any, data: np.ndarray) -> None:
+    """A gzip file may have several members (as bgzip writes them) and zeros behind; other bytes are damage."""
+    path = kit.save(tmp_path / "run.nii.gz", data, AFFINE)
+    plain = gzip.decompress(path.read_bytes())
+    path.write_bytes(b"".join(gzip.compress(plain[first : first + 999]) for first in range(0, len(plain), 999)))
+    np.testing.assert_array_equal(read(path), data)
+    path.write_bytes(gzip.compress(plain) + bytes(512))
+    np.testing.assert_array_equal(read(path), data)
+    path.write_bytes(gzip.compress(plain) + b"trailing" * 9)
+    with pytest.raises(RunError, match="damaged gzip file: Not a gzipped file"):
+        read(path)
+
+
+def test_frames_that_cannot_be_there_are_refused_at_once(tmp_path: Path, kit: Any, data: np.ndarray) -> None:
+    """What a header announces is bounded by the file's length before memory is planned for it."""
+    path = kit.save(tmp_path / "run.nii.gz", data, AFFINE)
+    rewrite(path, put(48, np.int16(32767)))  # dim[4]
+    with pytest.raises(RunError, match=r"truncated: [\d,]+ compressed bytes"):
+        open_run(path)
+    rewrite(path, put(42, np.full(3, 30000, np.int16)))  # dim[1..3]
+    with pytest.raises(RunError, match="voxels in a frame"):
+        open_run(path)
 
 
 def test_volume_of_three_dimensions(tmp_path: Path, kit: Any, data: np.ndarray) -> None:

@@ -108,7 +108,8 @@ def test_killed_and_started_again_it_ends_like_its_uninterrupted_twin(ball_confi
     job.wait_for(lambda: job.steps_done() >= 8 + 10, "ten steps after the worker's death")
     family = psutil.Process(job.process.pid).children(recursive=True)
     job.process.send_signal(signal.SIGKILL)
-    psutil.wait_procs(family, timeout=60)
+    for process in psutil.wait_procs(family, timeout=15)[1]:  # Ray's agents may outlive their node by a minute
+        process.kill()
     before = job.steps_done()
     assert before < steps + 12, "the driver died too late to matter"
     again = start(victim)
@@ -143,11 +144,11 @@ def test_the_scan_pretrains_on_brain_tokens_from_store_to_saved_model(ball_confi
         model={"embed_dim": 8, "depths": (2, 1), "heads": (1, 2), "mixer": "mamba", "tokens": "brain"},
         mask={"kind": "window-tube", "window": (2, 2, 2, 2)},
         strd={"enabled": True, "rate": 0.1},
-        train={"global_batch": 4, "max_steps": 12, "log_every": 4, "lr": 1e-2},
+        train={"global_batch": 4, "epochs": 2, "log_every": 4, "lr": 1e-2},
     )
     start(config).finish()
     losses = [loss for _, (loss, _) in sorted(ledger(config).items())]
-    assert len(losses) == 12 and sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    assert len(losses) == 24 and sum(losses[-6:]) < 0.9 * sum(losses[:6]), losses
     saved = load_pretrained(config.run.folder / "model")
     assert (saved.config.mixer, saved.config.tokens) == ("mamba", "brain")
     assert saved.strd_config.rate == 0.1 and saved.mask_config.kind == "window-tube"

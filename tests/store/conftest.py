@@ -54,6 +54,36 @@ class Example:
             },
         }
 
+    def true_arrays(self, frames: int = 70, seed: int = 0) -> dict[str, Any]:
+        """The same for a run that an ingest could have made: real z-scores, and figures that follow from the arrays.
+
+        Voxels 0 to 4 lie outside its field of view; voxel 5 has a spike that is cut off.
+        """
+        rng = np.random.default_rng(seed)
+        values = rng.normal(1000, 20, (frames, self.voxels)) + rng.uniform(-300, 300, self.voxels)
+        values[3, 5] += 1e5
+        values[:, :5] = 0
+        mean, std = values.mean(axis=0), values.std(axis=0)
+        inside = std > 0
+        q = quantise(np.divide(values - mean, std, out=np.zeros_like(values), where=inside))
+        level, spread = mean[inside], std[inside]
+        figures = {
+            "source_frames": frames,
+            "tsnr_median": float(np.median(level / spread)),
+            "clipped_fraction": float((np.abs(q[:, inside]) == 127).mean()),
+            "coverage": float(inside.mean()),
+            "global_mean": float(level.mean()),
+            "global_std": float(values[:, inside].std()),
+        }
+        arrays = {"frames": q, "mean": mean.astype(np.float32), "std": std.astype(np.float32)}
+        return arrays | {"attributes": self.arrays(2, seed)["attributes"] | figures}
+
+    def add_true(self, subject: str = "sub-01", dataset: str = "made", seed: int = 0, **options: Any) -> str:
+        """`add` with `true_arrays`; long enough for the spike of voxel 5 to be cut off."""
+        run = run_path(dataset, subject, "ses-1_task-rest")
+        assert write_run(self.path, run, **(self.true_arrays(seed=seed) | options))
+        return run
+
     def add(
         self, subject: str = "sub-01", dataset: str = "made", frames: int = 25, seed: int = 0, **options: Any
     ) -> str:

@@ -41,10 +41,54 @@ def test_working_in_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     assert np.array_equal(codec.signal_to_quantisation_noise_db(z, q), decibels)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_values_that_are_no_numbers_are_refused(bad: float) -> None:
-    with pytest.raises(ValueError, match="finite"):
-        codec.quantise(np.array([[0.0, bad]], np.float32))
+@settings(deadline=None, max_examples=50)
+@given(st.sampled_from([np.nan, np.inf, -np.inf]), st.integers(0, 39), st.sampled_from(["f2", "f4", "f8"]))
+def test_one_value_that_is_no_number_is_refused(bad: float, position: int, dtype: str) -> None:
+    z = np.zeros((5, 8), dtype)
+    z.flat[position] = bad
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(codec, "_BLOCK_FLOATS", 7)
+        with pytest.raises(ValueError, match="finite"):
+            codec.quantise(z)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.sampled_from(["f2", "f4", "f8"]), st.data())
+def test_any_finite_number_has_its_byte(dtype: str, data: st.DataObject) -> None:
+    numbers = st.floats(allow_nan=False, allow_infinity=False, width=8 * int(dtype[1]))
+    z = data.draw(hnp.arrays(dtype, st.integers(1, 20), elements=numbers))
+    exact = np.clip(z.astype(np.float64), -8, 8) * 16
+    assert np.array_equal(codec.quantise(z), np.clip(np.rint(exact), -127, 127))
+
+
+@pytest.mark.parametrize(
+    ("z", "byte"),
+    [
+        (INSIDE, 127), (np.nextafter(INSIDE, 9), 127), (126.5 / 16, 126), (np.nextafter(126.5 / 16, 9), 127),
+        (8.0, 127),
+        (-8.0, -127), (1e30, 127), (-np.finfo("f4").max, -127), (5e-324, 0), (-1e-45, 0), (-0.0, 0), (1 / 32, 0),
+        (np.nextafter(1 / 32, 1), 1),
+    ],
+)  # fmt: skip
+def test_extreme_values(z: float, byte: int) -> None:
+    assert codec.quantise(np.array([z])).tolist() == [byte]
+    with np.errstate(under="ignore"):
+        assert codec.quantise(np.array([[z]]).astype(np.float32).repeat(2, 1)).shape == (1, 2)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(2, 30), st.floats(1e-3, 1e6), st.floats(-1e6, 1e6), st.integers(0, 99))
+def test_signals_come_back_within_half_a_step_and_constant_voxels_as_they_were(
+    frames: int, spread: float, level: float, seed: int
+) -> None:
+    signal = np.random.default_rng(seed).standard_normal((frames, 4)) * spread + level
+    signal[:, 1] = level
+    mean, std = signal.mean(0), signal.std(0)
+    mean[1], std[1] = level, 0
+    z = np.divide(signal - mean, std, out=np.zeros_like(signal), where=std > 0)
+    back = codec.dequantise(codec.quantise(z)) * std + mean
+    assert (np.abs(back - signal) <= std / 32 * (1 + 1e-6) + 1e-9 * abs(level)).all()
+    assert (back[:, 1] == level).all()
 
 
 def test_gaussian_signals_keep_35_db() -> None:

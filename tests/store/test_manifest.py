@@ -76,7 +76,7 @@ def test_figures_of_the_wrong_kind_name_the_run_and_the_field(example: Any) -> N
 
 
 def test_a_missing_or_foreign_manifest_says_what_to_do(example: Any, tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="write_manifest"):
+    with pytest.raises(StoreError, match=r"tools/store\.py repair"):
         read_manifest(example.path)
     pq.write_table(pa.table({"run": ["a"]}), example.path / "manifest.parquet")
     with pytest.raises(StoreError, match="no column clipped_fraction"):

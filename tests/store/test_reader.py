@@ -1,8 +1,10 @@
 """What a store gives back, and what it says when something is wrong with it."""
 
 import json
+import os
 import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 import neurostorm.store.reader as reader
 from neurostorm.store import ClipReadError, FrameRangeError, FrameStore, StoreError, create_store, write_manifest
+from neurostorm.store.shard import layout_of, read_index
 
 
 def flip(file: Path, position: int) -> None:
@@ -59,7 +62,7 @@ def test_frames_outside_the_run_are_an_error(example: Any, start: int, count: in
 
 def test_only_the_chunks_of_the_clip_are_read(example: Any) -> None:
     run = example.add(frames=60, chunk_frames=10)
-    flip(example.path / run / "frames" / "0.0", 5 * (10 * example.voxels + 4) + 7)  # the last chunk but its neighbours
+    flip(example.path / run / "0.0", 5 * (10 * example.voxels + 4) + 7)  # the last chunk of frames, not its neighbours
     store = FrameStore.open(example.path)
     assert np.array_equal(store.frames(run, 30, 20), example.arrays(60)["frames"][30:50])
     with pytest.raises(ClipReadError):
@@ -69,43 +72,135 @@ def test_only_the_chunks_of_the_clip_are_read(example: Any) -> None:
 @pytest.mark.parametrize("codec", ["none", "zstd"])
 def test_a_flipped_bit_names_the_run_and_the_clip(example: Any, codec: str) -> None:
     run = example.add(frames=60, codec=codec)
-    flip(example.path / run / "frames" / "0.0", 11)
+    flip(example.path / run / "0.0", 11)
     with pytest.raises(ClipReadError, match="checksum") as caught:
         FrameStore.open(example.path).frames(run, 5, 20)
     assert (caught.value.run, caught.value.start) == (run, 5)
     assert run in str(caught.value) and "5" in str(caught.value)
 
 
-def test_a_damaged_index_a_short_file_and_a_missing_file_are_clip_errors(example: Any) -> None:
-    run = example.add(frames=25)
-    shard = example.path / run / "frames" / "0.0"
+def test_a_short_file_and_a_missing_file_are_clip_errors(example: Any) -> None:
+    run = example.add(frames=25, chunk_frames=4)
+    shard = example.path / run / "0.0"
     whole = shard.read_bytes()
     store = FrameStore.open(example.path)
-    flip(shard, len(whole) - 9)
-    with pytest.raises(ClipReadError):
-        store.frames(run, 0, 10)
-    for length in (0, 10, len(whole) // 2):
+    for length in (0, 10, 10 * example.voxels):
         shard.write_bytes(whole[:length])
-        with pytest.raises(ClipReadError):
-            store.frames(run, 0, 10)
+        with pytest.raises(ClipReadError, match="too short"):
+            store.frames(run, 0, 12)
     shard.unlink()
-    with pytest.raises(ClipReadError, match="frame 3 is missing"):
+    with pytest.raises(ClipReadError, match=r"clip from frame 3: .*0\.0 cannot be read"):
         store.frames(run, 3, 10)
     shard.write_bytes(whole)
     assert np.array_equal(store.frames(run), example.arrays(25)["frames"])
 
 
+def test_a_damaged_index_is_a_clip_error_where_it_is_needed(example: Any) -> None:
+    run = example.add(frames=25, chunk_frames=4, codec="zstd")
+    shard = example.path / run / "0.0"
+    whole = shard.read_bytes()
+    flip(shard, len(whole) - 9)
+    with pytest.raises(ClipReadError, match="damaged index"):
+        FrameStore.open(example.path).frames(run, 0, 10)
+    shard.write_bytes(whole[:20])
+    with pytest.raises(ClipReadError, match="too short"):
+        FrameStore.open(example.path).frames(run, 0, 10)
+    shard.write_bytes(whole + b"more")
+    with pytest.raises(ClipReadError):
+        FrameStore.open(example.path).frames(run, 0, 10)
+
+
 def test_damaged_moments_and_metadata_are_clip_errors(example: Any) -> None:
-    run = example.add()
-    flip(example.path / run / "mean" / "0", 4)
+    run = example.add(chunk_frames=5)
+    flip(example.path / run / "0.0", 5 * (5 * example.voxels + 4) + 4)  # row 25
+    store = FrameStore.open(example.path)
+    assert np.array_equal(store.frames(run), example.arrays()["frames"])
     with pytest.raises(ClipReadError, match="checksum"):
-        FrameStore.open(example.path).moments(run)
-    (example.path / run / "mean" / "0").unlink()
-    with pytest.raises(ClipReadError, match="missing"):
-        FrameStore.open(example.path).moments(run)
-    (example.path / run / "frames" / "zarr.json").write_text("{")
-    with pytest.raises(ClipReadError, match="cannot be opened"):
+        store.moments(run)
+    (example.path / run / "zarr.json").write_text("{")
+    with pytest.raises(ClipReadError, match="cannot be read as the metadata"):
         FrameStore.open(example.path).frames(run)
+    (example.path / run / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
+    with pytest.raises(ClipReadError, match="does not describe a run"):
+        FrameStore.open(example.path).frames(run)
+
+
+def test_a_run_of_another_mask_is_a_clip_error(example: Any, make_example: Any) -> None:
+    other = make_example("other.zarr")
+    other.mask[0, 0, 0] ^= True
+    create_store(other.path, **other.properties)
+    run = other.add()
+    shutil.copytree(other.path / "runs", example.path / "runs", dirs_exist_ok=True)
+    with pytest.raises(ClipReadError, match=f"{other.voxels} voxels"):
+        FrameStore.open(example.path).frames(run)
+
+
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+def test_checksums_are_compared_the_first_time_or_always(example: Any, codec: str) -> None:
+    run = example.add(frames=40, chunk_frames=8, codec=codec)
+    first, always = (FrameStore.open(example.path, verify) for verify in ("first", "always"))
+    for store in (first, always):
+        store.frames(run, 0, 20)
+    shard = example.path / run / "0.0"
+    flip(shard, end_of_chunk(example.path / run, 1) - 1)  # the checksum itself: what the rows hold is right
+    assert np.array_equal(first.frames(run, 8, 8), example.arrays(40)["frames"][8:16])
+    with pytest.raises(ClipReadError, match="checksum of the rows from 8 on"):
+        always.frames(run, 8, 8)
+    with pytest.raises(ClipReadError, match="checksum"):  # reaches into chunks that were not read before
+        first.frames(run, 8, 30)
+    with pytest.raises(ClipReadError, match="checksum"):
+        pickle.loads(pickle.dumps(first)).frames(run, 8, 8)
+    assert pickle.loads(pickle.dumps(always)).verify == "always"
+
+
+def end_of_chunk(run: Path, number: int) -> int:
+    """Where a chunk and its checksum end in the shard, by the index."""
+    layout = layout_of(json.loads((run / "zarr.json").read_text()))
+    data = (run / "0.0").read_bytes()
+    return int(read_index(layout, data[-layout.index_bytes :], len(data))[number].sum())
+
+
+def test_a_clip_is_read_into_the_callers_array(example: Any) -> None:
+    run = example.add(frames=40, chunk_frames=8)
+    store = FrameStore.open(example.path)
+    block = np.full((3, 12, example.voxels), 99, np.int8)
+    assert store.frames(run, 5, 12, block[1]) is not None
+    assert np.array_equal(block[1], example.arrays(40)["frames"][5:17])
+    assert (block[[0, 2]] == 99).all()
+    frozen = np.zeros((12, example.voxels), np.int8)
+    frozen.flags.writeable = False
+    for bad in (
+        np.zeros((11, example.voxels), np.int8),
+        np.zeros((12, example.voxels), np.float32),
+        np.zeros((12, 2 * example.voxels), np.int8)[:, ::2],
+        frozen,
+    ):
+        with pytest.raises(ValueError, match="out is"):
+            store.frames(run, 5, 12, bad)
+
+
+def test_many_threads_read_one_store(example: Any) -> None:
+    runs = [example.add(f"sub-{seed}", frames=60, seed=seed, chunk_frames=7) for seed in range(3)]
+    store = FrameStore.open(example.path)
+    wanted = [example.arrays(60, seed)["frames"] for seed in range(3)]
+    jobs = [(seed, start) for start in range(0, 50, 3) for seed in range(3)]
+    with ThreadPoolExecutor(8) as pool:
+        clips = list(pool.map(lambda job: store.frames(runs[job[0]], job[1], 10), jobs))
+    for (seed, start), clip in zip(jobs, clips, strict=True):
+        assert np.array_equal(clip, wanted[seed][start : start + 10])
+
+
+def test_reading_leaves_no_file_open(example: Any) -> None:
+    run = example.add(frames=40, chunk_frames=8)
+    store = FrameStore.open(example.path)
+    before = len(os.listdir("/proc/self/fd"))
+    for start in range(30):
+        store.frames(run, start, 5)
+    (example.path / run / "0.0").write_bytes(b"short")
+    for start in range(30):
+        with pytest.raises(ClipReadError):
+            store.frames(run, start, 5)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_unknown_runs_are_named(example: Any) -> None:
@@ -145,21 +240,21 @@ def test_a_pickled_store_is_small_and_works_elsewhere(example: Any) -> None:
     assert again.grid == store.grid and np.array_equal(again.mask, store.mask)
 
 
-def test_the_cache_of_open_arrays_is_bounded(example: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "_OPEN_ARRAYS", 2)
+def test_the_memory_of_layouts_is_bounded(example: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "_KNOWN_RUNS", 2)
     runs = [example.add(f"sub-{i}", seed=i) for i in range(4)]
     store = FrameStore.open(example.path)
     for _ in range(2):
         for seed, run in enumerate(runs):
             assert np.array_equal(store.frames(run), example.arrays(seed=seed)["frames"])
-    assert len(store._arrays) == 2
+    assert len(store._known) == 2
 
 
-def test_an_open_array_is_not_opened_again(example: Any) -> None:
+def test_a_layout_is_not_read_again(example: Any) -> None:
     run = example.add()
     store = FrameStore.open(example.path)
     store.frames(run)
-    (example.path / run / "frames" / "zarr.json").unlink()
+    (example.path / run / "zarr.json").unlink()
     assert np.array_equal(store.frames(run, 0, 5), example.arrays()["frames"][:5])
 
 
@@ -169,8 +264,8 @@ def test_stores_that_cannot_be_read_say_why(example: Any, tmp_path: Path) -> Non
     (tmp_path / "plain").mkdir()
     with pytest.raises(StoreError, match="not a frame store"):
         FrameStore.open(tmp_path / "plain")
-    change_header(example.path, neurostorm_format=2)
-    with pytest.raises(StoreError, match="has format 2, this version reads format 1"):
+    change_header(example.path, neurostorm_format=3)
+    with pytest.raises(StoreError, match="has format 3, this version reads format 2"):
         FrameStore.open(example.path)
     (example.path / "zarr.json").write_text("not json")
     with pytest.raises(StoreError, match="cannot be read"):

@@ -1,11 +1,13 @@
 """A run is there whole or not at all, whoever writes at the same time and whatever is killed."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,18 @@ import numpy as np
 import pytest
 import zarr
 
-from neurostorm.store import FrameStore, Grid, StoreError, create_store, remove_partials, run_path, write_run
+from neurostorm.store import (
+    FrameStore,
+    Grid,
+    StoreError,
+    create_store,
+    remove_partials,
+    run_bytes,
+    run_files,
+    run_path,
+    write_run,
+)
+from neurostorm.store.writer import publish
 
 RUN = run_path("made", "sub-01", "ses-1_task-rest")
 
@@ -45,21 +58,32 @@ def test_a_run_of_zeros_is_no_missing_run(example: Any) -> None:
 def test_any_zarr_reader_walks_the_store(example: Any) -> None:
     run = example.add()
     root = zarr.open(example.path, mode="r")
-    assert root["runs"]["made"]["sub-01"]["ses-1_task-rest"]["frames"].shape == (25, example.voxels)
-    assert np.array_equal(root[run]["frames"][3:14], example.arrays()["frames"][3:14])
+    arrays = example.arrays()
+    array = root["runs"]["made"]["sub-01"]["ses-1_task-rest"]
+    assert array.shape == (25 + 8, example.voxels) and array.attrs["frames"] == 25
+    assert np.array_equal(root[run][3:14], arrays["frames"][3:14])
+    moments = np.ascontiguousarray(root[run][25:]).reshape(2, -1).view("<f4")
+    assert np.array_equal(moments, [arrays["mean"], arrays["std"]])
     assert np.array_equal(root["mask"][:] != 0, example.mask)
-    assert sorted(dict(root[run].arrays())) == ["frames", "mean", "std"]
+    assert list(dict(root["runs"]["made"]["sub-01"].arrays())) == ["ses-1_task-rest"]
     assert list(dict(root["runs"].groups())) == ["made"]
-    assert root.attrs["neurostorm_format"] == 1
+    assert root.attrs["neurostorm_format"] == 2
     assert root.attrs["grid"]["affine"] == example.grid.affine.tolist()
 
 
-def test_one_shard_and_few_files_per_run(example: Any) -> None:
-    run = example.add(frames=600)
-    files = [item for item in (example.path / run).rglob("*") if item.is_file()]
-    assert len(files) == 7
-    assert [item.name for item in (example.path / run / "frames").iterdir() if item.name != "zarr.json"] == ["0.0"]
+def test_a_run_is_two_files_of_the_size_that_is_announced(example: Any) -> None:
+    for number, chunk_frames in enumerate((None, 1, 7, 5000)):
+        run = example.add(f"sub-{number}", frames=600, chunk_frames=chunk_frames)
+        files = {item.name: item.stat().st_size for item in (example.path / run).rglob("*") if item.is_file()}
+        assert sorted(files) == ["0.0", "zarr.json"] and len(files) == run_files()
+        assert files["0.0"] == run_bytes(600, example.voxels, chunk_frames)
     assert partials(example.path) == []
+
+
+def test_chunks_longer_than_the_run_cost_nothing(example: Any) -> None:
+    run = example.add(frames=20, chunk_frames=10**9)
+    assert (example.path / run / "0.0").stat().st_size < 30 * example.voxels
+    assert np.array_equal(FrameStore.open(example.path).frames(run), example.arrays(20)["frames"])
 
 
 def test_a_second_write_leaves_the_first(example: Any) -> None:
@@ -112,13 +136,48 @@ def test_a_killed_writer_leaves_only_a_partial(example: Any) -> None:
     assert len(partials(example.path)) == 1
     assert FrameStore.open(example.path).runs() == []
     assert write_run(example.path, RUN, **example.arrays())
-    assert remove_partials(example.path, older_than_s=3600) == 0, "a writer may still be at it"
-    hours_ago = time.time() - 7200
-    for item in (*partials(example.path)[0].rglob("*"), partials(example.path)[0]):
-        os.utime(item, (hours_ago, hours_ago))
-    assert remove_partials(example.path, older_than_s=3600) == 1
+    assert remove_partials(example.path) == 1
     assert partials(example.path) == []
     assert FrameStore.open(example.path).runs() == [RUN]
+
+
+def test_a_living_writer_is_not_swept_and_a_full_disk_leaves_nothing(example: Any) -> None:
+    def pieces() -> Iterator[bytes]:
+        yield b"x"
+        assert len(partials(example.path)) == 1 and remove_partials(example.path) == 0
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        publish(example.path, RUN, b"{}", pieces())
+    assert partials(example.path) == [] and FrameStore.open(example.path).runs() == []
+
+
+def test_an_empty_folder_of_a_writer_is_swept_when_it_is_old(example: Any) -> None:
+    begun = example.path / ".partial" / "0123"
+    begun.mkdir(parents=True)
+    assert remove_partials(example.path) == 0, "its writer may be opening the file"
+    os.utime(begun, (time.time() - 3600,) * 2)
+    assert remove_partials(example.path) == 1 and not begun.exists()
+
+
+def test_temporary_files_of_tables_and_groups_are_swept(example: Any) -> None:
+    example.add()
+    left = [example.path / folder / f".zarr.json.{0:032x}.partial" for folder in (".", "runs/made", "runs/made/sub-01")]
+    for file in left:
+        file.write_bytes(b"half")
+    with left[0].open("rb") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        assert remove_partials(example.path) == 2
+    assert [file.exists() for file in left] == [True, False, False]
+
+
+def test_what_is_left_of_another_run_is_named(example: Any) -> None:
+    (example.path / RUN).mkdir(parents=True)
+    (example.path / RUN / "0.0").write_bytes(b"left when somebody deleted the run")
+    with pytest.raises(StoreError, match="holds something else") as caught:
+        write_run(example.path, RUN, **example.arrays())
+    assert RUN in str(caught.value)
+    assert partials(example.path) == []
 
 
 def test_who_loses_the_race_reports_it(example: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,6 +319,7 @@ def test_arrays_that_do_not_fit_are_refused(example: Any) -> None:
     assert FrameStore.open(example.path).runs() == []
 
 
-def test_object_store_addresses_are_refused_with_the_reason(example: Any) -> None:
-    with pytest.raises(StoreError, match="not a local path"):
-        create_store("s3://bucket/store.zarr", **example.properties)
+def test_addresses_that_are_not_understood_are_refused(example: Any) -> None:
+    for address in ("ftp://server/store.zarr", "s3://", "s3:/bucket/store.zarr"):
+        with pytest.raises(StoreError, match="s3://BUCKET/KEY"):
+            create_store(address, **example.properties)

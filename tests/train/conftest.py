@@ -1,12 +1,17 @@
-"""Runs several ranks of a pretraining run as processes, without Ray, and reads their ledgers."""
+"""Runs several ranks, as threads or as processes of a pretraining run, without Ray, and reads their ledgers."""
 
+import itertools
 import json
 import os
 import socket
 import subprocess
 import sys
+import threading
+from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +24,44 @@ ROOT = PROGRAM.parents[2]
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
+
+
+@pytest.fixture
+def ranks() -> Callable[..., list[Any]]:
+    """`ranks(2, work)` calls `work(rank, gather)` in a thread per rank; what each returned or raised.
+
+    A rank that fails ends the wait of the others, by BrokenPipeError, as Ray Train ends their processes.
+    """
+
+    def run(workers: int, work: Callable[[int, Callable[[Any], list[Any]]], Any]) -> list[Any]:
+        rounds: dict[int, dict[int, Any]] = defaultdict(dict)
+        change, failed = threading.Condition(), []
+
+        def attempt(rank: int) -> Any:
+            numbers = itertools.count()
+
+            def gather(value: Any) -> list[Any]:
+                values = rounds[next(numbers)]
+                with change:
+                    values[rank] = value
+                    change.notify_all()
+                    change.wait_for(lambda: len(values) == workers or failed, timeout=20)
+                if len(values) < workers:
+                    raise BrokenPipeError("another rank failed")
+                return [values[other] for other in range(workers)]
+
+            try:
+                return work(rank, gather)
+            except Exception as error:
+                with change:
+                    failed.append(rank)
+                    change.notify_all()
+                return error
+
+        with ThreadPoolExecutor(workers) as pool:
+            return list(pool.map(attempt, range(workers)))
+
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -35,15 +78,15 @@ def run_ranks() -> Callable[..., None]:
             "PYTHONPATH": str(ROOT),
         }  # fmt: skip
         command = [sys.executable, str(PROGRAM), str(folder / "config.yaml")]
-        ranks = [
+        processes = [
             subprocess.Popen(
                 [*command, str(rank), str(workers), str(port), *map(str, options)],
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
             )
             for rank in range(workers)
         ]  # fmt: skip
-        outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
-        assert [rank.returncode for rank in ranks] == [0] * workers, "\n".join(outputs)[-4000:]
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0] * workers, "\n".join(outputs)[-4000:]
 
     return run
 

@@ -34,7 +34,7 @@ def main(path: str, rank: int, workers: int, port: int, poison: int) -> None:
     if poison >= 0:
         poison_step(loop, poison)
     loop.run()
-    export(loop, corpus.store, config.run.folder / "model")
+    export(loop, corpus, config.run.folder / "model")
 
 
 def poison_step(loop, step: int) -> None:

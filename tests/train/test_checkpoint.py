@@ -2,7 +2,6 @@
 
 import json
 import logging
-import threading
 
 import pytest
 
@@ -10,8 +9,9 @@ from neurostorm.train import checkpoint
 from neurostorm.train.checkpoint import CheckpointError
 
 
-def nothing():
-    """The barrier of a single rank."""
+def alone(value):
+    """What a single rank gathers."""
+    return [value]
 
 
 def shard(text, name="rank-0.bin"):
@@ -24,9 +24,9 @@ def shard(text, name="rank-0.bin"):
     return write
 
 
-def save(folder, step, *, write_shards=None, barrier=nothing, rank=0, keep=9, **trainer):
+def save(folder, step, *, write_shards=None, gather=alone, rank=0, keep=9, **trainer):
     checkpoint.save(
-        folder, step, write_shards=write_shards or shard(f"step {step}"), barrier=barrier, rank=rank,
+        folder, step, write_shards=write_shards or shard(f"step {step}"), gather=gather, rank=rank,
         trainer=trainer, keep=keep,
     )  # fmt: skip
 
@@ -139,7 +139,7 @@ def test_a_save_that_fails_while_writing_commits_nothing(two):
 
     with pytest.raises(OSError, match="No space left"):
         save(two, 150, write_shards=full_disk, keep=1)
-    assert not (two / "step-00000150" / "COMMITTED").exists()
+    assert not list((two / "step-00000150").iterdir()), "half a shard is no file of the checkpoint"
     assert checkpoint.newest(two).step == 100
     assert len(steps_in(two)) == 3, "nothing is pruned for a checkpoint that is not there"
 
@@ -147,55 +147,106 @@ def test_a_save_that_fails_while_writing_commits_nothing(two):
 def test_nothing_is_committed_before_all_ranks_have_written(two):
     reached = []
 
-    def second_fails():
-        reached.append(len(reached))
+    def second_fails(value):
+        reached.append(value)
         if len(reached) == 2:
             raise RuntimeError("a rank died")
+        return [value]
 
     with pytest.raises(RuntimeError, match="a rank died"):
-        save(two, 150, barrier=second_fails)
+        save(two, 150, gather=second_fails)
     assert checkpoint.newest(two).step == 100
 
 
 def test_the_marker_is_the_last_file_to_appear(folder, monkeypatch):
     appeared = []
-    replace = checkpoint.Path.replace
+    replace = checkpoint.replace
 
-    def watched(self, target):
-        appeared.append((target.name, sorted(path.name for path in target.parent.rglob("*") if path.is_file())))
-        return replace(self, target)
+    def watched(target, data):
+        there = sorted(path.name for path in target.parent.rglob("*") if path.is_file())
+        appeared.append((target.name, there))
+        replace(target, data)
 
-    monkeypatch.setattr(checkpoint.Path, "replace", watched)
+    monkeypatch.setattr(checkpoint, "replace", watched)
     save(folder, 10)
-    assert [name for name, _ in appeared] == ["trainer.json", "COMMITTED"]
-    assert appeared[-1][1] == ["COMMITTED.partial", "rank-0.bin", "trainer.json"]
+    assert appeared == [("trainer.json", ["rank-0.bin"]), ("COMMITTED", ["rank-0.bin", "trainer.json"])]
 
 
-def test_ranks_save_together_and_the_marker_covers_all_of_them(folder):
-    barrier = threading.Barrier(2, timeout=20)
-    ranks = [
-        threading.Thread(
-            target=save, args=(folder, 10),
-            kwargs={"write_shards": shard(f"rank {rank}", f"rank-{rank}.bin"), "barrier": barrier.wait, "rank": rank},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for thread in ranks:
-        thread.start()
-    for thread in ranks:
-        thread.join()
+@pytest.fixture
+def save_two(ranks):
+    def save_step(folder, step):
+        def work(rank, gather):
+            save(folder, step, write_shards=shard(f"rank {rank}", f"rank-{rank}.bin"), gather=gather, rank=rank)
+
+        assert ranks(2, work) == [None, None]
+
+    return save_step
+
+
+@pytest.fixture
+def restore_two(ranks):
+    """Each rank's (step, names and first words of the files it was given), or its error."""
+
+    def restore(folder):
+        def work(rank, gather):
+            given = {}
+
+            def load(path):
+                given.update({file.name: file.read_text()[:6] for file in (path / "state").iterdir()})
+
+            found = checkpoint.restore(folder, load, gather=gather, rank=rank)
+            return found and (found.step, given)
+
+        return ranks(2, work)
+
+    return restore
+
+
+def test_ranks_save_together_and_the_marker_covers_all_of_them(folder, save_two):
+    save_two(folder, 10)
     assert checkpoint.newest(folder).step == 10
     flip(folder / "step-00000010" / "state" / "rank-1.bin")
     assert checkpoint.newest(folder) is None
 
 
-def test_a_rank_that_does_not_see_the_folder_says_so_and_writes_nothing(folder):
-    with pytest.raises(CheckpointError, match=r"step-00000010.*run\.output must be a shared folder"):
-        save(folder, 10, rank=1)
-    assert not folder.exists()
+def test_ranks_restore_together_what_they_saved(folder, save_two, restore_two):
+    assert restore_two(folder) == [None, None]
+    save_two(folder, 10)
+    save_two(folder, 20)
+    both = {"rank-0.bin": "rank 0", "rank-1.bin": "rank 1"}
+    assert restore_two(folder) == [(20, both), (20, both)]
+    flip(folder / "step-00000020" / "state" / "rank-1.bin")
+    assert restore_two(folder) == [(10, both), (10, both)]
+
+
+def test_a_checkpoint_of_other_ranks_is_refused(folder, restore_two):
+    save(folder, 10)
+    for error in restore_two(folder):
+        assert isinstance(error, CheckpointError)
+        assert "step-00000010 is of 1 workers, and 2 want to resume" in str(error)
+
+
+def test_a_checkpoint_whose_files_other_ranks_do_not_see_is_not_committed(folder):
+    def elsewhere(value):
+        return [value, {"state/rank-1.bin": [3000, 1]}] if isinstance(value, dict) else [value, value]
+
+    with pytest.raises(
+        CheckpointError, match=r"step-00000010: state/rank-1.bin has no bytes there, 3000 .*run\.output"
+    ):
+        save(folder, 10, gather=elsewhere)
+    assert checkpoint.newest(folder) is None
 
 
 def test_ranks_above_zero_write_their_shard_only(folder):
-    (folder / "step-00000010").mkdir(parents=True)
     save(folder, 10, rank=1)
     assert [path.name for path in (folder / "step-00000010").rglob("*") if path.is_file()] == ["rank-0.bin"]
+
+
+def test_a_broken_later_checkpoint_costs_no_good_one_its_place(folder, caplog):
+    for step in (10, 20, 30):
+        save(folder, step)
+    flip(folder / "step-00000020" / "trainer.json")
+    flip(folder / "step-00000030" / "trainer.json")
+    assert checkpoint.newest(folder).step == 10
+    save(folder, 20, keep=1)
+    assert checkpoint.newest(folder).step == 20, "the broken one of step 30 was kept in place of the new one"

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from neurostorm.data.clips import ClipBatch
+from neurostorm.places import place
 from neurostorm.train.health import BadClips, NonFiniteError, SkipGuard, UnreadableClipsError, clip_names
 
 RUNS = ("runs/a/sub-0/rest", "runs/a/sub-1/rest")
@@ -83,3 +84,18 @@ def test_a_share_of_zero_stops_at_the_first_and_a_share_of_one_never(tmp_path):
     patient = BadClips(tmp_path, 1, max_fraction=1.0)
     patient.note(batch([True] * 500), RUNS, 0)
     assert patient.bad == 500
+
+
+def test_in_an_object_store_names_are_kept_at_a_checkpoint_and_when_the_run_stops(make_bucket):
+    folder = place(make_bucket()) / "run"
+    clips = BadClips(folder, 1, max_fraction=0.02)
+    clips.note(batch([True]), RUNS, 3)
+    assert not folder.exists()
+    clips.keep(5)
+    clips.note(batch([True]), RUNS, 6)
+    with pytest.raises(UnreadableClipsError, match=f"all are in {folder}/unreadable-1"):
+        clips.note(batch([True]), RUNS, 7)
+    files = sorted((folder / "unreadable-1").iterdir())
+    assert [file.name for file in files] == ["step-00000005.jsonl", "step-00000008.jsonl"]
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6, 7]

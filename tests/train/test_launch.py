@@ -9,6 +9,7 @@ import pytest
 
 from neurostorm.config import Config, ConfigError
 from neurostorm.data.corpus import Corpus, open_corpus
+from neurostorm.places import replace
 from neurostorm.store import StoreError, write_manifest
 from neurostorm.train import checkpoint, launch
 from neurostorm.train.launch import Plan, check, training_data, worker_environment
@@ -22,7 +23,7 @@ def stop_at() -> Callable[..., None]:
 
     def stop(config: Config, step: int, corpus: Corpus | None = None) -> None:
         checkpoint.save(
-            config.run.folder / "checkpoints", step, rank=0, barrier=lambda: None, keep=9,
+            config.run.folder / "checkpoints", step, rank=0, gather=lambda value: [value], keep=9,
             write_shards=lambda path: (path / "shard").write_text("weights"),
             trainer={
                 "config": config.model_dump(mode="json"), "workers": config.scale.workers,
@@ -91,7 +92,7 @@ def test_a_setting_that_the_saving_version_did_not_have_is_refused_by_name(ball_
     file.write_text(json.dumps(trainer))
     names = ("shard", checkpoint.TRAINER)
     files = {name: checkpoint._fingerprint(file.with_name(name)) for name in names}
-    marker.write_text(json.dumps({"files": files}))
+    marker.write_text(json.dumps({"files": files, "ranks": [["shard"]]}))
     with pytest.raises(ConfigError, match=r"model\.layout: not known to the version that saved it -> clean"):
         outcome(config)
 
@@ -147,6 +148,23 @@ def test_a_finished_run_answers_with_its_summary_and_starts_nothing(ball_config,
     assert summary["mlflow_uri"] == f"sqlite:///{config.run.output / 'mlflow.db'}"
 
 
+def test_an_output_in_an_object_store_needs_a_place_for_mlflow(ball_config, make_bucket):
+    config = ball_config(run={"output": make_bucket()})
+    with pytest.raises(
+        ConfigError, match=r"tracking\.uri is not set, .*run\.output=s3://bucket-\d+: .*--tracking\.uri http"
+    ):
+        outcome(config)
+    assert outcome(ball_config(run={"output": config.run.output}, tracking={"uri": "http://mlflow:5000"})).total_steps
+
+
+def test_a_checkpoint_in_an_object_store_is_gone_on_from(ball_config, make_bucket, stop_at):
+    config = ball_config(run={"output": make_bucket()}, tracking={"uri": "http://mlflow:5000"})
+    stop_at(config, 3)
+    assert outcome(config) == Plan(3, STEPS, False)
+    replace(config.run.folder / "checkpoints" / "step-00000003" / "shard", b"wei")
+    assert outcome(config) == Plan(0, STEPS, False)
+
+
 def test_what_is_refused_leaves_no_folder_behind(ball_config, monkeypatch, tmp_path):
     monkeypatch.setattr(launch, "ensure_ray", lambda: pytest.fail("Ray was started"))
     with pytest.raises(StoreError):
@@ -160,7 +178,12 @@ def test_what_is_refused_leaves_no_folder_behind(ball_config, monkeypatch, tmp_p
 def asked(monkeypatch) -> list[tuple]:
     """The arguments of each call of `clip_dataset`, which makes no dataset here."""
     calls: list[tuple] = []
-    monkeypatch.setattr(launch, "clip_dataset", lambda reader, plan, **steps: calls.append((reader, plan, steps)))
+
+    def record(reader, plan, *, first_step, last_step, workers, **how):
+        steps = {"first_step": first_step, "last_step": last_step, "workers": workers}
+        calls.append((reader, plan, steps))
+
+    monkeypatch.setattr(launch, "clip_dataset", record)
     return calls
 
 
@@ -186,12 +209,13 @@ def test_the_feed_of_a_run_whose_steps_are_all_done_is_not_empty(asked, ball_con
 
 
 def test_the_trainer_asks_for_the_plans_order_and_for_what_the_configuration_says(ball_config):
-    trainer = launch.trainer(ball_config(scale={"cpus_per_worker": 0.5, "max_failures": 5}))
+    config = ball_config(scale={"cpus_per_worker": 0.5, "max_failures": 5})
+    trainer = launch.trainer(config, open_corpus(config), "/scratch/of-ray")
     assert trainer.data_config._resolve_execution_options("train").preserve_order
     assert trainer.scaling_config.num_workers == 2
     assert trainer.scaling_config.resources_per_worker == {"CPU": 0.5}
     assert trainer.run_config.failure_config.max_failures == 5
-    assert trainer.run_config.storage_path.endswith("outputs/test/ray")
+    assert trainer.run_config.storage_path == "/scratch/of-ray"
 
 
 def test_workers_wait_without_spinning_and_keep_builds_per_user(ball_config, monkeypatch, tmp_path):

@@ -1,0 +1,298 @@
+"""Places: local paths as they are, and the same few operations on what lies in an object store.
+
+    place("stores/hcp") -> pathlib.Path          place("s3://bucket/stores/hcp") -> ObjectPath   (gs:// likewise)
+                 └─── files_below, copy_files, remove_tree ; replace, create, update in one step ───┘
+
+An object store has no rename, no append and no lock, but a put is seen whole or not at all, and may be made to depend
+on what is there. All that must be safe with several writers is built here on either kind's own means, so that the rest
+of the code does not ask where its data lie.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import random
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import obstore
+
+from neurostorm.object_store import SCHEMES, STREAM_BYTES, ObjectPath, PlaceError, errors
+
+TRANSFERS = 8  # files moved at once between a folder and an object store
+_UPDATES = 50  # tries to change an object that others change at the same time
+STALE_S = 24 * 3600.0
+_TEMPORARY = ".partial"
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+
+Place = Path | ObjectPath
+
+
+def place(address: str | os.PathLike[str] | ObjectPath) -> Place:
+    """A local path or an object store's address as a Place.
+
+    Raises:
+        ValueError: an address of another kind, or one without a bucket, with what is understood.
+    """
+    if isinstance(address, ObjectPath):
+        return address
+    if not isinstance(address, str | os.PathLike):
+        raise ValueError(f"{address!r} is no place: give a path, or an address as text")
+    text = os.fspath(address)
+    matched = _URL.fullmatch(text)
+    if matched is None:
+        if text.partition(":/")[0] in SCHEMES:
+            raise ValueError(
+                f"{text!r} lacks a slash: an object store's address reads s3://BUCKET/KEY or gs://BUCKET/KEY"
+            )
+        return Path(text).expanduser()  # no shell does it behind `--data.store=`
+    scheme, rest = matched[1].lower(), matched[2]
+    if scheme == "file":
+        return Path("/" + rest.lstrip("/"))
+    bucket, _, key = rest.partition("/")
+    if scheme not in SCHEMES or not bucket:
+        raise ValueError(
+            f"{text!r} is no place that is understood: use a local path, s3://BUCKET/KEY or gs://BUCKET/KEY"
+        )
+    steps = [step for step in key.split("/") if step]
+    if {".", ".."} & set(steps):
+        raise ValueError(f"{text!r}: `.` and `..` have no meaning in an object store")
+    return ObjectPath(scheme, bucket, "/".join(steps))
+
+
+def files_below(folder: Place) -> Iterator[tuple[str, int]]:
+    """(path relative to `folder`, size in bytes) of every file below it, in no order; nothing if there is no folder.
+
+    OSError when a folder cannot be listed. A file that goes away meanwhile is left out.
+    """
+    if isinstance(folder, Path):
+        for home, _, names in os.walk(folder, onerror=_unless_gone):
+            for name in names:
+                path = Path(home, name)
+                with contextlib.suppress(FileNotFoundError):
+                    yield path.relative_to(folder).as_posix(), path.stat().st_size
+        return
+    prefix = f"{folder.key}/" if folder.key else ""
+    with errors(folder):
+        for page in obstore.list(folder.client, prefix or None, chunk_size=1000):
+            for entry in page:
+                if len(entry["path"]) > len(prefix):  # some tools mark a folder by an empty object of its name
+                    yield entry["path"][len(prefix) :], entry["size"]
+
+
+def remove_tree(folder: Place) -> None:
+    """Delete a folder or prefix with all it holds; nothing if it is not there. OSError for what cannot be deleted."""
+    if isinstance(folder, Path):
+        if folder.is_dir():
+            shutil.rmtree(folder)
+        return
+    keys = [(folder / name).key for name, _ in files_below(folder)]
+    with errors(folder):
+        for first in range(0, len(keys), 1000):
+            obstore.delete(folder.client, keys[first : first + 1000])
+
+
+def copy_files(source: Place, target: Place, names: Iterable[str]) -> None:
+    """Copy the files `names`, relative to both folders, several at a time; each is there whole or not at all.
+
+    OSError names the first that failed; others may have been copied.
+    """
+
+    def copy(name: str) -> None:
+        here, there = source / name, target / name
+        try:
+            with here.open("rb") as reader:
+                pieces = iter(lambda: reader.read(STREAM_BYTES), b"")
+                if isinstance(there, Path):
+                    there.parent.mkdir(parents=True, exist_ok=True)
+                    _replace(there, pieces)
+                else:
+                    there.write_bytes(pieces)
+        except OSError as error:
+            if isinstance(error, PlaceError) or error.filename is not None:
+                raise
+            raise OSError(error.errno, error.strerror or str(error), str(here), None, str(there)) from error
+
+    with ThreadPoolExecutor(TRANSFERS) as pool:
+        for _ in pool.map(copy, names):
+            pass
+
+
+def replace(target: Place, data: bytes) -> None:
+    """Make `data` the content of `target` in one step, flushed to disk: readers see the old content or the new."""
+    if isinstance(target, ObjectPath):
+        target.write_bytes(data)
+    else:
+        _replace(target, [data])
+
+
+def create(target: Place, data: bytes) -> bool:
+    """Make `target` with `data`, unless it is there: False then, and it stays as it is."""
+    try:
+        if isinstance(target, ObjectPath):
+            with errors(target):
+                obstore.put(target.client, target.object_key, data, mode="create")
+        else:
+            with _beside(target, [data]) as partial:
+                _link(partial, target)
+                sync(target.parent)
+    except FileExistsError:
+        return False
+    return True
+
+
+def take_place(uploaded: ObjectPath, target: ObjectPath) -> bool:
+    """Copy an object to `target` in its own bucket, unless one is there: False then. The `create` of what is large.
+
+    OSError when the store refuses; on S3 and its like this is a multipart copy whose completion bears the condition.
+    """
+    try:
+        with errors(target):
+            obstore.copy(target.client, uploaded.object_key, target.object_key, overwrite=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def orphaned(file: Path) -> bool:
+    """Whether the process that wrote `file` under `open_locked` is gone, see `remove_if_orphaned`."""
+    return remove_if_orphaned(file, lambda: None)
+
+
+def remove_if_orphaned(file: Path, remove: Callable[[], object]) -> bool:
+    """Call `remove` if the process that wrote `file` under `open_locked` is gone; whether it is.
+
+    A lock ends with its process, on this machine or another. It is held while `remove` is at work, so that a writer who
+    comes between finds out. On a file system without locks age decides.
+    """
+    try:
+        with file.open("rb+") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            except OSError:
+                if time.time() - file.stat().st_mtime < STALE_S:
+                    return False
+            remove()
+    except FileNotFoundError:  # somebody else was faster
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def open_locked(file: Path, buffering: int = -1) -> Iterator[BinaryIO]:
+    """A new file to write, locked until it is closed: says to `remove_if_orphaned` that somebody is at work."""
+    while True:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("wb", buffering=buffering) as handle:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if os.fstat(handle.fileno()).st_nlink:  # else it was taken for an orphan before the lock was there
+                yield handle
+                return
+
+
+def update(target: Place, change: Callable[[bytes | None], bytes | None]) -> None:
+    """Read `target` (None: not there), `change` it, write it back; what others change at the same time is not lost.
+
+    `change` may be called several times, and on its own result when an answer was lost; what it returns is written,
+    None writes nothing. OSError when it cannot be read or written, or when too many others keep changing it.
+    """
+    if isinstance(target, Path):
+        with _locked(target.parent / ".lock"):
+            before = target.read_bytes() if target.is_file() else None
+            after = change(before)
+            if after is not None and after != before:
+                replace(target, after)
+        return
+    for _ in range(_UPDATES):
+        before, version = _read_versioned(target)
+        after = change(before)
+        if after is None or after == before:
+            return
+        mode: Any = version or "create"
+        try:
+            with errors(target):
+                obstore.put(target.client, target.object_key, after, mode=mode, use_multipart=False)
+            return
+        except (FileExistsError, FileNotFoundError):  # it changed, or went
+            time.sleep(random.uniform(0.01, 0.2))  # those who collide wait differently long
+    raise PlaceError(f"{target}: others changed it {_UPDATES} times in a row while this process tried to")
+
+
+def sync(path: Path) -> None:
+    """Force a local file or folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _replace(target: Path, pieces: Iterable[bytes]) -> None:
+    with _beside(target, pieces) as partial:
+        os.replace(partial, target)
+        sync(target.parent)
+
+
+@contextlib.contextmanager
+def _beside(target: Path, pieces: Iterable[bytes]) -> Iterator[Path]:
+    """A flushed temporary file with `pieces` in the folder of `target`, gone at the end."""
+    if not target.parent.is_dir():
+        raise FileNotFoundError(2, "No such folder", str(target.parent))
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}{_TEMPORARY}")
+    try:
+        with open_locked(partial) as file:
+            for piece in pieces:
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+            yield partial
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _link(partial: Path, target: Path) -> None:
+    """Give `partial` the name `target` as well. FileExistsError when it is taken, which a rename would not say."""
+    try:
+        os.link(partial, target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        with _locked(target.parent / ".lock"):  # those who come here wait for each other
+            if os.path.lexists(target):
+                raise FileExistsError(errno.EEXIST, "It is there", str(target)) from None
+            os.replace(partial, target)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _read_versioned(target: ObjectPath) -> tuple[bytes | None, dict[str, str] | None]:
+    """The object and what tells this version of it from others: S3 goes by the tag, Google by the version."""
+    try:
+        with errors(target):
+            found = obstore.get(target.client, target.object_key)
+            data = bytes(found.bytes())
+    except FileNotFoundError:
+        return None, None
+    facts = {"e_tag": found.meta["e_tag"], "version": found.meta["version"]}
+    return data, {name: fact for name, fact in facts.items() if fact is not None}
+
+
+def _unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error

@@ -1,0 +1,63 @@
+"""Local folders for what can only use file names: DeepSpeed, safetensors, Parquet's writer, MLflow.
+
+    with outgoing(PLACE) as folder:  write files there  --> each appears below PLACE in one step, flushed to disk
+    with fetched(PLACE) as path:     read them          <-- PLACE itself if it is local, else a copy
+
+A local PLACE costs a rename. Copies of an object store's files lie in the temporary folder of the machine (TMPDIR says
+which) for as long as the `with` lasts.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from neurostorm.places import Place, copy_files, files_below, sync
+
+_PREFIX = "neurostorm-"
+
+
+@contextmanager
+def outgoing(target: Place) -> Iterator[Path]:
+    """An empty local folder; the files that are in it at the end then lie below `target`.
+
+    Nothing appears when the `with` ends by an error. Several processes may have a folder for the same target.
+
+    Raises:
+        OSError: what was written cannot be brought to its place, in part or as a whole.
+    """
+    if not isinstance(target, Path):
+        with TemporaryDirectory(prefix=_PREFIX) as folder:
+            yield Path(folder)
+            copy_files(Path(folder), target, [name for name, _ in files_below(Path(folder))])
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".", suffix=".partial", dir=target, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+        for name in sorted(name for name, _ in files_below(Path(folder))):
+            sync(Path(folder, name))
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(Path(folder, name), target / name)
+            sync((target / name).parent)
+
+
+@contextmanager
+def fetched(source: Place, names: Iterable[str] | None = None) -> Iterator[Path]:
+    """A file, or a folder (of it only the files `names`, if given), as a local path.
+
+    Raises:
+        FileNotFoundError: one of `names` is not there.
+        PlaceError: an object store does not answer.
+    """
+    if isinstance(source, Path):
+        yield source
+        return
+    with TemporaryDirectory(prefix=_PREFIX) as scratch:
+        local = Path(scratch, source.name)
+        if names is None and source.is_file():
+            copy_files(source.parent, local.parent, [source.name])
+        else:
+            local.mkdir(exist_ok=True)
+            copy_files(source, local, [name for name, _ in files_below(source)] if names is None else names)
+        yield local

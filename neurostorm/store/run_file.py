@@ -1,0 +1,123 @@
+"""Reading the rows of one run from its shard, straight into the caller's array.
+
+    rows -> chunks -> one contiguous range -> preadv: each chunk to its place in the result, its checksum beside
+                                           -> or one request (object store, zstd), then chunk by chunk
+
+A chunk's checksum is compared when this process reads it for the first time, or always. What the file system's cache
+gives is read at its own speed that way: no second pass, no copy but the kernel's.
+"""
+
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from neurostorm.object_store import ObjectPath
+from neurostorm.places import Place
+from neurostorm.store.shard import RunLayout, ShardError, check, decode_chunk, read_index
+
+_IOV_MAX = 1024  # buffers in one call of preadv
+
+
+class RunFile:
+    """One run's layout, where its chunks lie, and which of them this process has found to be whole."""
+
+    def __init__(self, layout: RunLayout, shard: Place) -> None:
+        self.layout, self.shard = layout, shard
+        self._whole = np.zeros(layout.chunks, bool)
+
+    @cached_property
+    def index(self) -> NDArray[np.uint64]:
+        """(chunks, 2) offset and length of every chunk."""
+        if self.layout.codec == "none":
+            return self.layout.packed_index
+        size, count = self.shard.stat().st_size, self.layout.index_bytes
+        return read_index(self.layout, read_range(self.shard, max(0, size - count), count), size)
+
+    def read(self, first: int, out: NDArray[np.int8], *, verify_all: bool) -> None:
+        """Fill `out` (count, V) with the rows from `first` on. ShardError or OSError when they cannot be had."""
+        chunks = self.layout.chunk_range(first, len(out))
+        unchecked = range(0) if not verify_all and self._whole[chunks.start : chunks.stop].all() else chunks
+        if self.layout.codec == "none" and isinstance(self.shard, Path):
+            self._read_in_place(self.shard, first, out, chunks, unchecked)
+        else:
+            self._read_and_decode(first, out, chunks, unchecked)
+        self._whole[unchecked.start : unchecked.stop] = True
+
+    def _read_in_place(self, shard: Path, first: int, out: NDArray[np.int8], chunks: range, unchecked: range) -> None:
+        """One pass over the range: chunks that lie whole in `out` land there, checksums and other chunks beside."""
+        rows, size = self.layout.chunk_frames, self.layout.chunk_bytes
+        begin, end = -(-first // rows), (first + len(out)) // rows
+        inside = range(begin, max(begin, end))
+        land = out[inside.start * rows - first : inside.stop * rows - first].reshape(len(inside), size)
+        beside = {number: np.empty(size, np.int8) for number in chunks if number not in inside}
+        values = [*(beside[n] for n in chunks if n < begin), *land, *(beside[n] for n in chunks if n >= inside.stop)]
+        crcs = list(np.empty((len(chunks), 4), np.uint8))
+        buffers: list[Any] = [None] * (2 * len(chunks))
+        buffers[::2], buffers[1::2] = values, crcs
+        _read_into(shard, int(self.index[chunks.start, 0]), buffers)
+        for number in unchecked:
+            check(values[number - chunks.start], crcs[number - chunks.start], number * rows)
+        for number, chunk in beside.items():
+            _place(out, chunk.reshape(rows, -1), number * rows - first)
+
+    def _read_and_decode(self, first: int, out: NDArray[np.int8], chunks: range, unchecked: range) -> None:
+        """One request for the range, then chunk by chunk: for compressed runs, and for object stores."""
+        index = self.index[chunks.start : chunks.stop].astype(np.int64)
+        offset = int(index[:, 0].min())
+        data = read_range(self.shard, offset, int(index.sum(axis=1).max()) - offset)
+        for number, (begin, length) in zip(chunks, index - [offset, 0], strict=True):
+            record = data[begin : begin + length]
+            values = decode_chunk(self.layout, record, number, verify=number in unchecked)
+            _place(out, values, number * self.layout.chunk_frames - first)
+
+
+def read_range(file: Place, offset: int, size: int) -> memoryview:
+    """`size` bytes of a file from `offset` on. ShardError when it ends before, OSError when it cannot be read."""
+    if isinstance(file, ObjectPath):
+        data = file.read_range(offset, size)
+    else:
+        buffer = np.empty(size, np.uint8)
+        _read_into(file, offset, [buffer])
+        data = memoryview(buffer.data)
+    if len(data) < size:
+        raise ShardError(f"is too short: {size} bytes were asked from byte {offset} on and {len(data)} are there")
+    return data
+
+
+def _read_into(file: Path, offset: int, buffers: list[Any]) -> None:
+    """Fill the buffers, one after the other, with the bytes from `offset` on. ShardError when the file ends before."""
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        for first in range(0, len(buffers), _IOV_MAX):
+            part = buffers[first : first + _IOV_MAX]
+            wanted = sum(buffer.nbytes for buffer in part)
+            there = os.preadv(handle, part, offset)
+            while there < wanted:  # a call moves 2 GB at most, and less when a signal comes
+                rest = _behind(part, there)
+                more = os.preadv(handle, rest, offset + there)
+                if more == 0:
+                    raise ShardError(f"is too short: it ends at byte {offset + there}, inside the rows that were asked")
+                there += more
+            offset += wanted
+    finally:
+        os.close(handle)
+
+
+def _behind(buffers: list[Any], done: int) -> list[Any]:
+    """What is left of the buffers when their first `done` bytes are filled."""
+    rest = []
+    for buffer in buffers:
+        view = memoryview(buffer).cast("B")
+        rest += [view[done:]] if done < len(view) else []
+        done = max(0, done - len(view))
+    return rest
+
+
+def _place(out: NDArray[np.int8], values: NDArray[np.int8], begin: int) -> None:
+    """Copy the rows of a chunk that begins at row `begin` of `out`, as far as they belong there."""
+    low, high = max(0, begin), min(len(out), begin + len(values))
+    out[low:high] = values[low - begin : high - begin]

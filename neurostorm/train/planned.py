@@ -1,0 +1,68 @@
+"""The runs that a training run is planned on, kept with it: an ingest into its store may go on meanwhile.
+
+    first start: the store's manifest --> RUN/manifest.parquet --> driver, feed and every worker plan from it
+    later ones:  RUN/manifest.parquet again, if the store still has all its runs as they were
+
+Runs that come later are left out until another training run begins, so the clip order stays what it was.
+"""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from neurostorm.config import Config, ConfigError
+from neurostorm.data.corpus import Corpus, open_corpus
+from neurostorm.places import Place, replace
+from neurostorm.store.manifest import read_manifest
+from neurostorm.train import checkpoint
+
+KEPT = "manifest.parquet"
+_LISTED = 3
+
+
+def choose(config: Config) -> Corpus:
+    """The corpus that a start of the run plans on; the driver calls it, and `keep`s it once the run may begin.
+
+    Raises ConfigError when the run has checkpoints, and runs that it was planned on are gone or changed.
+    """
+    folder = config.run.folder
+    kept = _kept(folder)
+    if kept is None or not checkpoint.is_begun(folder / "checkpoints"):
+        return open_corpus(config)
+    lost = _lost(kept, read_manifest(config.data.store.absolute()))
+    if lost:
+        names = ", ".join(lost[:_LISTED]) + (f" and {len(lost) - _LISTED} more" if len(lost) > _LISTED else "")
+        raise ConfigError(
+            f"{folder} was planned on another content of {config.data.store}: {names} removed or ingested anew since; "
+            "take another run.name"
+        )
+    return open_corpus(config, kept)
+
+
+def keep(config: Config, corpus: Corpus) -> None:
+    """Writes RUN/manifest.parquet."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(corpus.manifest, sink, compression="zstd")
+    replace(config.run.folder / KEPT, sink.getvalue().to_pybytes())
+
+
+def planned(config: Config) -> Corpus:
+    """The corpus that was kept; the store's own when none was."""
+    return open_corpus(config, _kept(config.run.folder))
+
+
+def _kept(folder: Place) -> pa.Table | None:
+    try:
+        data = (folder / KEPT).read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        return pq.read_table(pa.BufferReader(data))
+    except pa.ArrowException as error:
+        raise ConfigError(f"{folder / KEPT} cannot be read ({error}): take another run.name") from error
+
+
+def _lost(kept: pa.Table, now: pa.Table) -> list[str]:
+    """Runs of `kept` that `now` does not have, or has with another content."""
+    content = ["run", "frames", "source_sha256"]
+    there = {tuple(row.values()) for row in now.select(content).to_pylist()}
+    return [row["run"] for row in kept.select(content).to_pylist() if tuple(row.values()) not in there]

@@ -1,0 +1,102 @@
+"""A training run keeps to the runs that it was planned on, while its store may grow."""
+
+import shutil
+
+import pytest
+
+from neurostorm.config import ConfigError
+from neurostorm.data.corpus import open_corpus
+from neurostorm.places import place, replace
+from neurostorm.store import write_manifest
+from neurostorm.train import checkpoint, launch, planned
+
+LAST = "runs/balls/sub-5"
+
+
+@pytest.fixture(params=["local", "s3"])
+def config(request, ball_config, ball_store, tmp_path, make_bucket):
+    """A run on a copy of the ball store without its last subject, which lies aside."""
+    store = tmp_path / "store"
+    shutil.copytree(ball_store, store)
+    shutil.move(store / LAST, tmp_path / "aside")
+    write_manifest(store)
+    output = tmp_path / "outputs" if request.param == "local" else make_bucket()
+    return ball_config(data={"store": store}, run={"output": output})
+
+
+@pytest.fixture
+def begin(config):
+    """Starts the run, with a checkpoint or before the first."""
+
+    def start(step=None):
+        corpus = planned.choose(config)
+        config.run.folder.mkdir(parents=True, exist_ok=True)
+        planned.keep(config, corpus)
+        if step is not None:
+            checkpoint.save(
+                config.run.folder / "checkpoints", step, write_shards=lambda path: (path / "shard").write_text("w"),
+                gather=lambda value: [value], rank=0, trainer={}, keep=9,
+            )  # fmt: skip
+        return corpus
+
+    return start
+
+
+def grow(config, tmp_path):
+    shutil.move(tmp_path / "aside", config.data.store / LAST)
+    write_manifest(config.data.store)
+
+
+def same(one, other):
+    steps = range(one.plan.total_steps(2, None))
+    return (
+        one.runs == other.runs
+        and one.content_sha256 == other.content_sha256
+        and all((one.plan.step_rows(step, 0, 1) == other.plan.step_rows(step, 0, 1)).all() for step in steps)
+    )
+
+
+def test_an_ingest_meanwhile_changes_nothing_for_workers_feed_and_later_starts(config, begin, tmp_path, monkeypatch):
+    first = begin(step=4)
+    assert same(first, open_corpus(config)) and len(first.runs) == 5
+    grow(config, tmp_path)
+    assert len(open_corpus(config).runs) == 6
+    assert same(planned.planned(config), first) and same(planned.choose(config), first)
+    fed = []
+    monkeypatch.setattr(launch, "clip_dataset", lambda reader, plan, **how: fed.append((reader.runs, how["last_step"])))
+    launch.training_data(config)
+    assert fed == [(first.runs, first.plan.total_steps(config.train.epochs, None))]
+
+
+def test_a_run_without_a_checkpoint_is_planned_anew(config, begin, tmp_path):
+    begin()
+    grow(config, tmp_path)
+    assert len(planned.planned(config).runs) == 5, "the workers of the first start"
+    assert len(begin().runs) == 6
+    assert len(planned.planned(config).runs) == 6
+
+
+def test_a_run_is_not_resumed_without_what_it_was_planned_on(config, begin, tmp_path):
+    begin(step=4)
+    shutil.rmtree(config.data.store / "runs/balls/sub-2")
+    write_manifest(config.data.store)
+    with pytest.raises(
+        ConfigError, match=r"another content of .*/store: runs/balls/sub-2/task-rest removed .*run\.name"
+    ):
+        planned.choose(config)
+
+
+def test_a_run_that_was_ingested_anew_from_another_file_is_another_content(config, begin):
+    begin(step=4)
+    header = config.data.store / "runs/balls/sub-2/task-rest/zarr.json"
+    header.write_text(header.read_text().replace(f"{2:064x}", f"{7:064x}"))
+    write_manifest(config.data.store)
+    with pytest.raises(ConfigError, match="sub-2/task-rest removed or ingested anew"):
+        planned.choose(config)
+
+
+def test_a_kept_table_that_cannot_be_read_is_named(config, begin):
+    begin(step=4)
+    replace(place(str(config.run.folder)) / planned.KEPT, b"PAR1")
+    with pytest.raises(ConfigError, match=r"manifest\.parquet cannot be read"):
+        planned.planned(config)
