@@ -12,4 +12,5 @@ step "$bin/ruff" check .
 step "$bin/ruff" format --check .
 step "$bin/mypy"
 step "$bin/lint-imports" --no-logo
-step "$bin/python" -m pytest -n 2 --dist loadfile "$@" # a file's tests share what they start, a Ray or a server
+# By file: its tests share what they start, a Ray or a server. In the order of collection, so that no long one comes last.
+step "$bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -33,9 +33,9 @@ from neurostorm.store.files import is_node
 
 SAMPLE_RUNS = 200
 METADATA_BYTES = 2500  # of a run's zarr.json
-# Fitted to one core's times in tools/bench_ingest.py for gzip runs of 2, 2.4 and 4 mm, which it meets to 15 %:
+# Fitted to one core's times in tools/bench_ingest.py for gzip runs of 2, 2.4 and 4 mm, which it meets to 20 %:
 # megabytes of decompressed source, and of stored frames, that take a second.
-SOURCE_MB_PER_S, STORED_MB_PER_S = 300.0, 85.0
+SOURCE_MB_PER_S, STORED_MB_PER_S = 600.0, 80.0
 
 
 @dataclass(frozen=True)
