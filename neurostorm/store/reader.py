@@ -3,10 +3,10 @@
     FrameStore.open(path).frames(run, start, count)  ->  int8 (count, V)  --unpack-->  (count, X, Y, Z)
         run's zarr.json (once) -> its layout -> one contiguous range of the shard -> checksums -> the caller's array
 
-Chosen by measurement (tools/bench_feed.py): of the same clips zarr-python brings a tenth of what the file system gives,
-tensorstore and zarrs a fifth to a third; reading the range straight into its place brings nearly all of it. Each chunk
-carries a checksum: what comes back is what was written, or an error that names the run and the clip. A `FrameStore` is
-cheap to send to another process: only its path travels.
+Chosen by measurement (tools/bench_feed.py): zarr-python brings the same clips at a twentieth of the rate at which the
+file system gives them, tensorstore and zarrs at a fifth to a third; reading the range straight into its place brings
+nearly all of it. Each chunk carries a checksum: what comes back is what was written, or an error that names the run and
+the clip. A `FrameStore` is cheap to send to another process: only its path travels.
 """
 
 import hashlib
@@ -56,7 +56,7 @@ class FrameStore:
     Attributes:
         path: the store's place.
         verify: which reads check the checksums: "first", those of chunks that this process has not read before, or
-            "always". Checking costs about a quarter of the rate at which a file system's cache gives the bytes.
+            "always". Checking all costs a quarter to a half of the rate at which a cache gives them.
         grid: the box its runs are stored on.
         mask: (X, Y, Z) bool, True inside the brain.
         voxel_count: V, the voxels of the mask.
