@@ -84,6 +84,14 @@ def _split_in_time(lengths: NDArray[np.int32], clip_frames: int, held_out: float
     return Split(train, validation, f"one subject: the last {held_out:.0%} of each run held out")
 
 
+def subject_hash(subject: str) -> str:
+    """The first 12 hex digits of a subject's sha256, `subject` as "dataset/sub-001".
+
+    By it a model tells whom it was trained on. It hides no identity: whoever has the labels can compute it.
+    """
+    return hashlib.sha256(subject.encode()).hexdigest()[:12]
+
+
 def clip_counts(frames: NDArray[np.int32], clip_frames: int, stride_frames: int) -> NDArray[np.int64]:
     """How many clips fit into segments of `frames` frames, `stride_frames` apart."""
     return np.maximum((frames.astype(np.int64) - clip_frames) // stride_frames + 1, 0)

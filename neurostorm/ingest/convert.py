@@ -1,6 +1,6 @@
 """One run from its file into the store, and the attempt that keeps a broken file from stopping the others.
 
-    header ─ bring_to_target (target.py) ─ one atomic write ─> Outcome
+    header ─ bring_to_target (target.py) ─ annotations ─ one atomic write ─> Outcome
        ├──────── whatever is wrong with the file: RunError, in words ────────> quarantine
        └──────── the store cannot be written: StoreWriteError ───────────────> the job stops, no file is to blame
 
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
+from neurostorm.ingest.annotations import annotations
 from neurostorm.ingest.discover import Source
 from neurostorm.ingest.nifti import RunError, file_sha256, open_run
 from neurostorm.ingest.standardize import SpatialPlan, Standardised, TemporalPlan
@@ -116,6 +117,7 @@ def ingest_run(
     brought = bring_to_target(source, header, target, digest, threads=threads)
     result = brought.result
     facts = _names(source) | _quality(result) | _processing(brought.spatial, brought.temporal)
+    facts |= annotations(source, header.frames)
     facts |= {
         "source_sha256": digest.hexdigest(),
         "source_frames": header.frames,

@@ -1,6 +1,6 @@
 """Finding the runs below a folder, whichever of three naming schemes it follows.
 
-    one walk  ->  BIDS and HCP names, else plain ones  ->  one version of each run  ->  its mask, sidecars, dataset
+    one walk  ->  BIDS and HCP names, else plain ones  ->  one version of each run  ->  its mask, tables, dataset ...
     one file  ->  the same for it alone: `source_of`
 
 In a tree with BIDS or HCP names only those are runs; masks, references, anatomy and surfaces never are. The result
@@ -23,7 +23,7 @@ from neurostorm.ingest.tree import Ancestors, around, walk
 from neurostorm.places import Place
 from neurostorm.store import run_path
 
-_EMPTY = {"", "n/a", "na", "nan"}
+EMPTY = {"", "n/a", "na", "nan"}  # what stands for no value in a table, in small letters
 
 
 class DiscoverError(ValueError):
@@ -42,6 +42,9 @@ class Source:
         entities: keys and values of the name.
         mask_path: the brain mask beside it, or None.
         sidecars: JSON files that may state RepetitionTime, nearest first (BIDS inheritance).
+        events: the table of its events by BIDS inheritance, or None; a raw dataset around its derivative may hold
+            another (`annotations.py`).
+        motion: the table of its head motion beside it, or None.
         participants: the participants.tsv of its dataset, or None.
         refused: why it cannot be ingested, known from its name; "" for none.
     """
@@ -57,6 +60,8 @@ class Source:
     entities: dict[str, str] = field(default_factory=dict, hash=False)
     mask_path: Place | None = None
     sidecars: tuple[Place, ...] = ()
+    events: Place | None = None
+    motion: Place | None = None
     participants: Place | None = None
     refused: str = ""
 
@@ -164,6 +169,8 @@ def _source(
         entities=name.entities,
         mask_path=ancestors.mask(path, scheme),
         sidecars=ancestors.sidecars(path),
+        events=ancestors.events(path),
+        motion=ancestors.motion(path, scheme),
         participants=home.participants,
         refused=name.refused,
     )
@@ -194,7 +201,7 @@ def _without_clashes(sources: list[Source]) -> list[Source]:
 
 
 def _typed(values: list[str | None]) -> pa.Array:
-    texts = [None if value is None or value.strip().lower() in _EMPTY else value.strip() for value in values]
+    texts = [None if value is None or value.strip().lower() in EMPTY else value.strip() for value in values]
     try:
         return pa.array([None if text is None else float(text) for text in texts], pa.float64())
     except ValueError:

@@ -10,14 +10,21 @@ one run (template spaces, resolutions, with and without cleaning): they share `k
 
 import hashlib
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
+
+from neurostorm.places import Place
 
 EXTENSIONS = (".nii.gz", ".nii")
 # fMRIPrep writes the first two; others of the MNI family have the same millimetres to a voxel or so.
 PREFERRED_SPACES = ("MNI152NLin6Asym", "MNI152NLin2009cAsym")
 PREFERRED_RESOLUTIONS = ("2", "02", "2mm", "")
 _VERSION_ENTITIES = ("space", "cohort", "res", "den", "desc")  # they tell versions of a run apart, not runs
+_DERIVATIVES = "derivatives"
+_EVENTS = "events.tsv"
+_CONFOUNDS = ("_desc-confounds_timeseries.tsv", "_desc-confounds_regressors.tsv")  # of fMRIPrep now, and of old
+_HCP_MOTION = "Movement_Regressors.txt"
 _CIFTI = re.compile(r"\.[dp](tseries|scalar|label|conn)$")
 _HCP_RUN = re.compile(r"(?P<kind>[rt]fMRI)_(?P<task>[A-Za-z]+)(?P<number>\d*)(?:_(?P<label>[A-Za-z0-9_]+))?")
 _HCP_CLEANED = re.compile(r"(?:_hp\d+)?_clean(?:_[rt]clean)*")
@@ -173,6 +180,52 @@ def mask_names(path: PurePosixPath, scheme: str) -> list[str]:
     return [found + extension for found in stems for extension in EXTENSIONS]
 
 
+def motion_names(path: PurePosixPath, scheme: str) -> list[str]:
+    """Names that the table of a run's head motion beside it may have, best first."""
+    if scheme == "hcp":
+        return [_HCP_MOTION]
+    parsed = entities_of(stem_of(path) or "")
+    if scheme != "bids" or parsed is None:
+        return []
+    run = "_".join(f"{key}-{value}" for key, value in parsed[0].items() if key not in _VERSION_ENTITIES)
+    return [run + ending for ending in _CONFOUNDS]
+
+
+def is_events(name: str) -> bool:
+    """Whether a file's name is that of a BIDS table of events; at a dataset's top it may name no subject."""
+    return name.rpartition("_")[2] == _EVENTS
+
+
+def is_motion(name: str) -> bool:
+    """Whether a file's name is that of a table of head motion, of fMRIPrep or the HCP."""
+    return name == _HCP_MOTION or name.endswith(_CONFOUNDS)
+
+
+def applying(names: Iterable[str], entities: Mapping[str, str]) -> list[str]:
+    """Of one folder's files those that hold for a run by BIDS inheritance, the most specific first.
+
+    A file holds for every run that has all the entities of its name; `task-rest_bold.json` need not name a subject.
+    """
+    fitting = [(pairs, name) for name in names if (pairs := _pairs(name)).items() <= entities.items()]
+    return [name for _, name in sorted(fitting, key=lambda entry: (-len(entry[0]), entry[1]))]
+
+
+def raw_folders(run: Place) -> tuple[Place, ...]:
+    """Folders of the raw dataset that may describe a run below its `derivatives/`, the nearest first; () elsewhere.
+
+    `raw/derivatives/fmriprep/sub-1/func/x.nii.gz` -> `raw/sub-1/func`, `raw/sub-1`.
+    """
+    parts = run.parts
+    if _DERIVATIVES not in parts:
+        return ()
+    top = len(parts) - 1 - parts[::-1].index(_DERIVATIVES)
+    subject = next((at for at in range(top + 1, len(parts) - 1) if parts[at].startswith("sub-")), None)
+    if subject is None:
+        return ()
+    raw = run.parents[len(parts) - 1 - top]
+    return tuple(raw / "/".join(parts[subject:end]) for end in range(len(parts) - 1, subject, -1))
+
+
 def safe_label(text: str) -> str:
     """`text` if it can stand in a path of the store; else cleaned, with digits of its hash so that names stay apart."""
     clean = re.sub(r"[^A-Za-z0-9._+-]+", "-", text).lstrip(".") or "x"
@@ -184,6 +237,12 @@ def safe_label(text: str) -> str:
 def slug(text: str) -> str:
     """A readable dataset name for the store from free text: at most 64 letters, digits and . _ + -."""
     return re.sub(r"[^A-Za-z0-9._+]+", "-", text).strip("-.")[:64].strip("-.") or "dataset"
+
+
+def _pairs(name: str) -> dict[str, str]:
+    """Entities of the name of a file that is no image; unlike an image's, it need not begin with a subject."""
+    split = [pair.split("-", 1) for pair in name.split("_")[:-1]]
+    return {pair[0]: pair[-1] for pair in split}
 
 
 def _place(value: str, preferred: tuple[str, ...]) -> int:

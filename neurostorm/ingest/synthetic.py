@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neurostorm import __version__
+from neurostorm.ingest.motion import PARAMETERS, framewise_displacement
 from neurostorm.ingest.synthetic_people import (
     DIAGNOSES,
     PHENOTYPES,
@@ -37,13 +38,12 @@ from neurostorm.ingest.synthetic_people import (
     site_of,
 )
 from neurostorm.ingest.synthetic_render import SyntheticRun, render_run, write_bold, write_mask
-from neurostorm.ingest.synthetic_signal import STATES, framewise_displacement
+from neurostorm.ingest.synthetic_signal import STATES
 from neurostorm.ingest.synthetic_sites import Site, choose_sites
 
 RECIPE = 1  # raise it when the same plan gives other bytes
 NAME = "synthetic"
 DESCRIPTION = "dataset_description.json"
-MOTION_NAMES = ("trans_x", "trans_y", "trans_z", "rot_x", "rot_y", "rot_z")
 README = """A synthetic cohort for testing NeuroSTORM: no person was scanned, and nothing about people follows from it.
 Made by tools/make_cohort.py; the flags are in dataset_description.json.
 """
@@ -186,7 +186,7 @@ def write_run(place: Path, stem: str, run: SyntheticRun) -> None:
     columns = {
         "global_signal": global_signal,
         "framewise_displacement": framewise_displacement(run.motion),
-        **dict(zip(MOTION_NAMES, run.motion, strict=True)),
+        **dict(zip(PARAMETERS, run.motion, strict=True)),
     }
     _write_tsv(place / f"{stem}_desc-confounds_timeseries.tsv", _transposed(columns))
     if run.events:

@@ -17,6 +17,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from neurostorm.ingest.motion import HEAD_RADIUS_MM
 from neurostorm.ingest.synthetic_people import NAMES, NETWORK_OF_REGION, Subject, amplitude, coupling, stream
 
 Float64 = NDArray[np.float64]
@@ -34,7 +35,6 @@ WANDER_MM = 0.06  # SD of slow translation; rotations turn a point 50 mm away as
 SPIKES_PER_MINUTE = 0.5  # for restlessness 1
 SPIKE_MM = 0.4  # median displacement of a spike, log SD .5
 SPIKE_DECAY_S = 1.5
-HEAD_RADIUS_MM = 50.0  # turns rotations into displacements (Power et al. 2012, doi:10.1016/j.neuroimage.2011.10.018)
 LONGEST_RUN_S = 7200.0
 
 # The five states of the task runs: how strongly each drives a network, in SDs of its resting fluctuation.
@@ -163,15 +163,6 @@ class Recording:
         motion = motion_mm + np.einsum("cs,st->ct", directions, pulses_mm)
         motion[3:] /= HEAD_RADIUS_MM
         return motion, pulses_mm.sum(axis=0)
-
-
-def framewise_displacement(motion: Float64) -> Float64:
-    """Framewise displacement (T) in mm of rigid motion (6, T), nan for the first frame (Power et al. 2012).
-
-    Sum over the six parameters of the change since the previous frame, rotations as arcs on a 50 mm sphere.
-    """
-    arcs_mm = np.concatenate([motion[:3], HEAD_RADIUS_MM * motion[3:]])
-    return np.concatenate([[np.nan], np.abs(np.diff(arcs_mm, axis=1)).sum(axis=0)])
 
 
 def task_response(events: list[Event], times_s: Float64) -> Float64:

@@ -1,7 +1,8 @@
 """The names below a folder or a prefix of an object store, and what a run inherits from the folders around it.
 
     walk(root)          one pass over folders, or one listing ─┐
-    around(file)        the folders of one file ───────────────┴> Tree ─> Ancestors: dataset, mask, sidecars of a run
+    around(file)        the folders of one file ───────────────┴> Tree ─> Ancestors: dataset, mask, sidecars,
+                                                               events, head motion of a run
 
 Names are all that is looked at, so a corpus takes one listing of an object store and no request per file; only the
 few dataset_description.json are opened, for the dataset's Name.
@@ -11,12 +12,12 @@ import json
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from neurostorm.ingest.names import entities_of, mask_names, stem_of
+from neurostorm.ingest.names import applying, entities_of, is_events, is_motion, mask_names, motion_names, stem_of
 from neurostorm.object_store import ObjectPath
 from neurostorm.places import Place, files_below
 
@@ -35,6 +36,7 @@ class Tree:
         images: NIfTI files, sorted.
         beside: names of the NIfTI files of a folder.
         sidecars: names of the JSON files of a folder that may belong to BOLD runs.
+        events, motion: names of the tables of events, and of head motion, of a folder.
         described, tabled: folders that hold a dataset_description.json, a participants.tsv.
     """
 
@@ -42,6 +44,8 @@ class Tree:
     images: list[PurePosixPath] = field(default_factory=list)
     beside: dict[PurePosixPath, set[str]] = field(default_factory=lambda: defaultdict(set))
     sidecars: dict[PurePosixPath, list[str]] = field(default_factory=lambda: defaultdict(list))
+    events: dict[PurePosixPath, list[str]] = field(default_factory=lambda: defaultdict(list))
+    motion: dict[PurePosixPath, list[str]] = field(default_factory=lambda: defaultdict(list))
     described: set[PurePosixPath] = field(default_factory=set)
     tabled: set[PurePosixPath] = field(default_factory=set)
 
@@ -58,6 +62,10 @@ class Tree:
                 self.tabled.add(folder)
             elif name.endswith("bold.json"):
                 self.sidecars[folder].append(name)
+            elif is_events(name):
+                self.events[folder].append(name)
+            elif is_motion(name):
+                self.motion[folder].append(name)
             elif not name.startswith(".") and stem_of(PurePosixPath(name)) is not None:
                 self.images.append(folder / name)
                 self.beside[folder].add(name)
@@ -100,9 +108,9 @@ class Ancestors:
     def __init__(self, tree: Tree) -> None:
         self._root, self._tree = tree.root, tree
         self._above: list[Place] = [parent for parent in tree.root.parents if (parent / DESCRIPTION).is_file()]
-        self._sidecars_above = [
-            (home, sorted(name for name in _names_in(home) if name.endswith("bold.json"))) for home in self._above
-        ]
+        above = [(home, _names_in(home)) for home in self._above]
+        self._sidecars_above = [(home, [name for name in names if name.endswith("bold.json")]) for home, names in above]
+        self._events_above = [(home, [name for name in names if is_events(name)]) for home, names in above]
         self._datasets: dict[tuple[PurePosixPath, ...], Dataset] = {}
 
     def dataset(self, path: PurePosixPath) -> Dataset:
@@ -118,16 +126,17 @@ class Ancestors:
 
         The nearest folder comes first, in a folder the most specific file.
         """
-        parsed = entities_of(stem_of(path) or "")
-        if parsed is None:
-            return ()
-        inside = [(self._tree.at(home), self._tree.sidecars.get(home, [])) for home in path.parents]
-        wanted = parsed[0].items()
-        applying: list[Place] = []
-        for home, names in inside + self._sidecars_above:
-            fitting = [(pairs, name) for name in names if (pairs := _json_entities(name)).items() <= wanted]
-            applying += [home / name for _, name in sorted(fitting, key=lambda entry: (-len(entry[0]), entry[1]))]
-        return tuple(applying)
+        return tuple(self._inherited(path, self._tree.sidecars, self._sidecars_above))
+
+    def events(self, path: PurePosixPath) -> Place | None:
+        """The table of events that holds for a BIDS run: as `sidecars`, but the first one replaces the others."""
+        return next(self._inherited(path, self._tree.events, self._events_above), None)
+
+    def motion(self, path: PurePosixPath, scheme: str) -> Place | None:
+        """The table of head motion beside a run, by the names that its scheme gives it."""
+        beside = self._tree.motion.get(path.parent, ())
+        name = next((name for name in motion_names(path, scheme) if name in beside), None)
+        return self._tree.at(path.parent / name) if name else None
 
     def mask(self, path: PurePosixPath, scheme: str) -> Place | None:
         """The brain mask beside a run, by the names that its scheme gives it."""
@@ -137,6 +146,18 @@ class Ancestors:
                 if fnmatchcase(name, pattern):
                     return self._tree.at(path.parent / name)
         return None
+
+    def _inherited(
+        self, path: PurePosixPath, inside: Mapping[PurePosixPath, list[str]], above: list[tuple[Place, list[str]]]
+    ) -> Iterator[Place]:
+        """Files that hold for a BIDS run, of those inside the tree and above it; none for another name."""
+        parsed = entities_of(stem_of(path) or "")
+        if parsed is None:
+            return
+        for folder in path.parents:
+            yield from (self._tree.at(folder / name) for name in applying(inside.get(folder, ()), parsed[0]))
+        for home, names in above:
+            yield from (home / name for name in applying(names, parsed[0]))
 
     def _participants(self, inside: tuple[PurePosixPath, ...]) -> Place | None:
         here = PurePosixPath(".")
@@ -178,12 +199,6 @@ def _names_in(home: Place) -> list[str]:
 
 def _unreadable(error: OSError) -> None:
     logger.warning("%s cannot be listed (%s): what it holds is left out", error.filename, error.strerror)
-
-
-def _json_entities(name: str) -> dict[str, str]:
-    """Entities of a sidecar's name; higher up it need not begin with a subject (`task-rest_bold.json`)."""
-    pairs = [pair.split("-", 1) for pair in name.removesuffix(".json").split("_")[:-1]]
-    return {pair[0]: pair[-1] for pair in pairs}
 
 
 def _dataset_name(roots: tuple[Place, ...], source: Place) -> str:

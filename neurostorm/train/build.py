@@ -11,8 +11,9 @@ import torch.distributed as dist
 
 from neurostorm.config import Config, ConfigError
 from neurostorm.data.clips import ClipBatch
-from neurostorm.data.corpus import Corpus
+from neurostorm.data.corpus import Corpus, whose_runs
 from neurostorm.data.device import ClipUnpacker
+from neurostorm.data.split import subject_hash
 from neurostorm.model.atlas import patch_labels
 from neurostorm.model.cost import clip_cost
 from neurostorm.model.hub import save_pretrained
@@ -152,6 +153,18 @@ def export(loop: Loop, corpus: Corpus, folder: Place) -> None:
         "mask_sha256": store.mask_sha256,
         "store_sha256": corpus.content_sha256,
         "steps": loop.total_steps,
+        "subjects_sha256": trained_subjects(corpus),
     }
     with outgoing(folder) as local:
         save_pretrained(loop.model, local, extra=extra, state_dict=weights)
+
+
+def trained_subjects(corpus: Corpus) -> list[str]:
+    """`subject_hash` of every subject of whom the plan has a training clip, sorted: an evaluation may meet them again.
+
+    Not of those held out, of datasets with weight 0, or of runs shorter than a clip.
+    """
+    plan = corpus.plan
+    runs = plan.segments.run[plan.segments.frames >= plan.clip_frames]
+    labels, _ = whose_runs(corpus.manifest)
+    return sorted(subject_hash(subject) for subject in {labels[run] for run in runs})

@@ -14,10 +14,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from neurostorm.ingest.motion import framewise_displacement
 from neurostorm.ingest.synthetic import CohortError, CohortPlan, make_cohort, write_run
 from neurostorm.ingest.synthetic_people import PHENOTYPES, make_subject
 from neurostorm.ingest.synthetic_render import render_run
-from neurostorm.ingest.synthetic_signal import STATES, framewise_displacement
+from neurostorm.ingest.synthetic_signal import STATES
 from neurostorm.ingest.synthetic_sites import choose_sites
 
 ROOT = Path(__file__).resolve().parents[2]

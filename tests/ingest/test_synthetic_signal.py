@@ -6,8 +6,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from neurostorm.ingest.motion import framewise_displacement
 from neurostorm.ingest.synthetic_people import NAMES, make_subject
-from neurostorm.ingest.synthetic_signal import STATES, Event, Recording, framewise_displacement, task_response
+from neurostorm.ingest.synthetic_signal import STATES, Event, Recording, task_response
 
 
 @settings(deadline=None, max_examples=10)
