@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from einops import reduce
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -120,6 +121,14 @@ class NeuroStorm(nn.Module):
         """As :meth:`embed` for patches (B, P, p^3 C) of one clip each, in packed order: float32 (B, C')."""
         with torch.no_grad(), _evaluating(self.network):
             return self.network.feature_tokens(patches).float().mean(1)
+
+    def embed_places(self, patches: Tensor) -> Tensor:
+        """As :meth:`embed_patches`, averaged over frames alone: float32 (B, P', C'), places in raster order."""
+        with torch.no_grad(), _evaluating(self.network):
+            tokens = self.network.feature_tokens(patches).float()
+        frames = patches.shape[1] // self.network.tokens_per_frame
+        order = self.network.geometry(frames, tokens.device).levels[-1].order.argsort()
+        return reduce(tokens.index_select(1, order), "b (p t) c -> b p c", "mean", t=frames)
 
     def clip_recipe(self) -> ClipRecipe:
         """How this model's clips were made. HubError naming what its files do not say."""
