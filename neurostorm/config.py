@@ -4,35 +4,22 @@
                                                                                   |
                                               printed first, kept as config.yaml with the run, logged to MLflow
 
-Sections are frozen pydantic models that refuse unknown keys. Names carry units (`tr_s`, `collective_timeout_s`).
+Sections are frozen pydantic models that refuse unknown keys (`config_base.py`); those of the evaluation stand in
+`config_evaluation.py`. Names carry units (`tr_s`, `collective_timeout_s`).
 `cli.py` turns a command line into a Config; nothing here reads the command line.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
+from pydantic import Field, model_validator
 
-from neurostorm.object_store import ObjectPath
-from neurostorm.places import Place, place
+from neurostorm.config_base import ConfigError, Four, Location, Positive, Section, Weight
+from neurostorm.config_evaluation import AdaptConfig, ReportConfig, SplitConfig, SweepConfig, TaskConfig
+from neurostorm.places import Place
 
-Four = tuple[int, int, int, int]
-Positive = Annotated[int, Field(ge=1)]
-Location = Annotated[
-    Path | ObjectPath, PlainValidator(lambda value: place(value)), PlainSerializer(str, when_used="json")
-]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be used; the message names the field and the fix."""
-
-
-class Section(BaseModel):
-    """A branch of the tree: frozen, and unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+__all__ = ["Config", "ConfigError", "Section"]
 
 
 class RunConfig(Section):
@@ -265,6 +252,11 @@ class Config(Section):
     scale: ScaleConfig = Field(default_factory=ScaleConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     embed: EmbedConfig = Field(default_factory=EmbedConfig)
+    task: TaskConfig = Field(default_factory=TaskConfig)
+    split: SplitConfig = Field(default_factory=SplitConfig)
+    adapt: AdaptConfig = Field(default_factory=AdaptConfig)
+    sweep: SweepConfig = Field(default_factory=SweepConfig)
+    report: ReportConfig = Field(default_factory=ReportConfig)
 
     @model_validator(mode="after")
     def _batches_divide(self) -> "Config":

@@ -21,6 +21,8 @@ from neurostorm.places import Place, replace
 from neurostorm.staging import fetched
 
 _SQLITE = "sqlite:///"
+RUN_FILE = "mlflow.json"  # in a run's folder: the id of its MLflow run, and the server
+_PARAMETERS_PER_CALL = 100  # MLflow takes no more
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
@@ -93,6 +95,11 @@ class Tracker:
             else:
                 self._client.log_artifact(self.run_id, str(path), folder)
 
+    def tag(self, name: str, value: str) -> None:
+        """Sets a tag of the run."""
+        if self._client is not None:
+            self._client.set_tag(self.run_id, name, value)
+
     def close(self, status: str = "FINISHED") -> None:
         """Ends the run as FINISHED, FAILED or KILLED."""
         if self._client is not None:
@@ -108,10 +115,11 @@ def open_run(
     even if it stopped before its first checkpoint. A file that names another server is left aside and a new run begins.
     """
     from mlflow import MlflowClient
+    from mlflow.entities import Param
     from mlflow.exceptions import MlflowException
 
     client = MlflowClient(tracking_uri=uri)
-    kept = folder / "mlflow.json"
+    kept = folder / RUN_FILE
     if kept.is_file():
         known = json.loads(kept.read_text())
         if known["uri"] == uri:
@@ -123,8 +131,9 @@ def open_run(
                     raise
     run = client.create_run(_experiment_id(client, experiment, folder, uri), run_name=name, tags=tags)
     tracker = Tracker(client, run.info.run_id)
-    for key, value in parameters.items():
-        client.log_param(run.info.run_id, key, value)
+    logged = [Param(key, str(value)) for key, value in parameters.items()]
+    for first in range(0, len(logged), _PARAMETERS_PER_CALL):
+        client.log_batch(run.info.run_id, params=logged[first : first + _PARAMETERS_PER_CALL])
     replace(kept, json.dumps({"uri": uri, "run_id": run.info.run_id}).encode())
     return tracker
 

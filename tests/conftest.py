@@ -23,6 +23,7 @@ from scipy.ndimage import gaussian_filter
 
 from neurostorm.config import Config
 from neurostorm.store import Grid, create_store, quantise, run_path, write_manifest, write_run
+from tests.people_store import write_people
 
 SHAPE = (24, 24, 24)
 _BUCKETS = itertools.count(1)
@@ -91,6 +92,12 @@ def ball_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )  # fmt: skip
     write_manifest(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def people_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of sixteen people with planted effects, see people_store.py; not to be changed."""
+    return write_people(tmp_path_factory.mktemp("study") / "people.zarr")
 
 
 @pytest.fixture(scope="session")

@@ -16,22 +16,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 
 import neurostorm
 from neurostorm.config import ConfigError, EmbedConfig
 from neurostorm.downstream.embed_parts import Run
+from neurostorm.downstream.pretrained import check_fits, open_pretrained
 from neurostorm.ingest.discover import Source, discover
-from neurostorm.model.hub import CONFIG, WEIGHTS, NeuroStorm
+from neurostorm.model.hub import CONFIG, NeuroStorm
 from neurostorm.places import Place, replace
-from neurostorm.staging import fetched
-from neurostorm.store import FrameStore, StoreError, read_manifest
+from neurostorm.store import FrameStore, read_manifest
 from neurostorm.tracking import code_revision
 
 SETTINGS = "embed.json"
-SAME_PLACE_MM = 1e-3
 STAT_THREADS = 16
 
 
@@ -61,25 +59,17 @@ class Input:
 
 def open_input(settings: EmbedConfig) -> Input:
     """Read and check what the settings name. Errors as `embed.embed`."""
-    if settings.model is None:
-        raise ConfigError("embed.model is not set: give the folder of a model, --model DIR")
+    found = open_pretrained(settings.model, settings.normalise, section="embed")
     if (settings.store is None) == (settings.source is None):
         raise ConfigError("give either the store to embed, --store STORE, or a folder of NIfTI files, --source DIR")
-    folder = settings.model.absolute()
-    if not (folder / CONFIG).is_file():
-        raise ConfigError(
-            f"embed.model={settings.model}: no model there ({CONFIG} is missing); training writes RUN/model"
-        )
-    with fetched(folder) as local:
-        model, weights_sha256 = NeuroStorm.from_pretrained(local), _sha256(local / WEIGHTS)
+    folder, model = found.place, found.model
     data, runs, tr_s = _store(settings.store, model) if settings.store else _source(settings, model)
-    normalise = _normalisation(model, settings)
     frames = model.config.frames
     stride = settings.clip_stride_frames or frames
     facts = {
-        "model": {"path": str(folder), "sha256": weights_sha256, "config": _json(folder / CONFIG)},
+        "model": {"path": str(folder), "sha256": found.sha256, "config": _json(folder / CONFIG)},
         "data": data,
-        "normalise": normalise,
+        "normalise": found.normalise,
         "clip_frames": frames,
         "clip_stride_frames": stride,
         "runs": len(runs),
@@ -90,37 +80,7 @@ def open_input(settings: EmbedConfig) -> Input:
     }  # fmt: skip
     store = settings.store.absolute() if settings.store else None
     ordered = tuple(sorted(runs, key=lambda run: (run.dataset, run.subject, run.run)))
-    return Input(folder, store, ordered, tr_s, normalise, frames, stride, facts)
-
-
-def check_fits(model: NeuroStorm, store: FrameStore) -> None:
-    """StoreError, with the fix, unless the store has the grid, mask and TR that the model was trained on.
-
-    What the model's files do not say is not checked; the grid's shape always is.
-    """
-    extra, size = model.extra, tuple(model.config.img_size[:3])
-    grid = extra.get("grid") or {}
-    problems = []
-    if tuple(store.grid.shape) != size:
-        problems.append(f"grid has {store.grid.shape} voxels, not {size}")
-    elif "affine" in grid and not np.allclose(store.grid.affine, grid["affine"], rtol=0, atol=SAME_PLACE_MM):
-        problems.append(f"grid {store.grid.name!r} lies elsewhere than {grid.get('name')!r}")
-    elif not _same_brain(model, store):
-        problems.append("brain mask is another one")
-    if abs(extra.get("tr_s", store.tr_s) / store.tr_s - 1) > 1e-6:
-        problems.append(f"TR is {store.tr_s:g} s, not {extra['tr_s']:g} s")
-    if problems:
-        raise StoreError(
-            f"{store.path} is not what the model was trained on: its {', and its '.join(problems)}. Ingest the files "
-            f"again with the model's grid ({grid.get('name', 'see its img_size')}), mask and TR "
-            "(jobs/ingest.py --grid --mask --ingest.tr_s), or take a model of this store's"
-        )
-
-
-def _same_brain(model: NeuroStorm, store: FrameStore) -> bool:
-    if model.brain is not None and not np.array_equal(store.mask, model.brain.cpu().numpy()):
-        return False
-    return bool(model.extra.get("mask_sha256", store.mask_sha256) == store.mask_sha256)
+    return Input(folder, store, ordered, tr_s, found.normalise, frames, stride, facts)
 
 
 def remember(out: Place, given: Input) -> None:
@@ -157,18 +117,6 @@ def _flat(tree: dict[str, Any], above: str = "") -> Sequence[tuple[str, Any]]:
         for name, value in tree.items()
         for leaf in (_flat(value, f"{above}{name}.") if isinstance(value, dict) else [(above + name, value)])
     ]
-
-
-def _normalisation(model: NeuroStorm, settings: EmbedConfig) -> str:
-    own, asked = model.extra.get("normalise"), settings.normalise
-    if own is None and asked is None:
-        raise ConfigError(
-            f"embed.model={settings.model} does not say how its clips were normalised: give --embed.normalise global "
-            "(the released models) or voxel"
-        )
-    if own is not None and asked is not None and own != asked:
-        raise ConfigError(f"embed.normalise={asked}, but the model was trained on {own}: leave the option away")
-    return str(own or asked)
 
 
 def _store(path: Place, model: NeuroStorm) -> tuple[dict[str, Any], list[Run], float]:
@@ -235,11 +183,6 @@ def _state_of(root: Place, source: Source) -> str:
             states.append(f"{status.st_size} {status.st_mtime_ns}")
     relative = str(source.path).removeprefix(f"{root}/")
     return f"{relative} {'; '.join(states)}"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _json(path: Place) -> dict[str, Any]:

@@ -53,6 +53,7 @@ class Run:
         content: identifies its bytes; another content is another part.
         frames: of the stored run; 0 when only reading the file tells.
         source: the file and what belongs to it, for a run that is read from NIfTI.
+        starts: first frames of the clips of a stored run; () for those that follow from the stride.
     """
 
     run: str
@@ -64,6 +65,7 @@ class Run:
     content: str
     frames: int = 0
     source: Source | None = None
+    starts: tuple[int, ...] = ()
 
     @property
     def names(self) -> dict[str, str]:
@@ -122,7 +124,7 @@ def assemble(out: Place, runs: Sequence[Run], tr_s: float, missing: str) -> Asse
     failed: list[dict[str, object]] = []
 
     def clip_tables() -> Iterator[pa.Table]:
-        for run, part in zip(runs, _read_parts(out, runs), strict=True):
+        for run, part in zip(runs, read_parts(out, runs), strict=True):
             clips = part or [ClipResult(None, None, missing)]
             good = [(clip.start_frame or 0, clip.embedding) for clip in clips if clip.embedding is not None]
             failed.extend(
@@ -158,7 +160,7 @@ def _part(run: Run, failed: bool = False) -> str:
     return f"{dataset}/{subject}/{stem}.{key}{'.failed' if failed else ''}.parquet"
 
 
-def _read_parts(out: Place, runs: Sequence[Run]) -> Iterator[list[ClipResult] | None]:
+def read_parts(out: Place, runs: Sequence[Run]) -> Iterator[list[ClipResult] | None]:
     """The parts of `runs`, in their order; None for a run without one."""
     with ThreadPoolExecutor(_READ_THREADS) as pool:
         for first in range(0, len(runs), READ_PARTS):

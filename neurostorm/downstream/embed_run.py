@@ -48,6 +48,7 @@ class Task:
         batch_clips: clips per forward pass.
         device: "cpu" or "cuda".
         threads: of torch, on the CPU.
+        places: keep the vector of each place of the last stage, P' one after the other, instead of their mean.
     """
 
     model: Place
@@ -59,6 +60,7 @@ class Task:
     batch_clips: int
     device: str = "cpu"
     threads: int = 1
+    places: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Embedder:
         assert self._store is not None
         task, frames = self._task, min(self._task.clip_frames, run.frames)
         reader = ClipReader(self._store, (run.run,), frames, task.normalise)
-        starts = range(0, run.frames - frames + 1, task.stride_frames)
+        starts = run.starts or range(0, run.frames - frames + 1, task.stride_frames)
         for chosen in _batched(starts, task.batch_clips):
             rows = np.zeros(len(chosen), ROW)
             rows["start"] = chosen
@@ -123,7 +125,8 @@ class Embedder:
             yield Batch(starts, self._model.to_patches(volume), [None] * len(chosen))
 
     def _results(self, batch: Batch) -> list[ClipResult]:
-        vectors = self._model.embed_patches(batch.patches).cpu().numpy()
+        embed = self._model.embed_places if self._task.places else self._model.embed_patches
+        vectors = embed(batch.patches).flatten(1).cpu().numpy()
         results = []
         for start, vector, reason in zip(batch.starts, vectors, batch.reasons, strict=True):
             if reason is None and not np.isfinite(vector).all():

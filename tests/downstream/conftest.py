@@ -1,6 +1,6 @@
-"""A small model on the ball store, two NIfTI files with a store of them, and the embedding job without Ray."""
+"""A small model on the ball store, two NIfTI files with a store of them, the embedding job without Ray, examples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from neurostorm.config import EmbedConfig
+from neurostorm.downstream.cohort import Run
 from neurostorm.downstream.embed import task_of
 from neurostorm.downstream.embed_input import open_input, remember
 from neurostorm.downstream.embed_parts import Assembled, assemble, unfinished
 from neurostorm.downstream.embed_run import Embedder
+from neurostorm.downstream.examples import Examples, collect
 from neurostorm.ingest.convert import ingest_run
 from neurostorm.ingest.discover import discover
 from neurostorm.model.hub import save_pretrained
@@ -87,3 +89,38 @@ def make_model() -> Callable[..., Path]:
 def here() -> Callable[..., Assembled]:
     """`embed_here`."""
     return embed_here
+
+
+def subjects_of(targets: Sequence[float], *, clips: int = 3, classes: tuple[str, ...] = ()) -> Examples:
+    """Examples whose units are subjects: one for each target, with one run and so many clips of 5 frames."""
+    people = [f"d/sub-{number:03d}" for number in range(len(targets))]
+    runs = [Run(f"runs/{name}/rest", name, "", "rest", 5 * clips, f"sha of {name}") for name in people]
+    cut = [(number, 5 * clip, name) for number, name in enumerate(people) for clip in range(clips)]
+    same = dict(zip(people, people, strict=True))
+    return collect(runs, 5, cut, same, dict(zip(people, targets, strict=True)), classes)
+
+
+def runs_of(people: int, *, sessions: int = 2, clips: int = 3) -> Examples:
+    """Examples whose units are runs: one of each session of each of the people, who are to be told apart."""
+    names = [f"d/sub-{number:03d}" for number in range(people)]
+    runs = [
+        Run(f"runs/{name}/ses-{session}", name, str(session), "rest", 5 * clips, f"sha of {name} {session}")
+        for name in names
+        for session in range(sessions)
+    ]
+    cut = [(number, 5 * clip, run.path) for number, run in enumerate(runs) for clip in range(clips)]
+    subject_of = {run.path: run.subject for run in runs}
+    target_of = {run.path: float(names.index(run.subject)) for run in runs}
+    return collect(runs, 5, cut, subject_of, target_of, tuple(names))
+
+
+@pytest.fixture(scope="session")
+def make_subjects() -> Callable[..., Examples]:
+    """`subjects_of`."""
+    return subjects_of
+
+
+@pytest.fixture(scope="session")
+def make_runs() -> Callable[..., Examples]:
+    """`runs_of`."""
+    return runs_of

@@ -1,0 +1,208 @@
+"""From what is wanted to trials that can start: everything that several of them share is made once, here.
+
+Wanted (task, settings, seed) ... --> labels matched, splits, backbones (found, drawn, pretrained by contrast),
+                                      frozen tokens and region series, over Ray --> Trial ...
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import ray
+
+from neurostorm.config import AdaptConfig, Config
+from neurostorm.downstream.backbone import Backbone, backbone_of
+from neurostorm.downstream.connectivity import build_parcels, series_cached
+from neurostorm.downstream.evaluation import Evaluation, open_evaluation, split_of
+from neurostorm.downstream.features import compute_tokens
+from neurostorm.downstream.methods import Method, find_method
+from neurostorm.downstream.pretrained import Pretrained, check_fits, open_pretrained
+from neurostorm.downstream.splits import Split, save_split
+from neurostorm.downstream.tasks import Task
+from neurostorm.downstream.trial import Trial, file_name
+from neurostorm.places import Place, replace
+from neurostorm.session import ensure_ray
+from neurostorm.train.contrastive import ContrastiveRecipe
+
+logger = logging.getLogger(__name__)
+
+LABELS = "labels.txt"
+RUNS_PER_TASK = 64  # whose region series one Ray task computes
+SWIFT_BATCH, SWIFT_LR = 8, 1e-3
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One trial that is wanted: a task, the settings of its method (with the label fraction), the replicate's seed."""
+
+    task: Task
+    adapt: AdaptConfig
+    seed: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Trials in the order that they were wanted, and the file that says what matched of their labels, for people."""
+
+    trials: list[Trial]
+    labels: Place
+
+
+def prepare(config: Config, wanted: Sequence[Wanted], say: Say = logger.info) -> Prepared:
+    """Trials of `wanted`, ready to start.
+
+    Args:
+        config: store, labels, split and model of all of them; `run.folder` gets their folders, splits and labels.txt.
+        wanted: what is to be tried.
+        say: told what goes on.
+
+    Raises:
+        ConfigError, LabelError, SplitError, StoreError, HubError, ReferenceMismatch: something does not fit, before
+            any trial has started.
+    """
+    cache, home = cache_of(config), config.run.folder
+    methods = {want.adapt.method: find_method(want.adapt.method) for want in wanted}
+    found = None
+    if any(method.needs_model for method in methods.values()):
+        settings = config.adapt
+        found = open_pretrained(settings.model, settings.normalise, section="adapt", converted=cache / "models")
+    evaluations = _evaluations(config, wanted, found)
+    labels = _say_labels(home, evaluations, say)
+    data = {label: evaluation.examples.sha256 for label, evaluation in evaluations.items()}
+    splits: dict[tuple[str, int, float], Split] = {}
+    for want in wanted:
+        where = (want.task.label, want.seed, want.adapt.fraction)
+        if where not in splits:
+            splits[where] = split_of(
+                evaluations[want.task.label], config.split, seed=want.seed, fraction=want.adapt.fraction
+            )
+            _keep_split(home, where, splits[where])
+    ensure_ray()
+    backbones: dict[tuple[str, int], Backbone | None] = {}
+    trials = []
+    for want in wanted:
+        method, label = methods[want.adapt.method], want.task.label
+        drawn = (method.name, _weights_seed(method, config, want.seed))
+        if drawn not in backbones:
+            backbones[drawn] = _backbone(config, method, found, evaluations[label], drawn[1], cache, say)
+        own = _config_of(config, want, evaluations[label].examples.clip_frames)
+        split, classes = splits[label, want.seed, want.adapt.fraction], _classes(evaluations[label])
+        trials.append(Trial(own, want.task, split, backbones[drawn], cache, home / "trials", data[label], classes))
+    _share(config, trials, evaluations, cache, say)
+    return Prepared(trials, labels)
+
+
+def _config_of(config: Config, want: Wanted, clip_frames: int) -> Config:
+    """What one trial is told. Clips are cut alike for all methods: a baseline does not fall back to its own length."""
+    run = config.run.model_copy(update={"seed": want.seed})
+    task = config.task.model_copy(update={"clip_frames": clip_frames})
+    return config.model_copy(update={"adapt": want.adapt, "run": run, "task": task})
+
+
+def cache_of(config: Config) -> Place:
+    """Where frozen features and series lie: adapt.cache, or OUTPUT/cache, which runs of one output share."""
+    return (config.adapt.cache or config.run.output / "cache").absolute()
+
+
+def _evaluations(config: Config, wanted: Sequence[Wanted], found: Pretrained | None) -> dict[str, Evaluation]:
+    evaluations: dict[str, Evaluation] = {}
+    frames = found.model.config.frames if found else None
+    for want in wanted:
+        if want.task.label not in evaluations:
+            evaluation = open_evaluation(want.task, config.task, config.split, frames)
+            if found is not None:
+                check_fits(found.model, evaluation.cohort.store)
+            evaluations[want.task.label] = evaluation
+    return evaluations
+
+
+def _classes(evaluation: Evaluation) -> tuple[str, ...]:
+    return evaluation.examples.classes if evaluation.task.kind == "classification" else ()
+
+
+def _say_labels(home: Place, evaluations: dict[str, Evaluation], say: Say) -> Place:
+    """Say, and keep, what each task has to work with and what did not match of its labels."""
+    lines = []
+    for label, evaluation in evaluations.items():
+        examples = evaluation.examples
+        lines.append(
+            f"{label}: {len(examples.units)} units of {len(evaluation.subjects)} subjects, {len(examples)} clips"
+        )
+        lines += [f"  {line}" for line in evaluation.lines]
+    for line in lines:
+        say(line)
+    home.mkdir(parents=True, exist_ok=True)
+    replace(home / LABELS, ("\n".join(lines) + "\n").encode())
+    return home / LABELS
+
+
+def _keep_split(home: Place, where: tuple[str, int, float], split: Split) -> None:
+    label, seed, fraction = where
+    folder = home / "splits"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_split(folder / f"{file_name(label)}_s{seed}_{fraction:g}.json", split)
+
+
+def _weights_seed(method: Method, config: Config, seed: int) -> int:
+    """Weights that are trained are drawn anew for each replicate; frozen ones and pretraining happen once."""
+    return seed if method.weights == "random" and method.sees == "clips" else config.run.seed
+
+
+def _backbone(
+    config: Config, method: Method, found: Pretrained | None, evaluation: Evaluation, seed: int, cache: Place, say: Say
+) -> Backbone | None:
+    if not method.needs_model:
+        return None
+    assert found is not None
+    settings = config.adapt
+    recipe = ContrastiveRecipe(
+        kind="both", steps=settings.swift_steps, batch=SWIFT_BATCH, lr=SWIFT_LR, temperature=settings.temperature,
+        seed=seed,
+    )  # fmt: skip
+    if method.weights == "contrastive":
+        say(f"{method.name}: contrastive pretraining, {recipe.steps} steps, unless it is in {cache}")
+    make = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus or None, max_retries=1)(backbone_of)
+    device = "cuda" if settings.gpus else "cpu"
+    made: Backbone = ray.get(
+        make.remote(method, found, evaluation.cohort, cache / "models", seed=seed, recipe=recipe, device=device)
+    )
+    return made
+
+
+def _share(config: Config, trials: Sequence[Trial], evaluations: dict[str, Evaluation], cache: Place, say: Say) -> None:
+    """Compute what probes and connectivity read, for all trials at once."""
+    settings = config.adapt
+    there = ray.cluster_resources()
+    fitting = [there.get("CPU", 1) / settings.cpus] + ([there.get("GPU", 1) / settings.gpus] if settings.gpus else [])
+    at_once = max(1, int(min(fitting)))
+    done: set[tuple[str, str]] = set()
+    for trial in trials:
+        evaluation = evaluations[trial.task.label]
+        what = (trial.task.label, trial.backbone.key if trial.backbone else trial.method.sees)
+        if what in done:
+            continue
+        if trial.method.sees == "tokens" and trial.backbone is not None:
+            done.add(what)
+            made = compute_tokens(
+                trial.backbone, evaluation.cohort, evaluation.examples, cache, settings, workers=at_once
+            )
+            if made:
+                say(f"{trial.task.label}: frozen features of {made} runs by {trial.method.name}'s network")
+        elif trial.method.sees in ("regions", "matrices"):
+            done.add(what)
+            _compute_series(evaluation, settings, cache)
+
+
+def _compute_series(evaluation: Evaluation, settings: AdaptConfig, cache: Place) -> None:
+    store, examples = evaluation.cohort.store, evaluation.examples
+    parcels = ray.put(build_parcels(settings.atlas or settings.parcels, store))
+    paths = [examples.runs[run].path for run in examples.clips_of_run()]
+    make = ray.remote(num_cpus=settings.cpus)(_series_there)
+    parts = [paths[first : first + RUNS_PER_TASK] for first in range(0, len(paths), RUNS_PER_TASK)]
+    ray.get([make.remote(store, part, parcels, cache / "series") for part in parts])
+
+
+def _series_there(*arguments: object) -> None:
+    """`series_cached` for its files alone: the series stay where they were computed."""
+    series_cached(*arguments)  # type: ignore[arg-type]

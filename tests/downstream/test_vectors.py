@@ -1,0 +1,242 @@
+"""A unit's vector: equal to slow twins, learnt from training units alone, and a matcher that finds people again."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from sklearn.decomposition import PCA
+
+from neurostorm.downstream import vectors
+from neurostorm.downstream.examples import Examples
+from neurostorm.downstream.reid import ranks_of
+
+RNG = np.random.default_rng
+
+
+@pytest.fixture
+def examples(make_runs) -> Examples:
+    """Six units of three people, seven clips each."""
+    return make_runs(3, clips=7)
+
+
+def tokens_of(examples: Examples, seed: int = 0, places: int = 4, width: int = 3) -> NDArray[np.float32]:
+    return RNG(seed).standard_normal((len(examples), places, width)).astype(np.float32)
+
+
+def series_of(examples: Examples, seed: int = 0, regions: int = 5) -> dict[int, NDArray[np.float32]]:
+    return {
+        number: RNG([seed, number]).standard_normal((run.frames, regions)).astype(np.float32)
+        for number, run in enumerate(examples.runs)
+    }
+
+
+def clips_of(examples: Examples, unit: int) -> list[int]:
+    return [clip for clip in range(len(examples)) if examples.unit[clip] == unit]
+
+
+def test_nothing_is_the_same_for_everybody(examples: Examples) -> None:
+    assert np.array_equal(vectors.nothing(examples), np.ones((6, 1)))
+
+
+def subject_with_two_runs(make_runs) -> Examples:
+    """The runs of `make_runs` as three subjects with two runs each: clips 0 to 13 are of the first."""
+    of_runs = make_runs(3, clips=7)
+    people = tuple(sorted(set(of_runs.subjects)))
+    return Examples(
+        of_runs.runs, 5, of_runs.run, of_runs.start, of_runs.unit // 2, people, people, np.array([1.0, 2.0, 3.0])
+    )
+
+
+def test_attributes_are_averaged_over_a_units_runs_and_missing_where_one_does_not_say(make_runs) -> None:
+    said: list[dict[str, Any]] = [{"fd_mean_mm": 0.1 * n, "source_frames": 100 + n, "task": "rest"} for n in range(6)]
+    del said[3]["fd_mean_mm"]
+    found = vectors.attributes(subject_with_two_runs(make_runs), lambda run: said[run])
+    np.testing.assert_allclose(found, [[0.05, 100.5], [np.nan, 102.5], [0.45, 104.5]])
+
+
+def test_activity_is_the_mean_over_the_frames_of_the_clips(examples: Examples) -> None:
+    series = series_of(examples)
+    shorter = examples.take(np.array([4, 1]))
+    brute = []
+    for unit in range(2):
+        frames = [
+            series[shorter.run[clip]][frame]
+            for clip in clips_of(shorter, unit)
+            for frame in range(shorter.start[clip], shorter.start[clip] + 5)
+        ]
+        brute.append(np.mean(frames, 0))
+    np.testing.assert_allclose(vectors.activity(shorter, series), brute, atol=1e-6)
+
+
+def test_matrices_are_fishers_z_in_the_frames_of_the_clips_averaged_over_runs(make_runs) -> None:
+    given = subject_with_two_runs(make_runs)
+    kept = np.setdiff1d(np.arange(len(given)), [0, 6, 20])  # a unit does not have all frames of its runs
+    given = Examples(
+        given.runs, 5, given.run[kept], given.start[kept], given.unit[kept], given.units, given.subjects, given.targets
+    )
+    series, above = series_of(given), np.triu_indices(5, 1)
+    brute = []
+    for unit in range(3):
+        of_runs = []
+        for run in (2 * unit, 2 * unit + 1):
+            starts = [given.start[clip] for clip in clips_of(given, unit) if given.run[clip] == run]
+            frames = sorted({frame for start in starts for frame in range(start, start + 5)})
+            of_runs.append(np.arctanh(np.corrcoef(series[run][frames].T)[above]))
+        brute.append(np.mean(of_runs, 0))
+    found = vectors.matrices(given, series, "correlation", np.array([True, True, False]))
+    assert found.dtype == np.float32 and found.shape == (3, 5, 5)
+    np.testing.assert_allclose(vectors.edges(found), brute, atol=1e-5)
+
+
+def test_tangent_connectivity_learns_from_training_units_alone(make_runs) -> None:
+    given = make_runs(5, clips=7)
+    train = np.arange(10) < 6
+    series, other = series_of(given, regions=3), series_of(given, regions=3)
+    for run in range(6, 10):
+        other[run] = 5 * other[run][::-1] @ RNG(1).standard_normal((3, 3)).astype(np.float32)
+    first, second = (vectors.matrices(given, values, "tangent", train) for values in (series, other))
+    assert np.array_equal(first[train], second[train])
+    assert not np.allclose(first[~train], second[~train], atol=1e-3)
+    everybody = vectors.matrices(given, series, "tangent", np.ones(10, bool))
+    assert not np.allclose(first[train], everybody[train], atol=1e-3), "the mean of more people is another"
+
+
+def test_a_mean_of_tokens_is_that_of_all_and_places_are_kept_apart(examples: Examples) -> None:
+    tokens, train = tokens_of(examples), np.ones(6, bool)
+    mean = [np.mean([tokens[clip].mean(0) for clip in clips_of(examples, unit)], 0) for unit in range(6)]
+    places = [np.mean([tokens[clip].ravel() for clip in clips_of(examples, unit)], 0) for unit in range(6)]
+    np.testing.assert_allclose(vectors.of_tokens(examples, tokens, "mean", 9, train), mean, atol=1e-6)
+    np.testing.assert_allclose(vectors.of_tokens(examples, tokens, "places", 9, train), places, atol=1e-6)
+
+
+def test_coupling_is_the_correlation_of_the_places_leading_directions(examples: Examples) -> None:
+    tokens, train = tokens_of(examples), np.arange(6) < 4
+    taught = [clip for clip in range(len(examples)) if examples.unit[clip] < 4]
+    signals = np.stack(
+        [PCA(1).fit(tokens[taught, place]).transform(tokens[:, place])[:, 0] for place in range(4)], 1
+    )  # PCA's sign is arbitrary, and so is the sign of a correlation with it
+    brute = [np.arctanh(np.corrcoef(signals[clips_of(examples, unit)].T)[np.triu_indices(4, 1)]) for unit in range(6)]
+    found = vectors.of_tokens(examples, tokens, "coupling", 9, train)
+    assert found.shape == (6, 6)
+    np.testing.assert_allclose(np.abs(found), np.abs(brute), atol=1e-4)
+    signs = np.sign(found * np.array(brute))
+    assert np.all(signs == signs[0]), "a direction is the same one for every unit"
+
+
+def test_covariance_is_that_of_the_leading_directions_at_unit_variance(examples: Examples) -> None:
+    tokens, train = tokens_of(examples), np.arange(6) < 4
+    taught = [clip for clip in range(len(examples)) if examples.unit[clip] < 4]
+    flat = tokens.reshape(len(tokens), -1).astype(np.float64)
+    signals = PCA(5, whiten=True, svd_solver="full").fit(flat[taught]).transform(flat)
+    pair = np.triu_indices(5)
+    brute = np.array([np.cov(signals[clips_of(examples, unit)].T)[pair] for unit in range(6)])
+    found = vectors.of_tokens(examples, tokens, "covariance", 5, train)
+    assert found.shape == (6, 15)
+    np.testing.assert_allclose(np.abs(found), np.abs(brute), atol=0.02)  # the fast solver is approximate
+
+
+@pytest.mark.parametrize("name", ["coupling", "covariance"])
+def test_directions_are_learnt_from_training_units_alone(examples: Examples, name: str) -> None:
+    train = np.array([True, False, True, True, False, True])
+    tokens, other = tokens_of(examples), tokens_of(examples)
+    test_clips = ~train[examples.unit]
+    other[test_clips] = 100 * tokens_of(examples, seed=1)[test_clips]
+    first, second = (vectors.of_tokens(examples, values, name, 5, train) for values in (tokens, other))
+    assert np.array_equal(first[train], second[train])
+    assert not np.allclose(first[~train], second[~train])
+    swapped = vectors.of_tokens(examples, other, name, 5, ~train)
+    assert not np.allclose(swapped[train], first[train]), "what is learnt depends on who trains"
+
+
+@pytest.mark.parametrize("name", ["coupling", "covariance"])
+def test_a_unit_of_one_clip_and_a_place_without_any_variance_have_finite_vectors(make_runs, name: str) -> None:
+    given = make_runs(3, clips=7).take(np.arange(6))
+    single = given.one_clip_each()
+    tokens = tokens_of(given)
+    tokens[:, 2] = 0.25
+    assert np.isfinite(vectors.of_tokens(given, tokens, name, 5, np.ones(6, bool))).all()
+    alone = vectors.of_tokens(single, tokens[:6], name, 5, np.ones(6, bool))
+    assert not alone.any(), "one clip has neither correlation nor covariance"
+
+
+def test_the_vector_that_suits_the_units_is_chosen(make_runs, make_subjects) -> None:
+    assert vectors.pool_name("mean", "regression", make_subjects([1.0, 2.0], clips=1)) == "mean"
+    assert vectors.pool_name("auto", "classification", make_subjects([1.0, 2.0], clips=3)) == "places"
+    assert vectors.pool_name("auto", "regression", make_subjects([1.0, 2.0], clips=4)) == "coupling"
+    assert vectors.pool_name("auto", "identification", make_runs(2, clips=4)) == "covariance"
+
+
+def people_of(count: int, size: int, runs: int = 4) -> tuple[NDArray[np.float64], list[str]]:
+    """Vectors (count x runs, size) of people in a small signal, with large noise in few directions that all share."""
+    rng = RNG([count, size])
+    persons = rng.standard_normal((count, size))
+    noisy = rng.standard_normal((3, size))
+    found = np.repeat(persons, runs, 0) + 0.3 * rng.standard_normal((count * runs, size))
+    found += 5 * rng.standard_normal((count * runs, 3)) @ noisy
+    return found + 7 * rng.standard_normal(size), [
+        f"d/sub-{number:03d}" for number in range(count) for _ in range(runs)
+    ]
+
+
+def found_again(given: NDArray[np.float64]) -> float:
+    """Mean of 1/rank with the even rows as gallery and the odd ones as queries, whose neighbours they are."""
+    unit = given / np.linalg.norm(given, axis=1, keepdims=True)
+    return float((1 / ranks_of(unit[::2], unit[1::2])).mean())
+
+
+def cosines(given: NDArray[np.float64]) -> NDArray[np.float64]:
+    unit = given / np.linalg.norm(given, axis=1, keepdims=True)
+    return unit @ unit.T
+
+
+@pytest.mark.parametrize("size", [8, 40])  # fewer and more numbers than the 24 training vectors
+def test_a_large_strength_leaves_the_cosine_of_centred_vectors(size: int) -> None:
+    given, subjects = people_of(10, size)
+    train, test = given[:24], given[24:]
+    matcher = vectors.Matcher(1e9).fit(train, subjects[:24])
+    for rows in (train, test):
+        np.testing.assert_allclose(cosines(matcher.transform(rows)), cosines(rows - train.mean(0)), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [12, 120])
+def test_shrinking_what_differs_within_people_finds_others_again(size: int) -> None:
+    given, subjects = people_of(60, size)
+    trained = 4 * 30
+    test = given[trained:].reshape(30, 4, size)[:, :2].reshape(60, size)
+    plain = found_again(test - given[:trained].mean(0))
+    shrunk = found_again(vectors.Matcher(0.01).fit(given[:trained], subjects[:trained]).transform(test))
+    assert shrunk > 0.8 > 0.6 > plain
+
+
+def test_the_map_is_that_of_the_formula() -> None:
+    given, subjects = people_of(10, 6)
+    centred = given - given.mean(0)
+    within = np.concatenate([centred[4 * n : 4 * n + 4] - centred[4 * n : 4 * n + 4].mean(0) for n in range(10)])
+    covariance = within.T @ within / len(within)
+    values, axes = np.linalg.eigh(covariance / np.trace(covariance) * 6 + 2.0 * np.eye(6))
+    expected = centred @ axes @ np.diag(values**-0.5) @ axes.T
+    found = vectors.Matcher(2.0).fit(given, subjects).transform(given)
+    np.testing.assert_allclose(found @ found.T, expected @ expected.T, rtol=1e-6)
+
+
+def test_gaps_and_constants_do_not_harm_the_matcher() -> None:
+    given, subjects = people_of(10, 8)
+    full = vectors.Matcher(1.0).fit(given[:24], subjects[:24]).transform(given)
+    wider = np.concatenate([given, np.full((40, 1), 3.0), RNG(0).standard_normal((40, 1))], 1)
+    wider[:24, 9] = np.nan  # a feature that nobody in training has says nothing of the others
+    np.testing.assert_allclose(
+        cosines(vectors.Matcher(1.0).fit(wider[:24], subjects[:24]).transform(wider)), cosines(full), atol=1e-6
+    )
+    gaps = given.copy()
+    gaps[RNG(1).random(gaps.shape) < 0.1] = np.nan
+    assert np.isfinite(vectors.Matcher(1.0).fit(gaps[:24], subjects[:24]).transform(gaps)).all()
+
+
+def test_vectors_that_are_all_equal_or_of_one_run_each_are_mapped() -> None:
+    same = vectors.Matcher(4.0).fit(np.ones((4, 3)), ["a", "a", "b", "b"])
+    assert not same.transform(np.ones((2, 3))).any()
+    np.testing.assert_allclose(same.transform(np.array([[2.0, 1.0, 1.0]])), [[0.5, 0, 0]])
+    given = RNG(2).standard_normal((6, 4))
+    single = vectors.Matcher(1.0).fit(given, list("abcdef")).transform(given)
+    np.testing.assert_allclose(cosines(single), cosines(given - given.mean(0)), atol=1e-9)
