@@ -1,0 +1,278 @@
+"""The sweep: every trial trained, the best of each cell selected on validation, and only these tested.
+
+    config --space, prepare--> trials --not done before--> Ray Tune (fractions of CPUs and GPUs, ASHA, retries)
+        --select on validation--> one trial per cell --test_trial, once--> MLflow: a parent run, a child per trial
+
+A trial that is done has its `result.json`; a killed sweep, started again, repeats none of these. A trial that fails is
+tried again, then reported, and its cell takes the next best.
+"""
+
+import json
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import yaml
+from ray import tune
+
+from neurostorm.config import Config, ConfigError
+from neurostorm.downstream.metrics import higher_is_better
+from neurostorm.downstream.prepare import prepare
+from neurostorm.downstream.record import KIND, SELECTED, record_test, uri_of
+from neurostorm.downstream.training import State
+from neurostorm.downstream.trial import TEST, Trial, read_outcome, test_trial, train_trial
+from neurostorm.places import Place, replace
+from neurostorm.tracking import Tracker, code_revision, open_run
+from neurostorm.tune.logbook import Logbook, score_of
+from neurostorm.tune.scheduler import EPOCH, CellScheduler
+from neurostorm.tune.space import by_key, wanted_trials
+
+logger = logging.getLogger(__name__)
+
+SUMMARY = "summary.json"
+SECTIONS = ("run", "task", "split", "adapt", "sweep")
+# What may differ when a sweep goes on: it grows, or runs elsewhere.
+GROWS = frozenset(
+    {
+        "sweep.tasks", "sweep.methods", "sweep.fractions", "sweep.replicates", "sweep.trials_at_once", "sweep.retries",
+        "sweep.resume", "sweep.report", "run.output", "task.store", "task.name", "adapt.method", "adapt.fraction",
+        "adapt.cache", "adapt.gpus", "adapt.cpus", "adapt.threads",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What a sweep did.
+
+    Attributes:
+        folder: of the sweep.
+        trials, already_there, cells, tested: how many.
+        failed: trial -> why, of trials that failed at every try.
+        missing: cells of which no trial could be tested.
+        mlflow_uri, mlflow_run_id: the parent run.
+    """
+
+    folder: Place
+    trials: int
+    already_there: int
+    cells: int
+    tested: int
+    failed: dict[str, str]
+    missing: tuple[str, ...]
+    mlflow_uri: str
+    mlflow_run_id: str
+
+    def lines(self) -> list[str]:
+        """The closing words."""
+        lines = [
+            f"{self.trials - self.already_there} of {self.trials} trial(s) run, {self.already_there} were done before; "
+            f"{self.tested} of {self.cells} cell(s) selected on validation and tested"
+        ]
+        lines += [f"  failed: {name}: {why.splitlines()[-1] if why else ''}" for name, why in self.failed.items()]
+        lines += [f"  no result: {cell}" for cell in self.missing]
+        return lines
+
+
+def sweep(config: Config) -> Swept:
+    """Run the whole sweep, or what is left of it.
+
+    Raises:
+        ConfigError: the settings contradict each other, or the folder holds another sweep.
+        Others as `prepare.prepare`, before any trial has started. A trial that fails raises nothing.
+    """
+    folder = config.run.folder
+    try:
+        uri = uri_of(config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    wanted = wanted_trials(config)
+    _claim(config)
+    prepared = prepare(config, wanted, say=_say)
+    trials = prepared.trials
+    _refuse_changed(trials)
+    parent = _parent(config, len(trials))
+    done = [index for index, trial in enumerate(trials) if read_outcome(trial) is not None]
+    logbook = Logbook(trials, parent.run_id)
+    status = "FAILED"
+    try:
+        parent.artifact(prepared.labels)
+        left = [index for index in range(len(trials)) if index not in set(done)]
+        _say(f"{len(trials)} trials, {len(done)} done before, {len(left)} to run")
+        _run(config, trials, left, logbook)
+        for index in done:
+            logbook.finish(index)
+        selected = select(trials)
+        _unselect(trials, selected, logbook)
+        _test(config, trials, selected, logbook)
+        status = "FINISHED"
+    finally:
+        parent.close(status)
+    result = Swept(
+        folder=folder,
+        trials=len(trials),
+        already_there=len(done),
+        cells=len({trial.cell for trial in trials}),
+        tested=sum((trials[index].folder / TEST).is_file() for index in selected),
+        failed={trials[index].key: why for index, why in logbook.errors.items()},
+        missing=tuple(_words(cell) for cell in {t.cell: 0 for t in trials} if cell not in _tested(trials, selected)),
+        mlflow_uri=uri,
+        mlflow_run_id=parent.run_id,
+    )
+    facts = {name: value for name, value in vars(result).items() if name != "folder"}
+    replace(folder / SUMMARY, (json.dumps(facts, indent=1) + "\n").encode())
+    return result
+
+
+def select(trials: Sequence[Trial]) -> list[int]:
+    """Of each cell the trial that was best on validation, by index; cells without any result are left out.
+
+    Only what training kept is looked at. Of equals the first.
+    """
+    chosen = []
+    for indices in by_key(range(len(trials)), [trial.cell for trial in trials]).values():
+        scores = {index: _score(trials[index]) for index in indices}
+        known = {index: score for index, score in scores.items() if not math.isnan(score)}
+        if known:
+            chosen.append(max(known, key=lambda index: (known[index], -index)))
+    return chosen
+
+
+def _score(trial: Trial) -> float:
+    outcome = read_outcome(trial)
+    if outcome is None:
+        return math.nan
+    value = outcome.validation[trial.task.metric]
+    return value if higher_is_better(trial.task.metric) else -value
+
+
+def _run(config: Config, trials: Sequence[Trial], left: Sequence[int], logbook: Logbook) -> None:
+    """Train the trials `left` on Ray Tune. Those that fail are in the logbook."""
+    if not left:
+        return
+    settings, adapt = config.sweep, config.adapt
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    resources = {"cpu": adapt.cpus} | ({"gpu": adapt.gpus} if adapt.gpus else {})
+    scheduler = None
+    if settings.early_stopping:
+        cells = [trial.cell for trial in trials]
+        scheduler = CellScheduler(cells, grace_epochs=settings.grace_epochs, max_epochs=adapt.epochs)
+    with tempfile.TemporaryDirectory(prefix="neurostorm-tune-") as storage:
+        tune.Tuner(
+            tune.with_resources(tune.with_parameters(_trainable, trials=list(trials)), resources),
+            param_space={"index": tune.grid_search(list(left))},
+            tune_config=tune.TuneConfig(
+                scheduler=scheduler, max_concurrent_trials=settings.trials_at_once, reuse_actors=True
+            ),
+            run_config=tune.RunConfig(
+                name=config.run.name,
+                storage_path=storage,
+                failure_config=tune.FailureConfig(max_failures=settings.retries),
+                callbacks=[logbook],
+                verbose=0,
+            ),
+        ).fit()
+
+
+def _trainable(config: dict[str, Any], trials: Sequence[Trial]) -> None:
+    """One trial, in a process that may have run others."""
+    trial = trials[config["index"]]
+    metric = trial.task.metric
+    high = higher_is_better(metric)
+
+    def tell(epoch: int, measured: dict[str, float], state: State | None) -> None:
+        tune.report({EPOCH: epoch, "measured": measured, **score_of(measured, metric, high)})
+
+    outcome = train_trial(trial, tell)
+    last = int(outcome.chosen.get(EPOCH, 0))
+    tune.report({EPOCH: last, "measured": {}, **score_of(outcome.validation, metric, high)})
+
+
+def _test(config: Config, trials: Sequence[Trial], selected: Sequence[int], logbook: Logbook) -> None:
+    """Read the test subjects for the selected trials: the one time that anybody does."""
+    adapt = config.adapt
+    remote = ray.remote(num_cpus=adapt.cpus, num_gpus=adapt.gpus or None, max_retries=1)(test_trial)
+    waiting = {remote.remote(trials[index]): index for index in selected}
+    while waiting:
+        (ready,), _ = ray.wait(list(waiting), num_returns=1)
+        index = waiting.pop(ready)
+        try:
+            record_test(logbook.tracker(index), trials[index], ray.get(ready))
+        except ray.exceptions.RayError as error:
+            logbook.fail(index, str(error))
+
+
+def _unselect(trials: Sequence[Trial], selected: Sequence[int], logbook: Logbook) -> None:
+    """A trial that an earlier start selected, before one that had failed then came out better, counts no longer."""
+    for index, trial in enumerate(trials):
+        if index not in selected and (trial.folder / TEST).is_file():
+            logger.warning("%s was selected and tested by an earlier start; a better one is now selected", trial.key)
+            logbook.tracker(index).tag(SELECTED, "false")
+
+
+def _refuse_changed(trials: Sequence[Trial]) -> None:
+    """ConfigError if a cell has trials that this sweep would not make: its data or its network were others then."""
+    keys, home = {trial.key for trial in trials}, trials[0].home
+    cells = {key.rpartition("_")[0] for key in keys}
+    found = sorted(folder.name for folder in home.iterdir()) if home.is_dir() else []
+    stale = [name for name in found if name not in keys and name.rpartition("_")[0] in cells]
+    if stale:
+        raise ConfigError(
+            f"{home} holds {len(stale)} trial(s) of the same cells, for example {stale[0]}, that were made of other "
+            "data or another model, though at the same place: choose another run.name"
+        )
+
+
+def _claim(config: Config) -> None:
+    """Write config.yaml, unless the folder holds another sweep: ConfigError with what differs.
+
+    A sweep may grow (tasks, methods, fractions, replicates) and be placed otherwise; any other setting would put trials
+    that cannot be compared into one report.
+    """
+    folder = config.run.folder
+    file = folder / "config.yaml"
+    if file.is_file():
+        if not config.sweep.resume:
+            raise ConfigError(f"sweep.resume=false: {folder} already holds a sweep; choose another run.name")
+        try:
+            saved = Config.model_validate(yaml.safe_load(file.read_text())).flat(*SECTIONS)
+        except (ValueError, yaml.YAMLError) as error:
+            raise ConfigError(f"{file} is of another version or damaged ({error}); choose another run.name") from error
+        now = config.flat(*SECTIONS)
+        different = [f"{key}: {saved[key]} -> {now[key]}" for key in now if key not in GROWS and saved[key] != now[key]]
+        if different:
+            raise ConfigError(
+                f"{folder} holds a sweep with other settings: {'; '.join(different)}; take those again, or another "
+                "run.name"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    replace(file, config.to_yaml().encode())
+
+
+def _parent(config: Config, trials: int) -> Tracker:
+    return open_run(
+        config.run.folder,
+        uri=uri_of(config),
+        experiment=config.tracking.experiment,
+        name=config.run.name,
+        parameters={**config.flat(*SECTIONS), "trials": trials},
+        tags={KIND: "sweep", "code_revision": code_revision()},
+    )
+
+
+def _tested(trials: Sequence[Trial], selected: Sequence[int]) -> set[Any]:
+    return {trials[index].cell for index in selected if (trials[index].folder / TEST).is_file()}
+
+
+def _words(cell: tuple[str, str, float, int]) -> str:
+    label, method, fraction, seed = cell
+    return f"{label} {method}, {fraction:.0%} of the labels, seed {seed}"
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
