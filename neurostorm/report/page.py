@@ -1,0 +1,232 @@
+"""The page: what was asked, the answer first, then the evidence, then how it was tested and what is missing.
+
+head, glance, headline table --> figures --> each task --> comparisons --> methods and statistics --> failed, runs
+"""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from neurostorm.downstream.stats import Comparison, stars
+from neurostorm.report.collect import without_credentials
+from neurostorm.report.compare import find, unpaired
+from neurostorm.report.drawing import Drawn
+from neurostorm.report.markup import CSS, Links, bullets, facts, figure, paragraph, tables
+from neurostorm.report.methods import CONNECTIVITY, look, references_of
+from neurostorm.report.results import CLASSIFICATION, REGRESSION, Results, Task
+from neurostorm.report.table import Table, decimals, minus, p_text, percent
+from neurostorm.report.tables import metric_label, results_table, summary_text
+
+_SAID_ABOVE = ("Task", "Chance")  # of a table that is about one task
+_GALLERY = ("tasks", "phenotypes", "identification", "label_efficiency", "radar")
+
+
+def page(
+    results: Results,
+    made: Sequence[Comparison],
+    built: Sequence[Table],
+    drawn: Sequence[Drawn],
+    *,
+    written: str,
+    revision: str,
+    draws: int,
+) -> str:
+    """The report as one file of HTML.
+
+    Args:
+        results: the sweep.
+        made: its comparisons.
+        built: its tables, as `tables.all_tables` orders them.
+        drawn: its figures.
+        written: when the report was made.
+        revision: of the code that made the report.
+        draws: of the bootstrap.
+    """
+    links = Links(results.uri, {one.run_id: one.experiment_id for one in results.trials})
+    table = {one.name: one for one in built}
+    sections = {
+        "Results": tables(table["headline"], links) if "headline" in table else "",
+        "Figures": "".join(_titled(one, links) for one in drawn if one.name in _GALLERY and not one.task),
+        "Tasks": "".join(_task(results, made, task, drawn, links) for task in results.tasks),
+        "Comparisons": tables(table["comparisons"], links) if "comparisons" in table else "",
+        "Label efficiency": tables(table["label_efficiency"], links) if "label_efficiency" in table else "",
+        "Methods and statistics": bullets(notes(results, made, draws)),
+        "Failed and missing trials": _failed(table, links),
+        "Runs": _runs(results, table, links),
+    }
+    sections = {title: body for title, body in sections.items() if body}
+    anchors = {title: title.lower().replace(" ", "-") for title in sections}
+    nav = "".join(f'<a href="#{anchor}">{escape(title)}</a>' for title, anchor in anchors.items())
+    body = "".join(
+        f'<section id="{anchors[title]}"><h2>{title}</h2>{text}</section>' for title, text in sections.items()
+    )
+    head = _head(results, made, written=written, revision=revision, nav=nav)
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(results.name)} · NeuroSTORM report</title><style>{CSS}</style></head>"
+        f"<body>{head}<main>{body}</main></body></html>\n"
+    )
+
+
+def glance(results: Results, made: Sequence[Comparison]) -> list[str]:
+    """One sentence per task: the best method, chance, and the best method that has references against these."""
+    lines = []
+    for task in results.tasks:
+        best = results.best(task)
+        if not best:
+            lines.append(f"{task.name}: no method was tested with {percent(results.fraction)} of the labels.")
+            continue
+        chance = results.chance(task.name)
+        known = f" (chance {chance:.2f})" if chance == chance else ""
+        lines.append(f"{task.name}: best is {look(best).label}, {summary_text(results, task, best)}{known}."
+                     + _against(results, made, task))  # fmt: skip
+    return lines
+
+
+def warnings(results: Results, made: Sequence[Comparison]) -> list[str]:
+    """What a reader must know before the first number."""
+    told = []
+    if results.status != "FINISHED":
+        told.append(f"The sweep's run is {results.status}, not FINISHED: numbers may be missing or change.")
+    few = min(one.pairs for one in made) if made else 0
+    if made and few < 2:
+        told.append("Some comparisons have fewer than two pairs, so no test over replicates can be made: add seeds.")
+    tested = [one for one in results.trials if one.test]
+    if any(one.overlap is None for one in tested):
+        told.append("For some trials nobody knows how many of the test subjects pretraining saw (see the task tables).")
+    seen = [one for one in tested if one.overlap]
+    if seen:
+        most = max(one.overlap or 0.0 for one in seen)
+        told.append(f"Pretraining saw up to {percent(most)} of the test subjects of some trials (see the task tables).")
+    apart = sorted({one.task for one in made if unpaired(results, one.task, one.a, one.b)})
+    if apart:
+        told.append(f"In {', '.join(apart)} some methods had different splits under the same seed; these make no pair.")
+    return told
+
+
+def notes(results: Results, made: Sequence[Comparison], draws: int) -> list[str]:
+    """How the numbers came about: protocol, tests, families, bootstrap."""
+    pairs = sorted({one.pairs for one in made})
+    told = [
+        "A replicate is one seed: its split of the subjects, its initial weights and its order of training. Numbers "
+        "are means ± standard deviations (divisor n minus 1) over replicates.",
+        "For every task, method, share of labels and seed, the trial with the best validation metric was selected. "
+        "Test data were read once, by the selected trial, after the selection.",
+    ]
+    if made:
+        span = f"{pairs[0]}" if len(pairs) == 1 else f"{pairs[0]} to {pairs[-1]}"
+        told += [
+            f"p: paired two-sided t-test over replicates of the same seed and split, {span} pairs. It asks whether "
+            "other seeds would say the same; replicates that share test subjects are not independent of one another.",
+            f"p Holm: Holm's step-down correction; the family is all {len(made)} comparisons of this report, over all "
+            "tasks. What is compared was fixed before: each method against the same network without pretraining, and "
+            "against functional connectivity.",
+            f"Subject bootstrap: predictions for the same test units are pooled over the paired replicates, subjects "
+            f"are drawn with all their rows, {draws} times; the interval is the middle 95 % of the differences. It "
+            "asks whether other people would say the same. It is not corrected by Holm.",
+        ]
+    told.append(
+        "Chance: what guessing reaches on average; for mean absolute error and the like it depends on the target, and "
+        "the method “Mean or majority” stands for it."
+    )
+    if results.fraction != 1:
+        told.append(f"No trial had all training labels; the main tables are of {percent(results.fraction)} of them.")
+    return told
+
+
+def _head(results: Results, made: Sequence[Comparison], *, written: str, revision: str, nav: str) -> str:
+    told = "".join(paragraph(text, "warning") for text in warnings(results, made))
+    what = facts(
+        [
+            ("Tasks", ", ".join(f"{task.name} ({task.kind})" for task in results.tasks)),
+            ("Methods", ", ".join(look(one).label for one in results.methods())),
+            ("Seeds", ", ".join(map(str, sorted({one.seed for one in results.trials if one.test})))),
+            ("Training labels", ", ".join(map(percent, results.fractions))),
+            ("Trials", _counts(results)),
+            ("Sweep", f"begun {moment(results.date)}, run {results.run_id} in {results.uri}"),
+            ("Report", f"written {moment(written)}"),
+            ("Code", _code(results.revision, revision)),
+        ]
+    )
+    return (
+        f'<header><div class="kicker">NeuroSTORM · downstream evaluation</div><h1>{escape(results.name)}</h1>{what}'
+        f"<nav>{nav}</nav></header>{told}<h2>At a glance</h2>{bullets(glance(results, made))}"
+    )
+
+
+def moment(iso: str) -> str:
+    """`2026-11-25 16:30 UTC` of an ISO 8601 time in UTC."""
+    return iso.replace("T", " ").replace("+00:00", " UTC")
+
+
+def _code(sweep: str, report: str) -> str:
+    if not sweep or sweep == report:
+        return report if sweep else f"report {report}; the sweep did not say"
+    return f"sweep {sweep}, report {report}"
+
+
+def _counts(results: Results) -> str:
+    count = len(results.trials)
+    tested = sum(bool(one.test) for one in results.trials)
+    failed = sum(one.status in ("FAILED", "KILLED") for one in results.trials)
+    return f"{count}, of which {tested} were selected and tested and {failed} failed"
+
+
+def _against(results: Results, made: Sequence[Comparison], task: Task) -> str:
+    """How the best method that has references does against these, in a sentence; "" if there is none."""
+    present = [one for one in results.methods(task.name) if results.at(task.name, one)]
+    asking = tuple(one for one in present if references_of(one, present))
+    best = results.best(task, asking)
+    parts = []
+    for reference in references_of(best, present):
+        one = find(made, task.name, best, reference)
+        if one is not None and one.pairs:
+            name = "functional connectivity" if reference == CONNECTIVITY else look(reference).label.lower()
+            test = f"p {p_text(one.p_holm)} by Holm" if stars(one.p_holm) else "no p"
+            change = minus(f"{one.difference:+.{decimals(one.difference)}f}")
+            parts.append(f"{change} against {name} ({test})")
+    if not parts:
+        return ""
+    subject = "It is" if best == results.best(task) else f"{look(best).label} is"
+    return f" {subject} {'; '.join(parts)}."
+
+
+def _titled(one: Drawn, links: Links) -> str:
+    return f"<h3>{escape(one.title)}</h3>{figure(one, links)}"
+
+
+def _task(results: Results, made: Sequence[Comparison], task: Task, drawn: Sequence[Drawn], links: Links) -> str:
+    """One task: what it is, its table without the columns that say so, its figures."""
+    table = results_table(results, made, [task])
+    keep = [at for at, column in enumerate(table.columns) if column.name not in _SAID_ABOVE]
+    columns, rows = tuple(table.columns[at] for at in keep), tuple(tuple(row[at] for at in keep) for row in table.rows)
+    inner, chance = Table(table.name, table.title, columns, rows, table.note), results.chance(task.name)
+    units = sorted({len(one.predictions.units) for one in results.trials if one.task == task.name and one.predictions})
+    sizes = "" if not units else f"{units[0]}" if len(units) == 1 else f"{units[0]} to {units[-1]}"
+    what = facts(
+        [
+            ("Question", f"{task.kind}, primary metric {metric_label(task)}"),
+            ("Target", f"in {task.unit}" if task.kind == REGRESSION and task.unit else ""),
+            ("Classes", ", ".join(task.classes) if task.kind == CLASSIFICATION else ""),
+            ("Chance", f"{chance:.3f}" if chance == chance else "depends on the target"),
+            ("Test units per replicate", sizes),
+        ]
+    )
+    figures = "".join(figure(one, links) for one in drawn if one.task == task.name)
+    return f"<h3>{escape(task.name)}</h3>{what}{tables(inner, links) if inner.rows else ''}{figures}"
+
+
+def _failed(table: Mapping[str, Table], links: Links) -> str:
+    if "failed" not in table:
+        return paragraph("No trial failed, and none is missing.")
+    return tables(table["failed"], links)
+
+
+def _runs(results: Results, table: Mapping[str, Table], links: Links) -> str:
+    every = table["runs"]
+    listed = f'<details class="fold"><summary>{len(every.rows)} runs</summary>{tables(every, links)}</details>'
+    parameters = [(name, without_credentials(value)) for name, value in results.parameters.items()]
+    settings = (
+        f'<details class="fold"><summary>{len(parameters)} settings of the sweep</summary>{facts(parameters)}</details>'
+    )
+    return listed + (settings if parameters else "")
