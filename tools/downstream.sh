@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The evaluation on the synthetic cohort, from nothing to a report: cohort, ingest, pretraining, five tasks by eight
-# methods over three seeds, tables, figures, one HTML page. On 2 cores it takes less than half an hour after the installs.
+# methods over three seeds, tables, figures, one HTML page. Started again, it repeats nothing that is done.
 #
 #   ./tools/downstream.sh                 60 subjects in two sessions
 #   --output DIR     where everything goes (default: outputs/downstream)
