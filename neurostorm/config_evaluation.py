@@ -75,10 +75,14 @@ class AdaptConfig(Section):
     fraction: Share = Field(1.0, description="share of the training subjects whose labels are used; nested")
     strengths: tuple[float, ...] = Field(
         (1.0, 10.0, 100.0, 1e3, 1e4),
-        description="ridge penalties of linear, fc, roi, motion; the best on validation counts",
+        description="ridge penalties of linear, where tpt and full start, of fc, roi, motion; validation chooses",
     )
-    lr: float = Field(1e-3, gt=0, le=1, description="peak learning rate of head, pool and prompts")
-    backbone_lr_fraction: float = Field(0.1, gt=0, le=1, description="a backbone's learning rate over the head's")
+    lr: float = Field(
+        1e-3, gt=0, le=1, description="peak learning rate of prompts, pools, new heads and a random backbone"
+    )
+    backbone_lr_fraction: float = Field(
+        0.1, gt=0, le=1, description="learning rate, over lr, of a pretrained backbone and a head started from a probe"
+    )
     weight_decay: float = Field(0.01, ge=0, le=1, description="AdamW weight decay, on matrices only")
     epochs: Positive = Field(20, description="passes over the training units")
     patience: Positive = Field(5, description="epochs without a better validation before a training ends")
@@ -89,10 +93,11 @@ class AdaptConfig(Section):
     prompts: Positive = Field(50, description="prompts per block (tpt)")
     pool: Literal["auto", "mean", "places", "coupling", "covariance"] = Field(
         "auto",
-        description="a unit's vector for linear: mean of all tokens; of each place; correlation of places over clips; "
-        "covariance of the leading directions; auto: coupling of subjects, places of events, covariance of runs",
+        description="a unit's vector for linear, tpt and full: mean of all tokens; of each place; correlation of "
+        "places over clips; covariance of the leading directions; auto: coupling of subjects, places of events, "
+        "covariance of runs",
     )
-    directions: Positive = Field(50, description="directions of the tokens whose covariance is taken (pool=covariance)")
+    directions: Positive = Field(50, description="leading directions of the tokens (pool=covariance)")
     embedding: Positive = Field(128, description="size of a learned embedding (reid)")
     temperature: float = Field(0.1, gt=0, description="temperature of contrastive losses")
     atlas: Path | None = Field(None, description="label NIfTI for connectivity; default: parcels of the store's mask")

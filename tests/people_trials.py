@@ -57,7 +57,7 @@ def make_trial(config: Config) -> Trial:
         steps = config.adapt.swift_steps
         recipe = ContrastiveRecipe(kind="both", steps=steps, batch=4, lr=1e-3, temperature=0.1, seed=0)
         backbone = backbone_of(method, found, evaluation.cohort, cache / "models", seed=0, recipe=recipe)
-        if method.sees == "tokens":
+        if method.sees in ("tokens", "clips"):
             compute_here(backbone, evaluation, config)
     split = split_of(evaluation, config.split, seed=config.run.seed, fraction=config.adapt.fraction)
     classes = evaluation.examples.classes if task.kind == "classification" else ()

@@ -34,13 +34,12 @@ say "data: 60 synthetic subjects, two sessions at rest and a run of five task st
 say "pretraining: the preset tiny on brain tokens, three quarters of the patches hidden over all frames of a clip"
 "$python" jobs/pretrain.py --preset tiny --store "$output/store" --output "$output" --name pretrained \
     --model.tokens brain --mask.kind window-tube --mask.window 1,1,1,4 --mask.ratio 0.75 --strd.enabled false \
-    --train.max_steps 600 --train.validate_every 300 --checkpoint.every 300
+    --train.max_steps 900 --train.validate_every 300 --checkpoint.every 300
 
 say "sweep and report"
 "$python" jobs/sweep.py --store "$output/store" --model "$output/pretrained" --output "$output" --name sweep \
     --tasks age,sex,diagnosis,reid,state --methods linear,tpt,full,random_linear,random_full,fc,roi,motion \
     --replicates 3 --split.scheme kfold --split.folds 3 --split.group_column family_id \
-    --adapt.lr 2e-3 --adapt.backbone_lr_fraction 0.5 --adapt.epochs 5 --adapt.patience 3 --adapt.prompts 8 \
-    --adapt.clips_per_unit 4 \
+    --split.validation 0.25 --adapt.epochs 2 --adapt.prompts 8 --adapt.clips_per_unit 4 --adapt.batch_clips 32 \
     ${extra[@]+"${extra[@]}"}
 say "done: $output/sweep/report/report.html"

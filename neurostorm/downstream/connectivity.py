@@ -55,7 +55,7 @@ class Connectivity:
         return np.concatenate([self._matrices(part) for part in parts])
 
     def _matrices(self, series: Sequence[Series]) -> NDArray[np.float32]:
-        standard = [_standardised(values) for values in series]
+        standard = [standardised(values) for values in series]
         if len(standard) == 1:  # nilearn places no run alone, though the mean it is relative to is known by now
             standard *= 2
         matrices = np.asarray(self._measure.transform(standard), np.float64)[: len(series)]
@@ -86,18 +86,7 @@ def fit_connectivity(train: Sequence[Series], kind: Kind) -> Connectivity:
     )
     _check(train, kind)
     learnt_from = train if kind == "tangent" else train[:1]  # nilearn wants some run for the others too
-    return Connectivity(kind, measure.fit([_standardised(values) for values in learnt_from]))
-
-
-def connectivity(series: Sequence[Series], kind: Kind) -> NDArray[np.float32]:
-    """Series (T_i, R) of N runs -> float32 (N, R, R), for the kinds that look at one run at a time.
-
-    Raises:
-        ValueError: "tangent", which needs `fit_connectivity`; otherwise as that.
-    """
-    if kind == "tangent":
-        raise ValueError('kind = "tangent" depends on the training runs: fit_connectivity(training series, kind) first')
-    return fit_connectivity(series, kind).transform(series)
+    return Connectivity(kind, measure.fit([standardised(values) for values in learnt_from]))
 
 
 def upper(matrices: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
@@ -189,7 +178,7 @@ def _check(series: Sequence[Series], kind: Kind) -> None:
             raise ValueError(f"series {number} holds values that are not finite: leave that run out")
 
 
-def _standardised(values: Series) -> NDArray[np.float64]:
+def standardised(values: Series) -> NDArray[np.float64]:
     """(T, R): each region with mean 0 and variance 1 over the run, 0 where it does not vary."""
     wide = np.asarray(values, np.float64)
     centred = wide - wide.mean(0)

@@ -101,7 +101,8 @@ def _train_and_test(trial: Trial) -> tuple[list[tuple[int, dict[str, float]]], O
         history.append((epoch, measured))
         metric = trial.task.metric
         better = ", the best so far" if state is not None else ""
-        _say(f"epoch {epoch}: loss {measured['loss']:.4f}, validation {metric} {measured[metric]:.4f}{better}")
+        how = f"epoch {epoch}: loss {measured['loss']:.4f}" if epoch else "epoch 0, as the linear probe begins it"
+        _say(f"{how}, validation {metric} {measured[metric]:.4f}{better}")
 
     outcome = train_trial(trial, note)
     return history, outcome, test_trial(trial)

@@ -1,23 +1,25 @@
 """Fitting a method to a problem and predicting with it: in closed form on vectors, or a network by gradient.
 
     Problem --vectors--> path of strengths, the best on validation -----> Chosen {"strength"} --.
+                            | of frozen tokens: what the head on clips starts from              |
             --network--> epochs (training.py), the best on validation --> Chosen {"epoch"}, state --predict--> units
 
-A closed form is fitted again to predict: it takes a moment, and nothing of it has to be kept.
+Fine-tuning and prompts start from the linear probe of the same network (Kumar et al. 2022, "Fine-Tuning can Distort
+Pretrained Features"): few subjects are soon fitted by a head with random weights, and what was pretrained is lost. A
+closed form is fitted again to predict: it takes a moment, and nothing of it has to be kept.
 """
 
 import functools
-from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch import nn
 
 from neurostorm.config import AdaptConfig, ConfigError
 from neurostorm.downstream import vectors
@@ -28,15 +30,19 @@ from neurostorm.downstream.examples import Examples
 from neurostorm.downstream.features import read_tokens
 from neurostorm.downstream.inputs import ClipInputs, HeldInputs, Index, Inputs, evenly
 from neurostorm.downstream.methods import Method
+from neurostorm.downstream.networks import attention_network, connectome_network, place_head, start_head
 from neurostorm.downstream.objective import Objective
-from neurostorm.downstream.simple import build_vector_model
-from neurostorm.downstream.training import OnEpoch, State, Trainer, load_trained
-from neurostorm.model.adapt import AttentionPool, adapt
-from neurostorm.model.connectome import BrainNetCNN, BrainNetTransformer
+from neurostorm.downstream.simple import VectorModel, build_vector_model
+from neurostorm.downstream.training import OnEpoch, State, Trainer, better, load_trained
+from neurostorm.downstream.vectors import Matcher
+from neurostorm.model.adapt import Adapted, adapt
+from neurostorm.model.place_heads import PlaceHead
 from neurostorm.places import Place
 
+logger = logging.getLogger(__name__)
+
 SAME_SCAN_CLIPS = 8  # clips of each run that the released protocol of re-identification compares
-VERSION = 1  # raise it when a method gives other results for the same settings
+VERSION = 2  # raise it when a method gives other results for the same settings
 Values = NDArray[np.float64]
 
 _CLOSED = ("strengths",)
@@ -44,6 +50,7 @@ _GRADIENT = (
     "lr", "weight_decay", "epochs", "patience", "batch_clips", "clips_per_unit", "embedding", "temperature",
 )  # fmt: skip
 _REGIONS = ("atlas", "parcels")
+_BUFFERS = (".running_mean", ".running_var", ".num_batches_tracked", ".centre", ".shift", ".scale")
 
 
 @dataclass(frozen=True)
@@ -89,10 +96,10 @@ def settings_of(method: Method) -> tuple[str, ...]:
     names: tuple[str, ...] = _GRADIENT if method.by_gradient else _CLOSED if method.adaptation != "constant" else ()
     if method.sees in ("regions", "matrices"):
         names += _REGIONS if method.adaptation == "mean" else (*_REGIONS, "connectivity")
-    if method.adaptation == "linear" and method.sees == "tokens":
+    if method.sees == "clips" or (method.adaptation == "linear" and method.sees == "tokens"):
         names += ("pool", "directions")
     names += ("prompts",) if method.adaptation == "tpt" else ()
-    names += ("backbone_lr_fraction",) if method.adaptation == "full" and method.weights != "random" else ()
+    names += ("strengths", "backbone_lr_fraction") if method.sees == "clips" else ()
     return names + (("swift_steps",) if method.weights == "contrastive" else ())
 
 
@@ -100,6 +107,8 @@ def fit(problem: Problem, train: Index, validation: Index, on_epoch: OnEpoch) ->
     """Fit on the units `train`, choose on the units `validation`; `on_epoch` as `Trainer.fit` (by gradient only)."""
     if problem.method.by_gradient:
         trainer = _trainer(problem, train)
+        if problem.method.sees == "clips":
+            _begin(problem, trainer.network, train, validation)
         found = trainer.fit(train, validation, on_epoch)
         return Chosen({"epoch": float(found.epoch)}, found.validation, found.state, counted(found.state))
     constant = problem.method.adaptation == "constant"
@@ -107,15 +116,11 @@ def fit(problem: Problem, train: Index, validation: Index, on_epoch: OnEpoch) ->
         raise ConfigError(
             "adapt.method=constant: what is the same for everybody identifies nobody; chance is 1/gallery"
         )
-    x, judged = _vectors(problem, train), problem.examples.take(validation)
-    best: Chosen | None = None
-    for strength in (1.0,) if constant else sorted(problem.settings.strengths, reverse=True):  # of equals the strongest
-        measured = problem.objective.measure(judged, _closed_form(problem, x, train, strength)(x[validation]))
-        if best is None or measured[problem.metric] > best.validation[problem.metric]:
-            learned = 0 if constant else _learned(problem, x.shape[1])
-            best = Chosen({"strength": strength}, measured, {}, learned)
-    assert best is not None
-    return best
+    x = _vectors(problem, train)
+    strength, measured = _best_strength(
+        problem, x, train, validation, (1.0,) if constant else problem.settings.strengths
+    )
+    return Chosen({"strength": strength}, measured, {}, 0 if constant else _learned(problem, x.shape[1]))
 
 
 def predict(problem: Problem, train: Index, units: Index, setting: dict[str, float], state: State) -> Values:
@@ -133,7 +138,7 @@ def clip_vectors(problem: Problem, train: Index, units: Index, state: State) -> 
     if problem.method.by_gradient and problem.method.sees != "matrices":
         trainer = _trainer(problem, train)
         load_trained(trainer.network, state)
-        return trainer.clip_outputs(units, SAME_SCAN_CLIPS)
+        return trainer.clip_features(units, SAME_SCAN_CLIPS)
     if problem.method.sees == "tokens":
         clips = evenly(problem.examples.take(units), SAME_SCAN_CLIPS)
         of_units = problem.examples.clips_of(units)
@@ -142,8 +147,8 @@ def clip_vectors(problem: Problem, train: Index, units: Index, state: State) -> 
 
 
 def counted(state: State) -> int:
-    """Numbers that were trained."""
-    return sum(tensor.numel() for name, tensor in state.items() if "running_" not in name and "num_batches" not in name)
+    """Numbers that were trained: not the buffers, which are kept with them."""
+    return sum(tensor.numel() for name, tensor in state.items() if not name.endswith(_BUFFERS))
 
 
 def _learned(problem: Problem, features: int) -> int:
@@ -151,59 +156,83 @@ def _learned(problem: Problem, features: int) -> int:
     return features if problem.objective.kind == "identification" else (features + 1) * problem.objective.outputs
 
 
+def _best_strength(
+    problem: Problem, x: Values, train: Index, validation: Index, strengths: Sequence[float]
+) -> tuple[float, dict[str, float]]:
+    """Of the strengths the best on validation, and its metrics there; of equals the strongest."""
+    judged = problem.examples.take(validation)
+    best: tuple[float, dict[str, float]] | None = None
+    for strength in sorted(strengths, reverse=True):
+        measured = problem.objective.measure(judged, _closed_form(problem, x, train, strength)(x[validation]))
+        if best is None or better(problem.metric, measured[problem.metric], best[1][problem.metric]):
+            best = strength, measured
+    assert best is not None
+    return best
+
+
 def _closed_form(problem: Problem, x: Values, train: Index, strength: float) -> Callable[[Values], Values]:
+    found = _fitted(problem, x, train, strength)
+    return found.transform if isinstance(found, Matcher) else found.predict
+
+
+def _fitted(problem: Problem, x: Values, train: Index, strength: float) -> Matcher | VectorModel:
     examples, kind = problem.examples.take(train), problem.objective.kind
     if kind == "identification":
-        return vectors.Matcher(strength).fit(x[train], examples.subjects).transform
+        return Matcher(strength).fit(x[train], examples.subjects)
     name: Literal["constant", "linear"] = "constant" if problem.method.adaptation == "constant" else "linear"
     vector_kind: Literal["regression", "classification"] = "regression" if kind == "regression" else "classification"
     model = build_vector_model(vector_kind, strength, name, range(problem.objective.classes))
-    return model.fit(x[train], examples.targets).predict
+    return model.fit(x[train], examples.targets)
 
 
 def _vectors(problem: Problem, train: Index) -> Values:
     """(M, D) of all units; what is learnt for them is learnt from the units `train`."""
     method, examples = problem.method, problem.examples
-    taught = np.zeros(len(examples.units), bool)
-    taught[train] = True
     if method.sees == "nothing":
         return vectors.nothing(examples)
     if method.sees == "attributes":
         return vectors.attributes(examples, lambda run: problem.cohort.attributes(examples.runs[run]))
     if method.sees == "tokens":
-        pool = vectors.pool_name(problem.settings.pool, problem.objective.kind, examples)
-        return vectors.of_tokens(examples, _tokens(problem), pool, problem.settings.directions, taught)
+        return _token_vectors(problem, train)[0]
     series = _series(problem)
     if method.adaptation == "mean":
         return vectors.activity(examples, series)
-    return vectors.edges(vectors.matrices(examples, series, problem.settings.connectivity, taught))
+    return vectors.edges(vectors.matrices(examples, series, problem.settings.connectivity, _taught(problem, train)))
+
+
+def _token_vectors(problem: Problem, train: Index) -> tuple[Values, vectors.Signals | None]:
+    """(M, D) of the frozen tokens of all units, and the signals in them, if the pool has any."""
+    examples, tokens, settings = problem.examples, _tokens(problem), problem.settings
+    pool = vectors.pool_name(settings.pool, problem.objective.kind, examples.take(train))
+    signals = None
+    if pool in ("coupling", "covariance"):
+        signals = vectors.learn_signals(examples, tokens, pool, settings.directions, _taught(problem, train))
+    return vectors.of_tokens(examples, tokens, pool, signals), signals
 
 
 def _trainer(problem: Problem, train: Index) -> Trainer:
     torch.manual_seed(problem.seed)
-    examples, settings = problem.examples, problem.settings
+    examples, settings, method = problem.examples, problem.settings, problem.method
     network: nn.Module
     inputs: Inputs
-    if problem.method.sees == "matrices":
+    if method.sees == "matrices":
         examples = examples.one_clip_each()
-        taught = np.isin(np.arange(len(examples.units)), train)
-        held = vectors.matrices(problem.examples, _series(problem), settings.connectivity, taught)
-        network, inputs = _connectome_network(problem, held.shape[-1]), HeldInputs(held, problem.device)
+        held = vectors.matrices(problem.examples, _series(problem), settings.connectivity, _taught(problem, train))
+        inputs = HeldInputs(held, problem.device)
+        network = connectome_network(method.adaptation, held.shape[-1], problem.objective)
+    elif method.sees == "tokens":
+        tokens = _tokens(problem)
+        inputs = HeldInputs(tokens, problem.device)
+        network = attention_network(_backbone(problem).encoder(), problem.objective)
     else:
-        assert problem.backbone is not None
-        encoder = problem.backbone.encoder()
-        shape = encoder.config
-        width = shape.width(shape.stages - 1)
-        head = problem.objective.head(width)
-        if problem.method.sees == "tokens":
-            network = nn.Sequential(OrderedDict(pool=AttentionPool(width, shape.heads[-1]), head=head))
-            inputs = HeldInputs(_tokens(problem), problem.device)
-        else:
-            network = adapt(encoder, head, problem.method.adaptation, prompts=settings.prompts)
-            normalise = problem.backbone.normalise
-            inputs = ClipInputs(problem.cohort.store, examples, encoder, normalise, problem.device)
-    from_scratch = problem.method.weights == "random"
-    return Trainer(
+        encoder = _backbone(problem).encoder()
+        inputs = ClipInputs(problem.cohort.store, examples, encoder, _backbone(problem).normalise, problem.device)
+        clips = int(np.isin(examples.unit, train).sum())
+        pool = vectors.pool_name(settings.pool, problem.objective.kind, examples.take(train))
+        head = place_head(encoder, problem.objective, pool, settings.directions, clips)
+        network = adapt(encoder, head, method.adaptation, prompts=settings.prompts)
+    slow = settings.lr * settings.backbone_lr_fraction
+    trainer = Trainer(
         network=network.to(problem.device).train(),
         inputs=inputs,
         examples=examples,
@@ -211,27 +240,42 @@ def _trainer(problem: Problem, train: Index) -> Trainer:
         metric=problem.metric,
         settings=settings,
         seed=problem.seed,
-        backbone_lr=settings.lr * (1.0 if from_scratch else settings.backbone_lr_fraction),
+        backbone_lr=settings.lr if method.weights == "random" else slow,
         device=problem.device,
     )
+    if not isinstance(network, Adapted):
+        return trainer
+    assert isinstance(network.head, PlaceHead)
+    return replace(trainer, conclude=network.head.conclude, head_lr=slow, begun=True)
 
 
-class _Unit(nn.Module):
-    """Vectors at unit length, as an identification's loss takes them."""
+def _begin(problem: Problem, network: nn.Module, train: Index, validation: Index) -> None:
+    """Start the head of a network on clips as the probe that is best on validation (Kumar et al. 2022, LP-FT).
 
-    def forward(self, x: Tensor) -> Tensor:
-        return normalize(x, dim=1)
+    The probe is of the network without prompts. New ones are short vectors, which move its tokens a little.
+    """
+    assert isinstance(network, Adapted) and isinstance(network.head, PlaceHead)
+    x, signals = _token_vectors(problem, train)
+    strength, _ = _best_strength(problem, x, train, validation, problem.settings.strengths)
+    found = _fitted(problem, x, train, strength)
+    try:
+        outputs = network.head.linear.out_features
+        start_head(network.head, found.affine(outputs) if isinstance(found, Matcher) else found.affine(), signals)
+    except TypeError as error:
+        logger.warning("%s starts from nothing: %s", problem.method.name, error)
 
 
-def _connectome_network(problem: Problem, regions: int) -> nn.Module:
-    build = BrainNetCNN if problem.method.adaptation == "brainnetcnn" else BrainNetTransformer
-    network: nn.Module = build(regions, problem.objective.outputs)
-    return nn.Sequential(network, _Unit()) if problem.objective.kind == "identification" else network
+def _taught(problem: Problem, train: Index) -> NDArray[np.bool_]:
+    return np.isin(np.arange(len(problem.examples.units)), train)
+
+
+def _backbone(problem: Problem) -> Backbone:
+    assert problem.backbone is not None
+    return problem.backbone
 
 
 def _tokens(problem: Problem) -> NDArray[np.float32]:
-    assert problem.backbone is not None
-    return _kept_tokens(problem.backbone, problem.cache, _Same(problem.cohort, problem.examples))
+    return _kept_tokens(_backbone(problem), problem.cache, _Same(problem.cohort, problem.examples))
 
 
 def _series(problem: Problem) -> dict[int, NDArray[np.float32]]:

@@ -1,12 +1,13 @@
 """What a network is given, clip by clip: frozen tokens, patches of the store, or connectivity; and in which order.
 
-    epoch's draw of clips --batches--> indices --Inputs--> a tensor on the device
+    epoch's draw of views --batches--> indices of clips --Inputs--> a tensor on the device
 
-Which clips an epoch takes is a pure function of (examples, seed, epoch): some of each unit, so that long runs do not
-outweigh short ones. Of identification a batch holds pairs: two clips of one subject, of two sessions where it has them.
+A view is some clips of one unit, which are pooled. Which an epoch takes is a pure function of (examples, seed, epoch):
+as many of each unit, so that long runs do not outweigh short ones. Of identification they come in pairs: two views of
+one subject, of two sessions where it has them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -77,41 +78,56 @@ def evenly(examples: Examples, most: int) -> Index:
     return np.concatenate(chosen)
 
 
-def draw(examples: Examples, most: int, *, seed: int, epoch: int) -> Index:
-    """An epoch's clips in their order: up to `most` of each unit, without repeats, shuffled together."""
+def draw(examples: Examples, most: int, *, seed: int, epoch: int) -> list[Index]:
+    """An epoch's views in their order: one of each unit, up to `most` of its clips without repeats; units shuffled."""
     rng = np.random.default_rng([seed, epoch])
     drawn = [rng.permutation(clips)[:most] for clips in examples.clips_by_unit()]
-    return rng.permutation(np.concatenate(drawn))
+    return [drawn[unit] for unit in rng.permutation(len(drawn))]
 
 
-def draw_pairs(examples: Examples, most: int, *, seed: int, epoch: int) -> Index:
-    """As `draw`, for units that are runs: pairs (two indices after each other) of one subject, `most` of each subject.
+def draw_pairs(examples: Examples, most: int, *, seed: int, epoch: int) -> list[Index]:
+    """As `draw`, for units that are runs: pairs (two views after each other), one of each subject.
 
-    The two are of different sessions, or of different clips where a subject has one session. Within a round every
-    subject comes once, so that a batch holds few pairs of one subject.
+    The two are of different sessions, of different runs where a subject has one session, or else share no clip.
     """
     rng = np.random.default_rng([seed, epoch])
     session = np.array([run.session for run in examples.runs])[examples.run]
     subject = np.array(examples.subjects)[examples.unit]
-    groups = []
-    for name in np.unique(subject):
+    views = []
+    for name in rng.permutation(np.unique(subject)):
         clips = np.flatnonzero(subject == name)
-        groups.append([clips[session[clips] == found] for found in np.unique(session[clips])])
-    pairs = []
-    for _ in range(most):
-        for number in rng.permutation(len(groups)):
-            sessions = groups[number]
-            if len(sessions) > 1:
-                pairs += [rng.choice(sessions[which]) for which in rng.choice(len(sessions), 2, replace=False)]
-            elif len(sessions[0]) > 1:
-                pairs += list(rng.choice(sessions[0], 2, replace=False))
-    return np.array(pairs, np.int64)
+        apart = session if len(np.unique(session[clips])) > 1 else examples.unit
+        groups = [rng.permutation(clips[apart[clips] == found]) for found in np.unique(apart[clips])]
+        if len(groups) > 1:
+            views += [_of_one_unit(examples, groups[which], most) for which in rng.permutation(len(groups))[:2]]
+        elif len(clips) > 1:
+            views += [half[:most] for half in np.array_split(groups[0], 2)]
+    return views
 
 
-def batches(clips: Index, size: int, *, pairs: bool = False) -> Iterator[Index]:
-    """`clips` in batches of `size`; pairs stay together, and a last batch too small for their loss is left out."""
-    size = max(4, size - size % 2) if pairs else size
+def batches(clips: Index, size: int) -> Iterator[Index]:
+    """`clips` in batches of `size`."""
     for first in range(0, len(clips), size):
-        part = clips[first : first + size]
-        if not pairs or len(part) >= 4:
-            yield part
+        yield clips[first : first + size]
+
+
+def batches_of_views(views: Sequence[Index], size: int, *, pairs: bool = False) -> Iterator[list[Index]]:
+    """Views, whole, in batches of up to `size` clips, or of one view that is longer.
+
+    Pairs stay together, two at least, as their loss compares; a last pair that is left alone is left out.
+    """
+    together, least = (2, 4) if pairs else (1, 1)
+    waiting: list[Index] = []
+    for first in range(0, len(views), together):
+        group = list(views[first : first + together])
+        if len(waiting) >= least and sum(map(len, waiting)) + sum(map(len, group)) > size:
+            yield waiting
+            waiting = []
+        waiting += group
+    if len(waiting) >= least:
+        yield waiting
+
+
+def _of_one_unit(examples: Examples, clips: Index, most: int) -> Index:
+    """Up to `most` of the clips, all of the unit of the first: a session may hold several runs."""
+    return clips[examples.unit[clips] == examples.unit[clips[0]]][:most]

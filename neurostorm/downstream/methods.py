@@ -6,7 +6,8 @@
     regions       ridge | logistic                      fc (connectivity), roi (mean activity)
     tokens        ridge | logistic on a unit's vector   linear, random_linear
     tokens        attention pool and head, by gradient  attention, random_attention
-    clips         prompts | the whole network           tpt, full, random_tpt, random_full, swift, swift_scratch
+    clips         prompts | the whole network, from     tpt, full, random_tpt, random_full, swift, swift_scratch
+                  a linear probe of it
     matrices      a network on connectivity             brainnetcnn, bnt
 
 For identification, ridge and logistic give way to a map that shrinks what differs within a subject (`vectors.py`).

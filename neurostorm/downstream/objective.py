@@ -68,17 +68,20 @@ class Objective:
         return build_head(self.kind, width, self.classes if self.kind == "classification" else 1)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """() of outputs (B, outputs) and targets (B); of identification a batch is pairs, one after the other."""
+        """() of outputs (B, outputs) and targets (B); of identification a batch is pairs, one after the other.
+
+        The weights of classes have mean 1 over the training units, so that a batch's loss is that of all on average,
+        however few of a class are in it.
+        """
         if self.kind == "regression":
             return mse_loss(outputs[:, 0], (targets - self.mean) / self.deviation)
         if self.kind == "identification":
             return instance_loss(outputs[::2], outputs[1::2], targets[::2], self.temperature)
         weights = torch.from_numpy(self.weights).to(outputs.device)
         if self.classes > 2:
-            return cross_entropy(outputs, targets.long(), weights)
+            return cross_entropy(outputs, targets.long(), weights, reduction="sum") / len(targets)
         losses = binary_cross_entropy_with_logits(outputs[:, 0], targets.to(outputs.dtype), reduction="none")
-        weight = weights[targets.long()]
-        return (losses * weight).sum() / weight.sum()
+        return (losses * weights[targets.long()]).mean()
 
     def predictions(self, pooled: Values) -> Values:
         """Mean outputs (M, outputs) -> (M) in the target's unit, probabilities (M, K) or vectors (M, D)."""

@@ -79,16 +79,17 @@ def prepare(config: Config, wanted: Sequence[Wanted], say: Say = logger.info) ->
             )
             _keep_split(home, where, splits[where])
     ensure_ray()
-    backbones: dict[tuple[str, int], Backbone | None] = {}
+    backbones: dict[str, Backbone | None] = {}
     trials = []
     for want in wanted:
         method, label = methods[want.adapt.method], want.task.label
-        drawn = (method.name, _weights_seed(method, config, want.seed))
-        if drawn not in backbones:
-            backbones[drawn] = _backbone(config, method, found, evaluations[label], drawn[1], cache, say)
+        if method.name not in backbones:
+            backbones[method.name] = _backbone(config, method, found, evaluations[label], cache, say)
         own = _config_of(config, want, evaluations[label].examples.clip_frames)
         split, classes = splits[label, want.seed, want.adapt.fraction], _classes(evaluations[label])
-        trials.append(Trial(own, want.task, split, backbones[drawn], cache, home / "trials", data[label], classes))
+        trials.append(
+            Trial(own, want.task, split, backbones[method.name], cache, home / "trials", data[label], classes)
+        )
     _share(config, trials, evaluations, cache, say)
     return Prepared(trials, labels)
 
@@ -144,18 +145,14 @@ def _keep_split(home: Place, where: tuple[str, int, float], split: Split) -> Non
     save_split(folder / f"{file_name(label)}_s{seed}_{fraction:g}.json", split)
 
 
-def _weights_seed(method: Method, config: Config, seed: int) -> int:
-    """Weights that are trained are drawn anew for each replicate; frozen ones and pretraining happen once."""
-    return seed if method.weights == "random" and method.sees == "clips" else config.run.seed
-
-
 def _backbone(
-    config: Config, method: Method, found: Pretrained | None, evaluation: Evaluation, seed: int, cache: Place, say: Say
+    config: Config, method: Method, found: Pretrained | None, evaluation: Evaluation, cache: Place, say: Say
 ) -> Backbone | None:
+    """The network under a method; random weights are drawn from run.seed, once for all replicates, as features are."""
     if not method.needs_model:
         return None
     assert found is not None
-    settings = config.adapt
+    settings, seed = config.adapt, config.run.seed
     recipe = ContrastiveRecipe(
         kind="both", steps=settings.swift_steps, batch=SWIFT_BATCH, lr=SWIFT_LR, temperature=settings.temperature,
         seed=seed,
@@ -182,7 +179,7 @@ def _share(config: Config, trials: Sequence[Trial], evaluations: dict[str, Evalu
         what = (trial.task.label, trial.backbone.key if trial.backbone else trial.method.sees)
         if what in done:
             continue
-        if trial.method.sees == "tokens" and trial.backbone is not None:
+        if trial.method.sees in ("tokens", "clips") and trial.backbone is not None:
             done.add(what)
             made = compute_tokens(
                 trial.backbone, evaluation.cohort, evaluation.examples, cache, settings, workers=at_once

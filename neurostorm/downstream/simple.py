@@ -10,6 +10,7 @@ direction (the representer theorem), so the fit is the same one, with N numbers 
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self
 
 import numpy as np
@@ -39,6 +40,23 @@ MOTION_FEATURES = (
 )
 _NO_DIRECTION = 1e-12  # of the largest variance: below it is rounding
 _TOLERANCE, _STEPS = 1e-6, 5000
+_NEVER = -30.0  # logit of a class that no training unit has
+
+
+@dataclass(frozen=True)
+class Affine:
+    """(x - shift) / scale @ weights + bias, of x (N, D).
+
+    Attributes:
+        shift, scale: float64 (D).
+        weights: float64 (D, O).
+        bias: float64 (O).
+    """
+
+    shift: Values
+    scale: Values
+    weights: Values
+    bias: Values
 
 
 class VectorModel(Protocol):
@@ -49,6 +67,12 @@ class VectorModel(Protocol):
 
     def predict(self, x: ArrayLike) -> Values:
         """Of x (N, D): the target (N,) in its own unit, or probabilities (N, K) in the order of the classes."""
+
+    def affine(self) -> Affine:
+        """What it computes of x without gaps, before probabilities: the standardised target, or a logit per class.
+
+        Of two classes the one logit is the second's. TypeError: the model looks at no feature.
+        """
 
 
 def build_vector_model(
@@ -129,6 +153,9 @@ class _Mean:
     def predict(self, x: ArrayLike) -> Values:
         return np.full(len(np.asarray(x)), self._mean)
 
+    def affine(self) -> Affine:
+        raise TypeError("a constant is no map of features")
+
 
 class _LinearRegression:
     def __init__(self, strength: float) -> None:
@@ -144,6 +171,10 @@ class _LinearRegression:
     def predict(self, x: ArrayLike) -> Values:
         return self._mean + self._spread * self._pipeline.predict(np.asarray(x, np.float64))
 
+    def affine(self) -> Affine:
+        model = self._pipeline[-1]
+        return _affine(self._pipeline, np.atleast_2d(model.coef_), np.atleast_1d(model.intercept_))
+
 
 class _Frequencies:
     def __init__(self, classes: Sequence[Hashable]) -> None:
@@ -156,6 +187,9 @@ class _Frequencies:
 
     def predict(self, x: ArrayLike) -> Values:
         return np.tile(self._share, (len(np.asarray(x)), 1))
+
+    def affine(self) -> Affine:
+        raise TypeError("a constant is no map of features")
 
 
 class _LinearClassification:
@@ -179,9 +213,30 @@ class _LinearClassification:
         scores[:, self._present] = self._pipeline.predict_proba(rows) if len(self._present) > 1 else 1.0
         return scores
 
+    def affine(self) -> Affine:
+        present, classes = self._present, len(self._classes)
+        if len(present) == 1:
+            raise TypeError("training units of one class: no feature tells anything apart")
+        model = self._pipeline[-1]
+        if classes == 2:
+            return _affine(self._pipeline, model.coef_, model.intercept_)
+        coefficients = np.zeros((classes, model.coef_.shape[1]))
+        bias = np.full(classes, _NEVER)
+        both = len(present) == 2  # which have one logit between them
+        coefficients[present[1:] if both else present] = model.coef_
+        bias[present] = [0.0, *model.intercept_] if both else model.intercept_
+        return _affine(self._pipeline, coefficients, bias)
+
 
 def _pipeline(model: BaseEstimator) -> Pipeline:
     return make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler(), Span(), model)
+
+
+def _affine(pipeline: Pipeline, coefficients: Values, bias: Values) -> Affine:
+    """A fitted `_pipeline` with a last model of these coefficients (O, D') in the directions of its span."""
+    _, scaler, span, _ = (step for _, step in pipeline.steps)
+    weights = coefficients.T if span.directions_ is None else span.directions_ @ coefficients.T
+    return Affine(scaler.mean_, scaler.scale_, weights, bias)
 
 
 def _checked(x: ArrayLike, y: ArrayLike) -> tuple[Values, NDArray[Any]]:

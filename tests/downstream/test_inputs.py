@@ -1,7 +1,8 @@
 """Inputs: which clips an epoch takes, in which batches, and that the network is given the store's own clips."""
 
 import shutil
-from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,16 @@ from neurostorm.data.clips import ClipReader
 from neurostorm.data.plan import ROW
 from neurostorm.downstream.cohort import Cohort, open_cohort
 from neurostorm.downstream.examples import Examples, collect
-from neurostorm.downstream.inputs import ClipInputs, HeldInputs, batches, draw, draw_pairs, evenly
+from neurostorm.downstream.inputs import (
+    ClipInputs,
+    HeldInputs,
+    Index,
+    batches,
+    batches_of_views,
+    draw,
+    draw_pairs,
+    evenly,
+)
 from neurostorm.downstream.tasks import Age, Cut
 from neurostorm.model.hub import NeuroStorm
 from neurostorm.model.swin4d import SwinEncoder
@@ -49,58 +59,94 @@ def test_evenly_takes_as_many_clips_as_there_are_from_end_to_end(sizes: list[int
     assert np.array_equal(evenly(examples, most), chosen)
 
 
+def lists(views: Sequence[Index]) -> list[list[int]]:
+    return [view.tolist() for view in views]
+
+
 @CASES
 @given(SIZES, st.integers(1, 14), st.integers(0, 99), st.integers(0, 99))
-def test_an_epochs_draw_has_up_to_so_many_clips_of_each_unit_without_repeats(sizes, most, seed, epoch) -> None:
+def test_an_epochs_draw_is_a_view_of_each_unit_of_up_to_so_many_clips_without_repeats(sizes, most, seed, epoch) -> None:
     examples = sized(sizes)
-    drawn = draw(examples, most, seed=seed, epoch=epoch)
-    assert len(set(drawn)) == len(drawn)
-    assert Counter(examples.unit[drawn].tolist()) == {unit: min(most, size) for unit, size in enumerate(sizes)}
-    assert np.array_equal(draw(examples, most, seed=seed, epoch=epoch), drawn)
+    views = lists(draw(examples, most, seed=seed, epoch=epoch))
+    assert sorted(examples.unit[view[0]] for view in views) == list(range(len(sizes)))
+    for view in views:
+        (unit,) = {int(examples.unit[clip]) for clip in view}
+        assert len(view) == len(set(view)) == min(most, sizes[unit])
+    assert lists(draw(examples, most, seed=seed, epoch=epoch)) == views
 
 
 def test_draws_of_other_epochs_and_seeds_are_others_and_come_mixed() -> None:
-    examples = sized([40, 40])
-    drawn = {(seed, epoch): tuple(draw(examples, 5, seed=seed, epoch=epoch)) for seed in range(3) for epoch in range(3)}
-    assert len(set(drawn.values())) == 9
-    assert any(sorted(examples.unit[list(clips)]) != examples.unit[list(clips)].tolist() for clips in drawn.values())
-    seen = {clip for epoch in range(100) for clip in draw(examples, 5, seed=0, epoch=epoch).tolist()}
-    assert seen == set(range(80)), "epoch by epoch all clips come"
+    examples = sized([40, 40, 40])
+    drawn = [lists(draw(examples, 5, seed=seed, epoch=epoch)) for seed in range(3) for epoch in range(3)]
+    assert len({str(views) for views in drawn}) == 9
+    assert len({tuple(examples.unit[view[0]] for view in views) for views in drawn}) > 2, "units are shuffled"
+    assert any(view != sorted(view) for views in drawn for view in views), "and their clips"
+    seen = {clip for epoch in range(100) for view in draw(examples, 5, seed=0, epoch=epoch) for clip in view.tolist()}
+    assert seen == set(range(120)), "epoch by epoch all clips come"
 
 
 def test_a_draw_does_not_look_at_torchs_or_numpys_own_state() -> None:
     torch.manual_seed(0)
     np.random.seed(0)
-    first = draw(sized([9, 9]), 3, seed=1, epoch=2)
+    first = lists(draw(sized([9, 9]), 3, seed=1, epoch=2))
     np.random.seed(5)
-    assert np.array_equal(draw(sized([9, 9]), 3, seed=1, epoch=2), first)
+    assert lists(draw(sized([9, 9]), 3, seed=1, epoch=2)) == first
 
 
 @CASES
-@given(st.integers(1, 5), st.integers(1, 3), st.integers(2, 4), st.integers(1, 5), st.integers(0, 99))
+@given(st.integers(1, 5), st.integers(1, 3), st.integers(2, 5), st.integers(1, 5), st.integers(0, 99))
 def test_pairs_are_of_one_person_and_of_two_sessions_where_there_are_two(
     make_runs, people, sessions, clips, most, seed
 ) -> None:
     examples = make_runs(people, sessions=sessions, clips=clips)
-    drawn = draw_pairs(examples, most, seed=seed, epoch=3)
-    assert np.array_equal(draw_pairs(examples, most, seed=seed, epoch=3), drawn)
-    first, second = drawn[::2], drawn[1::2]
+    views = draw_pairs(examples, most, seed=seed, epoch=3)
+    assert lists(draw_pairs(examples, most, seed=seed, epoch=3)) == lists(views)
+    assert len(views) == 2 * people
     whose = np.array(examples.subjects)[examples.unit]
     session = np.array([run.session for run in examples.runs])[examples.run]
-    assert np.array_equal(whose[first], whose[second]) and not np.any(first == second)
-    if sessions > 1:
-        assert np.all(session[first] != session[second])
-    for turn in range(most):
-        assert len(set(whose[first[turn * people : (turn + 1) * people]])) == people, "each once before any again"
-    assert len(first) == most * people
+    for first, second in zip(views[::2], views[1::2], strict=True):
+        assert len(set(whose[first]) | set(whose[second])) == 1
+        assert len(set(first) | set(second)) == len(first) + len(second), "no clip twice"
+        if sessions > 1:
+            assert len(first) == len(second) == min(most, clips)
+            (one,), (other,) = set(session[first]), set(session[second])
+            assert one != other
+        else:
+            assert (len(first), len(second)) == (min(most, (clips + 1) // 2), min(most, clips // 2))
+    assert sorted(whose[first[0]] for first in views[::2]) == sorted(set(whose)), "each person once"
 
 
 def test_pairs_change_with_epoch_and_seed_and_leave_out_who_has_one_clip(make_runs) -> None:
     examples = make_runs(4, clips=6)
-    drawn = {tuple(draw_pairs(examples, 3, seed=seed, epoch=epoch)) for seed in range(3) for epoch in range(3)}
+    drawn = {str(lists(draw_pairs(examples, 3, seed=seed, epoch=epoch))) for seed in range(3) for epoch in range(3)}
     assert len(drawn) == 9
     single = make_runs(3, sessions=1, clips=1)
-    assert len(draw_pairs(single, 3, seed=0, epoch=0)) == 0
+    assert draw_pairs(single, 3, seed=0, epoch=0) == []
+
+
+def test_of_a_session_with_several_runs_a_view_is_of_one_of_them(make_runs) -> None:
+    examples = make_runs(2, sessions=6, clips=4)
+    runs = tuple(replace(run, session=str(int(run.session) // 2)) for run in examples.runs)  # three, of two runs each
+    examples = replace(examples, runs=runs)
+    seen = set()
+    for epoch in range(40):
+        views = draw_pairs(examples, 3, seed=0, epoch=epoch)
+        for view in views:
+            (unit,) = set(examples.unit[view].tolist())
+            assert len(view) == 3
+            seen.add(unit)
+        sessions = [runs[examples.run[view[0]]].session for view in views]
+        assert all(one != other for one, other in zip(sessions[::2], sessions[1::2], strict=True))
+    assert seen == set(range(12)), "epoch by epoch each run comes"
+
+
+def test_of_one_session_with_several_runs_the_views_are_of_two_runs(make_runs) -> None:
+    examples = make_runs(3, sessions=4, clips=4)
+    examples = replace(examples, runs=tuple(replace(run, session="1") for run in examples.runs))
+    views = draw_pairs(examples, 8, seed=0, epoch=1)
+    units = [set(examples.unit[view].tolist()) for view in views]
+    assert len(views) == 6 and all(len(unit) == 1 for unit in units)
+    assert all(one != other for one, other in zip(units[::2], units[1::2], strict=True))
 
 
 @CASES
@@ -111,14 +157,39 @@ def test_batches_are_the_clips_in_their_order(count: int, size: int) -> None:
     assert all(len(part) == size for part in found[:-1])
 
 
+def views_of(sizes: Sequence[int]) -> list[Index]:
+    return np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1]) if sizes else []
+
+
+def clips_in(views: Sequence[Sequence[int]]) -> int:
+    return sum(len(view) for view in views)
+
+
 @CASES
-@given(st.integers(0, 30), st.integers(1, 13))
-def test_batches_of_pairs_never_part_a_pair_and_hold_two_at_least(pairs: int, size: int) -> None:
-    found = list(batches(np.arange(2 * pairs), size, pairs=True))
-    kept = [clip for part in found for clip in part]
-    assert kept == list(range(len(kept))) and 2 * pairs - len(kept) in (0, 2), "one pair has nobody to differ from"
-    for part in found:
-        assert 4 <= len(part) <= max(4, size) and len(part) % 2 == 0 and part[0] % 2 == 0
+@given(st.lists(st.integers(1, 9), max_size=12), st.integers(1, 13))
+def test_batches_hold_whole_views_in_their_order_and_as_many_as_fit(sizes: list[int], size: int) -> None:
+    views = views_of(sizes)
+    found = [lists(part) for part in batches_of_views(views, size)]
+    assert [view for part in found for view in part] == lists(views)
+    for number, part in enumerate(found):
+        assert len(part) == 1 or clips_in(part) <= size
+        if number + 1 < len(found):
+            assert clips_in(part) + len(found[number + 1][0]) > size, "the next one had found no room"
+
+
+@CASES
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), max_size=15), st.integers(1, 25))
+def test_batches_of_pairs_never_part_a_pair_and_hold_two_at_least(pairs: list[tuple[int, int]], size: int) -> None:
+    views = views_of([length for pair in pairs for length in pair])
+    found = [lists(part) for part in batches_of_views(views, size, pairs=True)]
+    kept = [view for part in found for view in part]
+    assert kept == lists(views)[: len(kept)]
+    assert len(views) - len(kept) in (0, 2), "one pair has nobody to differ from"
+    for number, part in enumerate(found):
+        assert len(part) >= 4 and len(part) % 2 == 0
+        assert len(part) == 4 or clips_in(part) <= size
+        if number + 1 < len(found):
+            assert clips_in(part) + clips_in(found[number + 1][:2]) > size
 
 
 def test_held_rows_are_given_by_index() -> None:

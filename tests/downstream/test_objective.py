@@ -85,6 +85,24 @@ def test_the_loss_of_two_classes_with_one_logit_is_that_with_two(two_classes) ->
     assert objective.outputs == 1 and objective.head(6)(drawn(4, 3, 6)).shape == (4, 1)
 
 
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_losses_of_batches_average_to_that_of_all_whichever_classes_are_in_them(make_subjects, classes) -> None:
+    train = make_subjects([0, 0, 0, 0, 0, 0, 1, 0, classes - 1], classes=("a", "b", "c")[:classes])
+    objective = of("classification", train)
+    outputs, targets = drawn(9, objective.outputs), torch.from_numpy(train.targets).float()
+    probability = objective.predictions(outputs.double().numpy())
+    share = np.bincount(train.targets, minlength=classes) / 9
+    terms = [
+        -np.log(probability[row, target]) / share[target] / np.count_nonzero(share)
+        for row, target in enumerate(train.targets)
+    ]
+    parts = [[0, 1, 2], [3, 4, 5], [6, 7, 8]]  # the first two have one class alone
+    found = [float(objective.loss(outputs[part], targets[part])) for part in parts]
+    np.testing.assert_allclose(found, [np.mean([terms[row] for row in part]) for part in parts], rtol=1e-5)
+    assert np.mean(found) == pytest.approx(float(objective.loss(outputs, targets)), rel=1e-5)
+    assert found[2] > 2 * max(found[:2]), "a batch of a frequent class alone counts for less"
+
+
 def test_a_class_without_training_units_has_no_weight(make_subjects) -> None:
     train = make_subjects([0, 2, 2], classes=("a", "b", "c"))
     objective = of("classification", train)

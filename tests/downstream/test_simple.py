@@ -8,11 +8,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import expit, softmax
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from neurostorm.downstream.simple import MOTION_FEATURES, Span, build_vector_model, motion_features, motion_matrix
+from neurostorm.downstream.simple import (
+    MOTION_FEATURES,
+    Affine,
+    Span,
+    build_vector_model,
+    motion_features,
+    motion_matrix,
+)
 
 
 def some_data(units: int, features: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -124,6 +132,62 @@ def test_columns_are_the_given_classes_and_absent_ones_get_none(present: tuple[s
     for column, name in enumerate(classes):
         assert (scores[:, column] > 0).all() if name in present else not scores[:, column].any()
     assert [classes[column] for column in scores.argmax(1)] == target
+
+
+def applied(found: Affine, x: np.ndarray) -> np.ndarray:
+    return (x - found.shift) / found.scale @ found.weights + found.bias
+
+
+def with_flaws(x: np.ndarray) -> np.ndarray:
+    """The same features with gaps, one that never varies and one that nobody has."""
+    flawed = x.copy()
+    flawed[1::4, 2] = np.nan
+    flawed[:, 0], flawed[:, 1] = 0.1, np.nan
+    return flawed
+
+
+FEWER_AND_MORE = pytest.mark.parametrize(("units", "features"), [(60, 8), (30, 200)])
+
+
+@FEWER_AND_MORE
+@pytest.mark.parametrize("strength", [0.5, 200.0])
+def test_as_a_map_a_regression_gives_the_standardised_target(units: int, features: int, strength: float) -> None:
+    x, y, new = some_data(units, features)
+    for train in (x, with_flaws(x)):
+        model = build_vector_model("regression", strength, "linear").fit(train, y)
+        found = applied(model.affine(), new)
+        assert found.shape == (9, 1) and np.ptp(found) > 0.05
+        np.testing.assert_allclose(found[:, 0] * y.std() + y.mean(), model.predict(new), rtol=1e-9)
+
+
+@FEWER_AND_MORE
+@pytest.mark.parametrize(("classes", "present"), [(2, (0, 1)), (3, (0, 1, 2)), (3, (0, 1)), (3, (0, 2)), (3, (1, 2))])
+def test_as_a_map_a_classification_gives_logits(units: int, features: int, classes: int, present) -> None:
+    x, y, new = some_data(units, features)
+    edges = np.quantile(y, [0.3, 0.6][: len(present) - 1])
+    target = np.array(present)[np.digitize(y, edges)]
+    for train in (x, with_flaws(x)):
+        model = build_vector_model("classification", 3.0, "linear", range(classes)).fit(train, target)
+        logits, expected = applied(model.affine(), new), model.predict(new)
+        assert logits.shape == (9, 1 if classes == 2 else 3)
+        assert np.ptp(expected[:, present[-1]]) > 0.1
+        found = expit(logits[:, 0]) if classes == 2 else softmax(logits, 1)
+        np.testing.assert_allclose(found, expected[:, 1] if classes == 2 else expected, atol=1e-9)
+
+
+def test_what_tells_nothing_apart_is_no_map() -> None:
+    x, y, _ = some_data(12, 3)
+    constant = (
+        build_vector_model("regression", 1.0, "constant").fit(x, y),
+        build_vector_model("classification", 1.0, "constant", (0, 1)).fit(x, np.arange(12) % 2),
+    )
+    for model in constant:
+        with pytest.raises(TypeError, match="a constant is no map of features"):
+            model.affine()
+    for classes in (2, 3):
+        model = build_vector_model("classification", 1.0, "linear", range(classes)).fit(x, np.ones(12, int))
+        with pytest.raises(TypeError, match="training units of one class: no feature tells anything apart"):
+            model.affine()
 
 
 def test_a_fit_has_no_randomness_and_starts_anew() -> None:

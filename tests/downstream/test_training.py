@@ -3,7 +3,7 @@
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn.functional import cosine_similarity
 
 from neurostorm.config import AdaptConfig
 from neurostorm.downstream.cohort import open_cohort
@@ -20,7 +21,7 @@ from neurostorm.downstream.examples import Examples
 from neurostorm.downstream.inputs import ClipInputs, HeldInputs
 from neurostorm.downstream.objective import Objective, objective_of
 from neurostorm.downstream.tasks import Age, Cut
-from neurostorm.downstream.training import Fitted, Trainer, load_trained, trained_state
+from neurostorm.downstream.training import Fitted, Trainer, load_trained, pooled, trained_state
 from neurostorm.model.adapt import AttentionPool, adapt
 from neurostorm.model.hub import NeuroStorm
 from neurostorm.train.health import NonFiniteError
@@ -109,7 +110,7 @@ def planted(make_subjects, make_runs, kind: str, classes: int, seed: int, signal
 def test_what_is_planted_is_found_in_units_that_were_held_out(make_subjects, make_runs, kind, classes, least) -> None:
     examples, tokens = planted(make_subjects, make_runs, kind, classes, 0)
     train, validation, test = parts_of(len(examples.units))
-    trainer = trainer_of(kind, examples, tokens, train)
+    trainer = trainer_of(kind, examples, tokens, train, epochs=30, batch_clips=32)
     untrained = trainer.objective.measure(examples.take(test), trainer.predict(test))
     fitted = trainer.fit(train, validation, quiet)
     measured = trainer.objective.measure(examples.take(test), trainer.predict(test))
@@ -231,6 +232,130 @@ def test_a_metric_that_should_be_low_is_kept_low(make_subjects) -> None:
     assert fitted.validation["mae"] == min(found) and fitted.epoch == 1 + int(np.argmin(found))
 
 
+def noting(told: list[tuple[int, dict[str, float], Any]]) -> Callable[[int, dict[str, float], Any], None]:
+    """What `fit` is to tell its epochs to, which are added to the list."""
+    return lambda *said: told.append(said)
+
+
+@pytest.mark.parametrize(
+    ("script", "best", "epochs"),
+    [
+        ([0.5, 0.1, 0.5, 0.3, 0.9], 0, 3),  # no better one in three epochs: what began is kept
+        ([0.5, 0.1, 0.6, 0.3, 0.2, 0.1], 2, 5),
+        ([math.nan, -0.3, -0.5, -0.4, -0.6], 1, 4),
+    ],
+)
+def test_what_is_begun_counts_as_epoch_zero(make_subjects, script: list[float], best: int, epochs: int) -> None:
+    examples = make_subjects(np.arange(12.0))
+    train, validation, _ = parts_of(12)
+    tokens = RNG(0).standard_normal((36, PLACES, WIDTH)).astype(np.float32)
+    trainer = trainer_of("regression", examples, tokens, train, epochs=6, patience=3)
+    began = trained_state(trainer.network)
+    scripted = Scripted("regression", mean=5.0, deviation=3.0, script=list(script))
+    told: list[tuple[int, dict[str, float], Any]] = []
+    fitted = replace(trainer, objective=scripted, begun=True).fit(train, validation, noting(told))
+    assert [epoch for epoch, *_ in told] == list(range(epochs + 1))
+    assert ["loss" in measured for _, measured, _ in told] == [False] + [True] * epochs
+    assert [measured["r"] for _, measured, _ in told] == pytest.approx(script[: epochs + 1], nan_ok=True)
+    assert all(torch.equal(told[0][2][name], began[name]) for name in began), "it is told before the first step"
+    assert (fitted.epoch, fitted.validation["r"]) == (best, script[best])
+    kept = trained_state(trainer.network)
+    assert all(torch.equal(kept[name], fitted.state[name]) for name in began)
+    assert all(torch.equal(kept[name], began[name]) for name in began) == (best == 0)
+
+
+def test_a_beginning_changes_nothing_of_the_epochs_after_it(make_subjects, make_runs) -> None:
+    examples, tokens = planted(make_subjects, make_runs, "regression", 0, 0)
+    train, validation, _ = parts_of(80)
+    seen = []
+    for begun in (False, True):
+        told: list[tuple[int, dict[str, float], Any]] = []
+        trainer = replace(trainer_of("regression", examples, tokens, train, epochs=2), begun=begun)
+        trainer.fit(train, validation, noting(told))
+        seen.append([(epoch, measured) for epoch, measured, _ in told])
+    assert seen[0] == seen[1][1:] and len(seen[0]) == 2
+
+
+def stepped(kind: str, examples: Examples, rows: NDArray[np.float32], weight: list[float], **changes: Any) -> Trainer:
+    """A linear map of rows (N, 3) whose pooled output is squared, after an epoch of one step on all units."""
+    network = nn.Linear(3, 1)
+    with torch.no_grad():
+        network.weight.copy_(torch.tensor([weight]))
+        network.bias.fill_(0.2)
+    trainer = Trainer(
+        network=network, inputs=HeldInputs(rows, "cpu"), examples=examples, objective=objective_of(
+            kind, examples, embedding=0, temperature=1.0, gallery=0, repeats=0, seed=0
+        ), metric=METRIC[kind], settings=settings_of(epochs=1, batch_clips=99, **changes), seed=0, backbone_lr=0.0,
+        device="cpu", conclude=torch.square,
+    )  # fmt: skip
+    everybody = np.arange(len(examples.units))
+    trainer.fit(everybody, everybody, quiet)
+    return trainer
+
+
+def by_hand(kind: str, examples: Examples, rows: NDArray[np.float32], weight: list[float]) -> NDArray[np.float64]:
+    """Gradient by weight and bias, (4), of the loss of squares of the units' mean outputs."""
+    gradients = []
+    for unit, target in enumerate(examples.targets):
+        mean = np.mean([[*rows[clip], 1.0] for clip in np.flatnonzero(examples.unit == unit)], 0)
+        output = float(mean @ [*weight, 0.2])
+        if kind == "regression":
+            by_output = 2 * (output**2 - (target - examples.targets.mean()) / examples.targets.std())
+        else:
+            share = np.mean(examples.targets == target)
+            by_output = (1 / (1 + math.exp(-(output**2))) - target) / (2 * share)
+        gradients.append(by_output * 2 * output * mean)
+    return np.mean(gradients, 0)
+
+
+@pytest.mark.parametrize("kind", ["regression", "classification"])
+@pytest.mark.parametrize("size", [0.3, 5.0])
+def test_the_loss_is_that_of_a_views_pooled_and_concluded_output(make_subjects, kind: str, size: float) -> None:
+    targets, classes = ([3.0, 5.0, 11.0], ()) if kind == "regression" else ([0, 1, 0], ("F", "M"))
+    examples = make_subjects(targets, clips=2, classes=classes)
+    rows = (size * RNG(5).standard_normal((6, 3))).astype(np.float32)
+    weight = [0.3, -0.2, 0.4]
+    trainer = stepped(kind, examples, rows, weight)
+    expected = by_hand(kind, examples, rows, weight)
+    expected /= max(1, np.linalg.norm(expected))
+    found = torch.cat([parameter.grad.flatten() for parameter in trainer.network.parameters()])
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        outputs = trainer.network(torch.from_numpy(rows))[:, 0].double().numpy()
+    squares = np.array([[outputs[[2 * unit, 2 * unit + 1]].mean() ** 2] for unit in range(3)])
+    np.testing.assert_allclose(
+        trainer.predict(np.arange(3)), trainer.objective.predictions(squares), rtol=1e-5,
+        err_msg="and so is what is predicted",
+    )  # fmt: skip
+
+
+def test_the_loss_of_pairs_is_that_of_their_pooled_outputs(make_runs) -> None:
+    examples = make_runs(3, clips=2)
+    tokens = RNG(6).standard_normal((12, PLACES, WIDTH)).astype(np.float32)
+    everybody = np.arange(6)
+    trainer = trainer_of("identification", examples, tokens, everybody, epochs=1, batch_clips=99)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(PLACES * WIDTH, 4))
+    twin = copy.deepcopy(network)
+    replace(trainer, network=network, conclude=torch.tanh).fit(everybody, everybody, quiet)
+    pooled_runs = [torch.tanh(twin(torch.from_numpy(tokens[2 * run : 2 * run + 2])).mean(0)) for run in everybody]
+    terms = []
+    for run in everybody:
+        similar = [cosine_similarity(pooled_runs[run], other, 0) / 0.1 for other in pooled_runs]
+        others = [similar[other] for other in everybody if other // 2 != run // 2]
+        terms.append(torch.logsumexp(torch.stack([similar[run ^ 1], *others]), 0) - similar[run ^ 1])
+    torch.stack(terms).mean().backward()
+    nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
+    for found, expected in zip(network.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_views_of_any_length_are_averaged_each_by_itself() -> None:
+    features, clips = torch.from_numpy(RNG(4).standard_normal((9, 3))), [2, 1, 5, 1]
+    ends = np.cumsum(clips)
+    brute = [np.mean(features.numpy()[end - size : end], 0) for end, size in zip(ends, clips, strict=True)]
+    np.testing.assert_allclose(pooled(features, clips).numpy(), brute, rtol=1e-12)
+
+
 def test_a_unit_is_predicted_from_all_of_its_clips_or_as_many_as_asked_for(make_subjects) -> None:
     examples = make_subjects(np.arange(8.0), clips=7)
     tokens = RNG(1).standard_normal((56, PLACES, WIDTH)).astype(np.float32)
@@ -243,7 +368,7 @@ def test_a_unit_is_predicted_from_all_of_its_clips_or_as_many_as_asked_for(make_
     np.testing.assert_allclose(trainer.predict(units), expected, rtol=1e-6)
     few = np.array([outputs[[7 * unit, 7 * unit + 3, 7 * unit + 6]].mean() for unit in units])
     np.testing.assert_allclose(trainer.predict(units, 3), few * examples.targets.std() + 3.5, rtol=1e-6)
-    place, of_clips = trainer.clip_outputs(units, 1)
+    place, of_clips = trainer.clip_features(units, 1)
     assert place.tolist() == [0, 1, 2]
     np.testing.assert_allclose(of_clips[:, 0], outputs[7 * units], rtol=1e-5)
 
@@ -252,7 +377,7 @@ def test_a_vector_does_not_follow_from_what_else_is_in_the_batch(make_subjects, 
     trainer, _ = fitted_with(make_subjects, make_runs, "identification", 0)
     together = trainer.predict(np.arange(6))
     np.testing.assert_allclose(together[[4]], trainer.predict(np.array([4])), atol=1e-6)
-    np.testing.assert_allclose(np.linalg.norm(trainer.clip_outputs(np.arange(6))[1], axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(trainer.clip_features(np.arange(6))[1], axis=1), 1, rtol=1e-5)
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_applied(make_subjects) -> None:
@@ -293,16 +418,19 @@ def test_what_was_kept_is_put_into_a_new_network(make_subjects, make_runs) -> No
 
 
 @pytest.mark.parametrize(
-    ("method", "backbone_lr", "changed"),
+    ("method", "backbone_lr", "head_lr", "changed"),
     [
-        ("attention", 1e-2, {"pool", "head"}),
-        ("tpt", 1e-2, {"prompts", "head"}),
-        ("full", 1e-2, {"backbone", "head"}),
-        ("full", 0.0, {"head"}),
+        ("attention", 1e-2, None, {"pool", "head"}),
+        ("attention", 1e-2, 0.0, {"pool"}),
+        ("tpt", 1e-2, None, {"prompts", "head"}),
+        ("tpt", 0.0, 0.0, {"prompts"}),
+        ("full", 1e-2, None, {"backbone", "head"}),
+        ("full", 0.0, 1e-2, {"head"}),
+        ("full", 1e-2, 0.0, {"backbone"}),
     ],
 )
 def test_a_frozen_backbone_stays_and_the_rest_is_trained(
-    ball_store: Path, model: Path, method: str, backbone_lr: float, changed: set[str]
+    ball_store: Path, model: Path, method: str, backbone_lr: float, head_lr: float | None, changed: set[str]
 ) -> None:
     cohort = open_cohort(ball_store)
     labels = {subject: float(number) for number, subject in enumerate(cohort.subjects)}
@@ -318,7 +446,7 @@ def test_a_frozen_backbone_stays_and_the_rest_is_trained(
     trainer = Trainer(
         network=network, inputs=ClipInputs(cohort.store, examples, encoder, "voxel", "cpu"), examples=examples,
         objective=objective, metric="mae", settings=settings_of(epochs=1, clips_per_unit=1, batch_clips=2), seed=0,
-        backbone_lr=backbone_lr, device="cpu",
+        backbone_lr=backbone_lr, device="cpu", head_lr=head_lr,
     )  # fmt: skip
     fitted = trainer.fit(train, np.arange(4, 6), quiet)
     moved = {name for name, parameter in network.named_parameters() if not torch.equal(parameter, before[name])}
@@ -331,3 +459,11 @@ def test_a_frozen_backbone_stays_and_the_rest_is_trained(
     assert {part(name) for name in moved} == changed
     trained = {"attention": {"pool", "head"}, "tpt": {"prompts", "head"}, "full": {"backbone", "head"}}[method]
     assert {part(name) for name in fitted.state} == trained
+
+
+def test_people_too_few_to_tell_apart_are_refused(make_runs) -> None:
+    examples = make_runs(4, clips=3)
+    tokens = RNG(0).standard_normal((len(examples), PLACES, WIDTH)).astype(np.float32)
+    trainer = trainer_of("identification", examples, tokens, np.arange(2))
+    with pytest.raises(ValueError, match=r"2 training unit\(s\) make no batch: an identification takes two people"):
+        trainer.fit(np.arange(2), np.arange(2, 8), quiet)

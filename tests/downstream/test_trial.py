@@ -14,6 +14,7 @@ import pytest
 
 from neurostorm.config import ConfigError
 from neurostorm.downstream import fitting
+from neurostorm.downstream import trial as trial_module
 from neurostorm.downstream.embed_parts import PARTS
 from neurostorm.downstream.methods import METHODS
 from neurostorm.downstream.reid import ReidError
@@ -154,6 +155,87 @@ def test_predictions_say_what_was_predicted_of_whom(tmp_path: Path, trial_in: Ma
     assert measured["accuracy"] == np.mean(table["target"].to_numpy() == table["prediction"].to_numpy())
 
 
+def predicted(trial: Trial) -> tuple[list[str], np.ndarray]:
+    """The test units and what is predicted of them: targets, or scores of the classes."""
+    table = rows(trial)
+    return table["unit"].to_pylist(), np.array(table["scores" if trial.classes else "prediction"].to_pylist())
+
+
+EPOCH_ZERO = {"lr": 1e-9, "epochs": 1, "clips_per_unit": 99}  # nothing moves, and all clips of a unit validate
+
+
+@pytest.mark.parametrize(
+    ("task", "pool", "method"),
+    [
+        ("age", "mean", "full"),
+        ("age", "coupling", "full"),
+        ("age", "covariance", "random_full"),
+        ("sex", "places", "full"),
+        ("sex", "coupling", "random_full"),
+        ("sex", "covariance", "full"),
+        ("state", "auto", "full"),
+        ("state", "mean", "random_full"),
+    ],
+)
+def test_a_method_on_clips_begins_where_the_linear_probe_of_its_network_ends(
+    tmp_path: Path, trial_in: Make, task: str, pool: str, method: str
+) -> None:
+    probe = trial_in(tmp_path, task, method.replace("full", "linear"), pool=pool)
+    begun = trial_in(tmp_path, task, method, pool=pool, **EPOCH_ZERO)
+    expected, found = train_trial(probe).validation, train_trial(begun).validation
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
+    expected, found = run_test(probe), run_test(begun)
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
+    (units, of_probe), (same_units, of_begun) = predicted(probe), predicted(begun)
+    assert units == same_units and np.ptp(of_probe, 0).min() > 0.01, "it tells people apart"
+    np.testing.assert_allclose(of_begun, of_probe, rtol=1e-3, atol=1e-4)
+
+
+def test_an_epoch_that_harms_is_not_kept(tmp_path: Path, trial_in: Make) -> None:
+    probe = trial_in(tmp_path, "age", "linear")
+    harmed = trial_in(
+        tmp_path, "age", "full", lr=0.5, backbone_lr_fraction=1.0, epochs=3, clips_per_unit=99, batch_clips=32
+    )
+    told: dict[int, dict[str, float]] = {}
+    outcome = train_trial(harmed, lambda epoch, measured, _: told.update({epoch: measured}))
+    assert list(told) == [0, 1, 2, 3] and "loss" not in told[0]
+    assert max(told[epoch]["r"] for epoch in (1, 2, 3)) < told[0]["r"] - 0.1, "they do harm"
+    assert outcome.chosen == {"epoch": 0}
+    train_trial(probe)
+    assert run_test(harmed) == pytest.approx(run_test(probe), rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["full", "tpt"])
+@pytest.mark.parametrize("pool", ["auto", "coupling"])
+def test_identification_too_begins_with_an_epoch_zero(tmp_path: Path, trial_in: Make, method: str, pool: str) -> None:
+    trial = trial_in(tmp_path, "reid", method, pool=pool, **EPOCH_ZERO)
+    told: dict[int, dict[str, float]] = {}
+    outcome = train_trial(trial, lambda epoch, measured, _: told.update({epoch: measured}))
+    assert list(told) == [0, 1] and "loss" not in told[0] and np.isfinite(told[1]["loss"])
+    best = 0 if told[0]["map"] >= told[1]["map"] else 1
+    assert outcome.chosen == {"epoch": best} and outcome.validation["map"] == told[best]["map"]
+    assert set(run_test(trial)) >= METRICS["reid"]
+
+
+def test_where_training_people_are_of_one_class_it_begins_from_nothing_and_says_so(
+    tmp_path: Path, trial_in: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    trial = trial_in(tmp_path, "sex", "full", **EPOCH_ZERO)
+    women = tuple(subject for subject in trial.split.train if sex_of(int(subject[-3:])) == "F")
+    trial = replace(trial, split=trial.split.with_train(women))
+    train_trial(trial), run_test(trial)
+    assert "full starts from nothing: training units of one class" in caplog.text
+    np.testing.assert_allclose(predicted(trial)[1], 0.5, atol=1e-3)
+
+
+def test_a_validation_of_few_clips_does_not_change_where_it_begins(tmp_path: Path, trial_in: Make) -> None:
+    """The probe is fitted to all clips, and all of them test, however many an epoch looks at."""
+    probe = trial_in(tmp_path, "sex", "linear", pool="places")
+    begun = trial_in(tmp_path, "sex", "full", pool="places", **(EPOCH_ZERO | {"clips_per_unit": 1}))
+    train_trial(probe), train_trial(begun), run_test(probe), run_test(begun)
+    np.testing.assert_allclose(predicted(begun)[1], predicted(probe)[1], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("method", ["linear", "attention", "full", "tpt", "bnt"])
 def test_the_same_trial_gives_the_same_bits(tmp_path: Path, trial_in: Make, method: str) -> None:
     found = []
@@ -215,7 +297,8 @@ def test_the_key_names_what_a_result_follows_from(tmp_path: Path, trial_in: Make
     assert trial.key.startswith("sex_full_1_s0_") and trial.folder.name == trial.key
     for free in ({"cpus": 2.0}, {"threads": 2}, {"gpus": 0.5}, {"cache": tmp_path}, {"prompts": 7}, {"parcels": 9}):
         assert key(**free) == trial.key, free
-    changed = [key(lr=0.1), key(weight_decay=0.5), key(epochs=3), key(backbone_lr_fraction=1.0), key(fraction=0.5)]
+    changed = [key(pool="mean"), key(directions=3), key(strengths=(1.0,)), key(clips_per_unit=1)]
+    changed += [key(lr=0.1), key(weight_decay=0.5), key(epochs=3), key(backbone_lr_fraction=1.0), key(fraction=0.5)]
     backbone = trial.backbone
     assert backbone is not None
     smaller = trial.split.with_train(trial.split.train[1:])
@@ -267,3 +350,11 @@ def test_a_store_that_changed_since_it_was_prepared_is_refused(tmp_path: Path, t
     trial = replace(trial_in(tmp_path, "sex", "fc"), data="of other runs")
     with pytest.raises(ConfigError, match=r"runs, labels or clips of sex are not those.*another run\.name"):
         train_trial(trial)
+
+
+@pytest.mark.parametrize("pool", ["mean", "places", "coupling", "covariance"])
+def test_the_numbers_that_are_trained_are_counted(tmp_path: Path, trial_in: Make, pool: str) -> None:
+    trial = trial_in(tmp_path, "sex", "tpt", pool=pool, epochs=1)
+    problem, train, _, _ = trial_module._problem(trial, with_test=False)
+    network = fitting._trainer(problem, train).network
+    assert train_trial(trial).parameters == network.trainable_count

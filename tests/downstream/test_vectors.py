@@ -4,12 +4,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 
 from neurostorm.downstream import vectors
 from neurostorm.downstream.examples import Examples
+from neurostorm.downstream.networks import start_head
 from neurostorm.downstream.reid import ranks_of
+from neurostorm.downstream.simple import Affine
+from neurostorm.model.place_heads import PlaceHead
 
 RNG = np.random.default_rng
 
@@ -33,6 +37,13 @@ def series_of(examples: Examples, seed: int = 0, regions: int = 5) -> dict[int, 
 
 def clips_of(examples: Examples, unit: int) -> list[int]:
     return [clip for clip in range(len(examples)) if examples.unit[clip] == unit]
+
+
+def told(
+    examples: Examples, tokens: NDArray[np.float32], name: str, most: int, train: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Units as vectors, of the signals that the units `train` teach."""
+    return vectors.of_tokens(examples, tokens, name, vectors.learn_signals(examples, tokens, name, most, train))
 
 
 def test_nothing_is_the_same_for_everybody(examples: Examples) -> None:
@@ -89,6 +100,32 @@ def test_matrices_are_fishers_z_in_the_frames_of_the_clips_averaged_over_runs(ma
     np.testing.assert_allclose(vectors.edges(found), brute, atol=1e-5)
 
 
+def test_matrices_of_few_clips_are_mean_products_about_the_mean_of_the_whole_run(make_subjects) -> None:
+    given = make_subjects([1.0, 2.0, 3.0], clips=3)
+    kept = np.array([0, 2, 4, 6, 7])  # two clips of the first person, one of the second, two of the third
+    given = Examples(
+        given.runs, 5, given.run[kept], given.start[kept], given.unit[kept], given.units, given.subjects, given.targets
+    )
+    series = {run: 3 + 2 * values for run, values in series_of(given).items()}
+    brute = np.zeros((3, 5, 5))
+    for unit in range(3):
+        values = series[unit].astype(np.float64)
+        z = (values - values.mean(0)) / values.std(0)
+        frames = [frame for clip in clips_of(given, unit) for frame in range(given.start[clip], given.start[clip] + 5)]
+        for one in range(5):
+            for other in range(5):
+                products = [z[frame, one] * z[frame, other] for frame in frames]
+                brute[unit, one, other] = np.mean(products) if one != other else 0
+    train = np.ones(3, bool)
+    found = vectors.matrices(given, series, "correlation", train)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, brute, atol=1e-5)
+    whole = vectors.matrices(make_subjects([1.0, 2.0, 3.0], clips=3), series, "correlation", train)
+    for unit in range(3):
+        correlation = np.corrcoef(series[unit].T) * (1 - np.eye(5))
+        np.testing.assert_allclose(whole[unit], correlation, atol=1e-5, err_msg="in all frames it is the correlation")
+
+
 def test_tangent_connectivity_learns_from_training_units_alone(make_runs) -> None:
     given = make_runs(5, clips=7)
     train = np.arange(10) < 6
@@ -103,11 +140,11 @@ def test_tangent_connectivity_learns_from_training_units_alone(make_runs) -> Non
 
 
 def test_a_mean_of_tokens_is_that_of_all_and_places_are_kept_apart(examples: Examples) -> None:
-    tokens, train = tokens_of(examples), np.ones(6, bool)
+    tokens = tokens_of(examples)
     mean = [np.mean([tokens[clip].mean(0) for clip in clips_of(examples, unit)], 0) for unit in range(6)]
     places = [np.mean([tokens[clip].ravel() for clip in clips_of(examples, unit)], 0) for unit in range(6)]
-    np.testing.assert_allclose(vectors.of_tokens(examples, tokens, "mean", 9, train), mean, atol=1e-6)
-    np.testing.assert_allclose(vectors.of_tokens(examples, tokens, "places", 9, train), places, atol=1e-6)
+    np.testing.assert_allclose(vectors.of_tokens(examples, tokens, "mean", None), mean, atol=1e-6)
+    np.testing.assert_allclose(vectors.of_tokens(examples, tokens, "places", None), places, atol=1e-6)
 
 
 def test_coupling_is_the_correlation_of_the_places_leading_directions(examples: Examples) -> None:
@@ -117,7 +154,7 @@ def test_coupling_is_the_correlation_of_the_places_leading_directions(examples: 
         [PCA(1).fit(tokens[taught, place]).transform(tokens[:, place])[:, 0] for place in range(4)], 1
     )  # PCA's sign is arbitrary, and so is the sign of a correlation with it
     brute = [np.arctanh(np.corrcoef(signals[clips_of(examples, unit)].T)[np.triu_indices(4, 1)]) for unit in range(6)]
-    found = vectors.of_tokens(examples, tokens, "coupling", 9, train)
+    found = told(examples, tokens, "coupling", 9, train)
     assert found.shape == (6, 6)
     np.testing.assert_allclose(np.abs(found), np.abs(brute), atol=1e-4)
     signs = np.sign(found * np.array(brute))
@@ -130,8 +167,8 @@ def test_covariance_is_that_of_the_leading_directions_at_unit_variance(examples:
     flat = tokens.reshape(len(tokens), -1).astype(np.float64)
     signals = PCA(5, whiten=True, svd_solver="full").fit(flat[taught]).transform(flat)
     pair = np.triu_indices(5)
-    brute = np.array([np.cov(signals[clips_of(examples, unit)].T)[pair] for unit in range(6)])
-    found = vectors.of_tokens(examples, tokens, "covariance", 5, train)
+    brute = np.array([np.cov(signals[clips_of(examples, unit)].T, bias=True)[pair] for unit in range(6)])
+    found = told(examples, tokens, "covariance", 5, train)
     assert found.shape == (6, 15)
     np.testing.assert_allclose(np.abs(found), np.abs(brute), atol=0.02)  # the fast solver is approximate
 
@@ -142,10 +179,10 @@ def test_directions_are_learnt_from_training_units_alone(examples: Examples, nam
     tokens, other = tokens_of(examples), tokens_of(examples)
     test_clips = ~train[examples.unit]
     other[test_clips] = 100 * tokens_of(examples, seed=1)[test_clips]
-    first, second = (vectors.of_tokens(examples, values, name, 5, train) for values in (tokens, other))
+    first, second = (told(examples, values, name, 5, train) for values in (tokens, other))
     assert np.array_equal(first[train], second[train])
     assert not np.allclose(first[~train], second[~train])
-    swapped = vectors.of_tokens(examples, other, name, 5, ~train)
+    swapped = told(examples, other, name, 5, ~train)
     assert not np.allclose(swapped[train], first[train]), "what is learnt depends on who trains"
 
 
@@ -155,9 +192,90 @@ def test_a_unit_of_one_clip_and_a_place_without_any_variance_have_finite_vectors
     single = given.one_clip_each()
     tokens = tokens_of(given)
     tokens[:, 2] = 0.25
-    assert np.isfinite(vectors.of_tokens(given, tokens, name, 5, np.ones(6, bool))).all()
-    alone = vectors.of_tokens(single, tokens[:6], name, 5, np.ones(6, bool))
+    assert np.isfinite(told(given, tokens, name, 5, np.ones(6, bool))).all()
+    alone = told(single, tokens[:6], name, 5, np.ones(6, bool))
     assert not alone.any(), "one clip has neither correlation nor covariance"
+
+
+@pytest.mark.parametrize("name", ["coupling", "covariance"])
+def test_signals_are_projections_of_variance_one_over_the_training_clips(examples: Examples, name: str) -> None:
+    tokens, train = tokens_of(examples), np.arange(6) < 4
+    tokens[:, 0] = 10 * tokens[:, 0] + 7
+    learnt = vectors.learn_signals(examples, tokens, name, 5, train)
+    found = learnt.of(tokens)
+    assert found.dtype == learnt.centre.dtype == learnt.directions.dtype == np.float32
+    flat = tokens.reshape(len(tokens), -1).astype(np.float64)
+    brute = [[np.dot(clip - learnt.centre, direction) for direction in learnt.directions] for clip in flat]
+    np.testing.assert_allclose(found, brute, atol=1e-4)
+    taught = train[examples.unit]
+    np.testing.assert_allclose(found[taught].mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(found[taught].var(0, ddof=1), 1, rtol=1e-3)
+    if name == "coupling":
+        places = learnt.directions.reshape(4, 4, 3)
+        assert all((places[one, other] != 0).any() == (one == other) for one in range(4) for other in range(4))
+
+
+def told_by(silent: NDArray[np.bool_], name: str) -> NDArray[np.bool_]:
+    """The numbers of a vector that a silent signal has a part in."""
+    one, other = np.triu_indices(len(silent), 1 if name == "coupling" else 0)
+    return silent[one] | silent[other]
+
+
+@pytest.mark.parametrize("name", ["coupling", "covariance"])
+def test_along_what_does_not_vary_there_is_no_signal(examples: Examples, name: str) -> None:
+    train = np.arange(6) < 4
+    tokens = tokens_of(examples)
+    tokens[:, 2] = 0.25
+    tokens[~train[examples.unit], 2] = 9.0  # people of the test do vary there, which training cannot know of
+    learnt = vectors.learn_signals(examples, tokens, name, 12, train)
+    assert len(learnt.directions) == {"coupling": 4, "covariance": 12}[name]
+    silent = ~learnt.directions.any(1)
+    assert silent.sum() == {"coupling": 1, "covariance": 3}[name]
+    assert not vectors.of_tokens(examples, tokens, name, learnt)[:, told_by(silent, name)].any()
+    assert not learnt.of(tokens)[:, silent].any()
+
+
+@pytest.mark.parametrize("name", ["mean", "places", "coupling", "covariance"])
+@pytest.mark.parametrize(("most", "taught", "width"), [(5, 6, 3), (50, 6, 3), (50, 2, 9), (30, 6, 9), (3, 1, 3)])
+def test_how_many_signals_there_will_be_is_known_before_they_are_learnt(
+    examples: Examples, monkeypatch: pytest.MonkeyPatch, name: str, most: int, taught: int, width: int
+) -> None:
+    monkeypatch.setattr(vectors, "_FIT_CLIPS", 20)
+    tokens, train = tokens_of(examples, width=width), np.arange(6) < taught
+    count = vectors.signal_count(name, most, 7 * taught, tokens.shape[1:])
+    if name in ("mean", "places"):
+        assert count == 0
+    else:
+        learnt = vectors.learn_signals(examples, tokens, name, most, train)
+        assert learnt.directions.shape == (count, 4 * width) and learnt.directions.any(1).all()
+        directions = min(most, min(7 * taught, 20) - 1, 4 * width)  # centred clips leave one direction less
+        assert count == (4 if name == "coupling" else directions)
+
+
+@pytest.mark.parametrize("name", ["mean", "places", "coupling", "covariance"])
+def test_a_head_that_starts_from_signals_concludes_from_the_same_vectors(examples: Examples, name: str) -> None:
+    """In float32 and with tokens far from zero, too: what is common to them is subtracted before the products."""
+    tokens, train = 30 + tokens_of(examples), np.arange(6) < 4
+    learnt = None if name in ("mean", "places") else vectors.learn_signals(examples, tokens, name, 5, train)
+    expected = vectors.of_tokens(examples, tokens, name, learnt)
+    size = expected.shape[1]
+    head = PlaceHead(3, size, 4, name, 0 if learnt is None else len(learnt.directions))
+    start_head(head, Affine(np.full(size, 2.0), np.full(size, 0.5), np.roll(np.eye(size), 1, 1), np.ones(size)), learnt)
+    with torch.no_grad():
+        features = head(torch.from_numpy(tokens))
+        means = torch.stack([features[clips_of(examples, unit)].mean(0) for unit in range(6)])
+        found = head.conclude(means).numpy()
+    np.testing.assert_allclose(found, (np.roll(expected, 1, 1) - 2) / 0.5 + 1, rtol=1e-4, atol=2e-4)
+
+
+def test_signals_are_learnt_from_so_many_clips_spread_evenly(
+    examples: Examples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, train = tokens_of(examples), np.arange(6) < 4
+    monkeypatch.setattr(vectors, "_FIT_CLIPS", 10)
+    learnt = vectors.learn_signals(examples, tokens, "coupling", 5, train)
+    used = [0, 3, 6, 9, 12, 15, 18, 21, 24, 27]
+    np.testing.assert_allclose(learnt.centre, tokens[used].mean(0).ravel(), atol=1e-6)
 
 
 def test_the_vector_that_suits_the_units_is_chosen(make_runs, make_subjects) -> None:
@@ -218,6 +336,49 @@ def test_the_map_is_that_of_the_formula() -> None:
     expected = centred @ axes @ np.diag(values**-0.5) @ axes.T
     found = vectors.Matcher(2.0).fit(given, subjects).transform(given)
     np.testing.assert_allclose(found @ found.T, expected @ expected.T, rtol=1e-6)
+
+
+def applied(found: Affine, rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    return (rows - found.shift) / found.scale @ found.weights + found.bias
+
+
+@pytest.mark.parametrize("size", [8, 40])  # fewer and more numbers than the 24 training vectors
+@pytest.mark.parametrize("strength", [0.01, 1.0, 1e4])
+def test_as_a_map_the_matcher_has_the_same_cosines_in_the_training_span(size: int, strength: float) -> None:
+    given, subjects = people_of(10, size)
+    train = given[:24]
+    matcher = vectors.Matcher(strength).fit(train, subjects[:24])
+    mixed = train.mean(0) + RNG(3).standard_normal((9, 24)) @ (train - train.mean(0))
+    for outputs in (24, 60):
+        found = matcher.affine(outputs)
+        assert found.weights.shape == (size, outputs)
+        for rows in (train, mixed):
+            mapped, expected = applied(found, rows), matcher.transform(rows)
+            np.testing.assert_allclose(mapped @ mapped.T, expected @ expected.T, atol=1e-8 * (expected**2).sum())
+            np.testing.assert_allclose(cosines(mapped), cosines(expected), atol=1e-6)
+        directions = min(size, 23)
+        assert mapped[:, :directions].any(0).all() and not mapped[:, directions:].any(), "the rest is zero"
+
+
+@pytest.mark.parametrize("size", [8, 40])
+def test_fewer_outputs_than_directions_are_those_in_which_training_vectors_lie_widest(size: int) -> None:
+    given, subjects = people_of(10, size)
+    train = given[:24]
+    matcher = vectors.Matcher(0.5).fit(train, subjects[:24])
+    expected = PCA(3, svd_solver="full").fit(matcher.transform(train)).transform(matcher.transform(train))
+    found = applied(matcher.affine(3), train)
+    np.testing.assert_allclose(np.abs(found), np.abs(expected), atol=1e-6 * np.abs(expected).max())
+
+
+def test_what_nobody_in_training_has_gets_no_weight_in_the_map() -> None:
+    given, subjects = people_of(10, 8)
+    wider = np.insert(given, 3, np.nan, axis=1)
+    matcher = vectors.Matcher(1.0).fit(wider[:24], subjects[:24])
+    found, without = matcher.affine(8), vectors.Matcher(1.0).fit(given[:24], subjects[:24]).affine(8)
+    assert all(np.isfinite(part).all() for part in (found.shift, found.scale, found.weights, found.bias))
+    assert not found.weights[3].any()
+    wider[:, 3] = 1e3
+    np.testing.assert_allclose(cosines(applied(found, wider)), cosines(applied(without, given)), atol=1e-6)
 
 
 def test_gaps_and_constants_do_not_harm_the_matcher() -> None:
