@@ -124,9 +124,7 @@ def test_what_is_planted_is_found_in_units_that_were_held_out(make_subjects, mak
 @pytest.mark.parametrize(("kind", "classes"), [("regression", 0), ("classification", 2), ("identification", 0)])
 def test_of_noise_nothing_is_learnt_that_holds_for_others(make_subjects, make_runs, kind: str, classes: int) -> None:
     beyond = []
-    # Two standard errors are passed by one honest set of seeds in fifteen, and 0 to 9 is one: r = -.13 +- .05. Over 200
-    # seeds r is -.01 +- .02, and over 800 balanced accuracy is .493 +- .004.
-    for seed in range(10, 20):
+    for seed in range(10):
         examples, tokens = planted(make_subjects, make_runs, kind, classes, seed, signal=0.0)
         train, validation, test = parts_of(len(examples.units))
         trainer = trainer_of(kind, examples, tokens, train, seed=seed, epochs=3)
