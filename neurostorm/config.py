@@ -15,7 +15,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from neurostorm.config_base import ConfigError, Four, Location, Positive, Section, Weight
+from neurostorm.config_base import ConfigError, Four, Location, Positive, Section, Share, Weight
 from neurostorm.config_evaluation import AdaptConfig, ReportConfig, SplitConfig, SweepConfig, TaskConfig
 from neurostorm.places import Place
 
@@ -118,6 +118,13 @@ class ModelConfig(Section):
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth at the deepest block")
     loss_on: Literal["brain", "all"] = Field("brain", description="voxels of masked patches that the loss counts")
     normalise_targets: bool = Field(False, description="the loss sees each patch with mean 0 and variance 1")
+    decoder: Literal["paper", "light"] = Field(
+        "paper",
+        description="paper: all tokens pass through encoder and decoder, as released; light: the encoder sees visible "
+        "tokens alone, a small decoder predicts hidden ones alone",
+    )
+    decoder_depth: Positive = Field(2, description="blocks of the light decoder")
+    predicted: Share = Field(1.0, description="share of hidden tokens that the light decoder predicts in training")
 
     @model_validator(mode="after")
     def _stages_agree(self) -> "ModelConfig":
@@ -129,6 +136,10 @@ class ModelConfig(Section):
             width = self.embed_dim * 2**stage
             if width % heads:
                 raise ValueError(f"heads[{stage}]={heads} does not divide the stage's {width} channels")
+        if self.decoder == "light" and self.layout == "paper":
+            raise ValueError("decoder=light goes with layout=clean; the paper's layout has the paper's decoder")
+        if self.decoder == "paper" and self.predicted < 1:
+            raise ValueError(f"predicted={self.predicted}: the paper's decoder predicts every hidden token")
         if self.patch[3] != 1:
             raise ValueError(f"patch[3]={self.patch[3]}: time is never patched, use 1")
         return self
@@ -176,6 +187,7 @@ class TrainConfig(Section):
     clip_norm: float = Field(1.0, ge=0, description="gradient norm is clipped to this; 0 = never")
     zero_stage: int = Field(1, ge=0, le=3, description="DeepSpeed ZeRO stage")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of forward and backward")
+    compile: bool = Field(False, description="torch.compile each block; some minutes at the first step, for GPUs")
     max_skipped_steps: Positive = Field(10, description="stop after this many non-finite steps in a row")
     log_every: Positive = Field(10, description="steps between logged metrics")
     validate_every: Positive = Field(500, description="steps between validations")
@@ -295,24 +307,28 @@ class Config(Section):
 RESUMABLE = frozenset(
     {
         "run.output", "run.name", "data.store", "data.max_bad_fraction", "data.read_in", "data.read_threads",
-        "data.steps_ahead", "data.verify", "train.micro_batch", "train.zero_stage",
+        "data.steps_ahead", "data.verify", "train.micro_batch", "train.zero_stage", "train.compile",
         "train.max_skipped_steps", "train.log_every", "train.validate_every",
     }
 )  # fmt: skip
+
+
+# What versions without a setting did.
+BEFORE: dict[str, Any] = {"model.decoder": "paper", "model.decoder_depth": 2, "model.predicted": 1.0}
 
 
 def differing_keys(saved: dict[str, Any], current: Config) -> list[str]:
     """Settings that change the mathematics of a run and differ: `field: saved -> current`, empty when resumable.
 
     `saved` is the plain tree that a run was kept with. A setting that it lacks, because the version that wrote it had
-    none, differs too: what that version did need not be today's default. Raises ValidationError for an unknown one.
+    none, differs too, unless it is known what that version did. Raises ValidationError for an unknown one.
     """
     sections = ("run", "data", "model", "mask", "strd", "train")
     before, after = Config.model_validate(saved).flat(*sections), current.flat(*sections)
     for key in before:
         section, field = key.split(".")
         if field not in saved.get(section, {}):
-            before[key] = "not known to the version that saved it"
+            before[key] = BEFORE.get(key, "not known to the version that saved it")
     return [
         f"{key}: {before[key]} -> {after[key]}" for key in before if key not in RESUMABLE and before[key] != after[key]
     ]

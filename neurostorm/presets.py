@@ -2,7 +2,7 @@
 
     tiny   two cores and no GPU: 4 mm store, four stages, minutes; what the quickstart and CI run
     paper  the released NeuroSTORM: 96^3 x 20, widths 36-288, Mamba mixer with its quirks, global z, every voxel counts
-    base   ours: head dimension 16, voxel z, loss in the brain, bf16
+    base   ours: visible brain tokens, light decoder, head dimension 16, voxel z, loss in the brain, bf16
     large  ours, wider and deeper: head dimension 32
 
 A preset is a partial tree; what it does not name keeps the default of `config.py`.
@@ -31,13 +31,14 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "scale": {"workers": 4, "gpus_per_worker": 1, "cpus_per_worker": 8},
     },
     "base": {
-        "model": {"embed_dim": 48, "heads": (3, 6, 12, 24)},
+        "model": {"embed_dim": 48, "heads": (3, 6, 12, 24), "tokens": "brain", "decoder": "light"},
         "strd": {"enabled": True},
         "train": {"lr": 3e-4, "global_batch": 128, "micro_batch": 16, "dtype": "bf16"},
         "scale": {"workers": 4, "gpus_per_worker": 1, "cpus_per_worker": 8},
     },
     "large": {
-        "model": {"embed_dim": 96, "depths": (2, 2, 18, 2), "heads": (3, 6, 12, 24), "drop_path": 0.1},
+        "model": {"embed_dim": 96, "depths": (2, 2, 18, 2), "heads": (3, 6, 12, 24), "drop_path": 0.1,
+                  "tokens": "brain", "decoder": "light"},
         "strd": {"enabled": True},
         "train": {"lr": 2e-4, "global_batch": 256, "micro_batch": 8, "dtype": "bf16", "zero_stage": 2},
         "scale": {"workers": 8, "gpus_per_worker": 1, "cpus_per_worker": 8},

@@ -137,3 +137,14 @@ def test_only_settings_that_change_the_result_hinder_resuming():
         "data.weights: {} -> {'hcp': 2.0}",
         "train.lr: 0.002 -> 1e-05",
     ]
+
+
+def test_a_run_that_was_kept_before_there_was_a_light_decoder_goes_on():
+    config = build(PRESETS["tiny"])
+    saved = config.model_dump(mode="json")
+    for name in ("decoder", "decoder_depth", "predicted"):
+        del saved["model"][name]
+    del saved["train"]["compile"]
+    assert differing_keys(saved, config) == []
+    light = Config.model_validate({**saved, "model": {**saved["model"], "decoder": "light"}})
+    assert differing_keys(saved, light) == ["model.decoder: paper -> light"]

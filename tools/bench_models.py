@@ -42,6 +42,7 @@ class Setting:
     mask: MaskConfig
     strd: StrdConfig
     loss_on: str
+    decoder: str = "paper"  # or "light"
     model: str = "mae"  # or "encoder"
     device: str = "cpu"
     threads: int = 1
@@ -57,14 +58,17 @@ class Step:
         shape, brain = setting.shape, torch.from_numpy(setting.brain)
         torch.manual_seed(0)
         if setting.model == "mae":
-            built: SwinEncoder = MaskedAutoencoder(shape, setting.mask, setting.strd, setting.loss_on, brain)
+            built: SwinEncoder = MaskedAutoencoder(
+                shape, setting.mask, setting.strd, setting.loss_on, brain, decoder=setting.decoder
+            )
         else:
             built = SwinEncoder(shape, setting.strd, brain)
         self.model = built.to(self.device).train()
-        self.optimizer = torch.optim.AdamW(built.parameters(), lr=1e-4, fused=self.device.type == "cuda")
+        self.optimizer = torch.optim.AdamW(built.parameters(), lr=1e-4, fused=True)
         rows = built.tokens_per_frame * shape.frames
         self.patches = torch.randn(setting.batch, rows, shape.patch_voxels, device=self.device)
         self.cast = setting.dtype == "bf16"
+        self.before_mib = peak_mib(self.device)
 
     def round(self) -> tuple[float, float, float]:
         """Seconds of forward pass, backward pass and optimizer."""
@@ -89,7 +93,9 @@ class Step:
         dtype, cost = DTYPES[self.setting.dtype], clip_cost(self.model)
         return {
             "mixer": self.model.config.mixer, "layout": self.model.config.layout, "tokens": self.model.config.tokens,
-            "parameters": cost.parameters, "tokens_per_clip": cost.tokens, "peak_mib": self.peak_mib(),
+            "decoder": self.setting.decoder if self.setting.model == "mae" else "no",
+            "parameters": cost.parameters, "tokens_per_clip": cost.tokens,
+            "peak_mib": self.peak_mib(),
             "train_flops_per_clip": cost.train_flops, "forward_flops_per_clip": asdict(cost.forward),
             "moved_bytes": cost.moved_bytes(self.setting.batch, dtype.itemsize),
             "matmul_flops_per_s": measured_peak(self.device, dtype), "copy_bytes_per_s": copy_rate(self.device),
@@ -98,6 +104,10 @@ class Step:
 
     def peak_mib(self) -> float:
         return peak_mib(self.device)
+
+    def step_mib(self) -> float:
+        """Peak memory above what the process held with the model and its clip, before the first step."""
+        return peak_mib(self.device) - self.before_mib
 
 
 class Side:

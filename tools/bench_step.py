@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """How fast a training step is, and what share of this machine it uses.
 
-bench_step.py --preset base --mixer mamba --tokens brain --device cuda --dtype bf16     one step in detail
-bench_step.py --compare --json FILE         attention encoder: dense and brain tokens beside a straightforward baseline
+bench_step.py --preset base --mixer mamba --geometry sparse --device cuda --dtype bf16     one step in detail
+bench_step.py --compare --json FILE         sparse steps beside dense ones; the attention encoder beside a baseline
 
     preset + options --> model, clips --> forward, backward, AdamW, timed in rounds --> medians
     cost.py: operations and bytes of the same step --> beside a matrix product and a copy, measured by the same process
@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import bench_sparse
 import torch
 from bench_models import DTYPES, Setting, Side, Step, Worker
 from torch import Tensor
@@ -33,6 +34,10 @@ from neurostorm.presets import PRESETS
 
 TOLERANCE = 1e-4  # of the largest value; float32 rounding is about 1e-6
 SIDES = ("baseline", "dense", "brain")
+GEOMETRIES: dict[str, dict[str, Any]] = {
+    "dense": {"tokens": "dense", "decoder": "paper"},
+    "sparse": {"tokens": "brain", "decoder": "light", "layout": "clean"},
+}
 # How torch's CPU threads wait: asleep, as other processes use the cores too, but not before some 0.1 ms, which the next
 # operation comes within. Falling asleep at once costs a model of many short operations a fifth of its speed.
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000"}
@@ -43,11 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     os.environ.update({name: os.environ.get(name, value) for name, value in WAITING.items()})
     try:
-        result = compare(options) if options.compare else one_step(options)
+        if options.compare:
+            result = {**compare(options), **bench_sparse.compare(options, setting)}
+        else:
+            result = one_step(options)
     except RuntimeError as error:
         print(f"bench_step: {error}", file=sys.stderr)
         return 1
-    for line in compare_lines(result) if options.compare else step_lines(result):
+    for line in [*bench_sparse.lines(result), *compare_lines(result)] if options.compare else step_lines(result):
         print(line)
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
@@ -61,7 +69,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--preset", choices=PRESETS, default="paper", help="shape of model, clip and mask (default: paper)")
     add("--model", choices=("mae", "encoder"), default="mae", help="what is trained (default: mae)")
     add("--mixer", choices=("attention", "mamba"), help="what mixes a window's tokens (default: the preset's)")
-    add("--tokens", choices=("dense", "brain"), help="patches that are computed (default: the preset's)")
+    add(
+        "--geometry",
+        choices=("dense", "sparse"),
+        help="dense: all patches through the paper's encoder and decoder; sparse: visible brain patches through the "
+        "encoder, hidden ones through the light decoder; of --model encoder all brain patches (default: the preset's)",
+    )
+    add("--ratio", type=float, help="share of the patches that is hidden (default: the preset's)")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--dtype", choices=DTYPES, default="fp32", help="bf16 is autocast with float32 weights, as in training")
     add("--batch", type=int, default=1, help="clips per step (default: 1)")
@@ -70,32 +84,47 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--compare",
         action="store_true",
-        help="the preset's encoder with attention, in the released layout, forward and backward of one clip in fp32: "
-        "straightforward baseline, dense tokens, brain tokens (of the options above, --preset, --device, --rounds and "
-        "--threads apply)",
+        help="fp32 and one clip: a training step, sparse beside dense; and the encoder with attention, in the released "
+        "layout, forward and backward: straightforward baseline, dense tokens, brain tokens (of the options above, "
+        "--preset, --device, --rounds and --threads apply)",
     )
     add("--json", metavar="FILE", type=Path, help="write the figures there as well")
     options = parser.parse_args(argv)
-    for name in ("batch", "rounds", "threads"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} {getattr(options, name)}: at least 1")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no CUDA device here; use --device cpu")
-    if options.json and not options.json.absolute().parent.is_dir():
-        parser.error(f"--json {options.json}: there is no folder {options.json.absolute().parent}")
+    refuse_impossible(parser, options, ("batch", "rounds", "threads"))
+    refuse_missing_folder(parser, "--json", options.json)
     return options
 
 
+def refuse_impossible(parser: argparse.ArgumentParser, options: argparse.Namespace, counts: Sequence[str]) -> None:
+    """End with the reason if a count is below 1, the ratio no share, or the device not there."""
+    for name in counts:
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)}: at least 1")
+    if options.ratio is not None and not 0 < options.ratio < 1:
+        parser.error(f"--ratio {options.ratio}: above 0 and below 1")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device here; use --device cpu")
+
+
+def refuse_missing_folder(parser: argparse.ArgumentParser, name: str, file: Path | None) -> None:
+    """End with the reason if a file that is to be written has no folder."""
+    if file and not file.absolute().parent.is_dir():
+        parser.error(f"{name} {file}: there is no folder {file.absolute().parent}")
+
+
 def setting(options: argparse.Namespace) -> Setting:
-    """The preset's model on the preset's grid, with the options' mixer and tokens."""
+    """The preset's model on the preset's grid, with the options' mixer, geometry and ratio."""
     # Here and not above: the processes that are measured import this file, and shall not load these libraries.
     from neurostorm.config import Config
     from neurostorm.ingest.template import brain_mask
     from neurostorm.store import GRIDS
 
     preset = PRESETS[options.preset]
-    chosen = {name: value for name in ("mixer", "tokens") if (value := getattr(options, name)) is not None}
-    config = Config.model_validate({**preset, "model": {**preset.get("model", {}), **chosen}})
+    chosen = {} if options.mixer is None else {"mixer": options.mixer}
+    chosen |= {} if options.geometry is None else GEOMETRIES[options.geometry]
+    hidden = {} if options.ratio is None else {"ratio": options.ratio}
+    merged = {"model": {**preset.get("model", {}), **chosen}, "mask": {**preset.get("mask", {}), **hidden}}
+    config = Config.model_validate({**preset, **merged})
     grid, model, mask = GRIDS[config.ingest.grid], config.model, config.mask
     shape = SwinConfig(
         img_size=(*grid.shape, config.data.clip_frames), patch_size=model.patch, embed_dim=model.embed_dim,
@@ -105,7 +134,7 @@ def setting(options: argparse.Namespace) -> Setting:
     )  # fmt: skip
     return Setting(
         shape=shape, brain=brain_mask(grid), mask=MaskConfig(mask.kind, mask.ratio, mask.window, mask.tube_frames),
-        strd=StrdConfig(**config.strd.model_dump()), loss_on=model.loss_on, model=options.model,
+        strd=StrdConfig(**config.strd.model_dump()), loss_on=model.loss_on, decoder=model.decoder, model=options.model,
         device=options.device, threads=options.threads, dtype=options.dtype, batch=options.batch,
     )  # fmt: skip
 
@@ -176,7 +205,8 @@ def step_lines(r: dict[str, Any]) -> Iterator[str]:
     """The table of one step."""
     forward = r["forward_flops_per_clip"]
     parts = ", ".join(f"{kind} {flops / 1e9:.2f}" for kind, flops in forward.items() if flops)
-    yield f"{r['preset']}, {r['model']}, {r['mixer']} mixer, {r['layout']} layout, {r['tokens']} tokens, {r['dtype']}"
+    network = f"{r['mixer']} mixer, {r['layout']} layout, {r['tokens']} tokens, {r['decoder']} decoder"
+    yield f"{r['preset']}, {r['model']}, {network}, {r['dtype']}"
     yield f"on {r['device_name']} ({r['device']}, {r['threads']} CPU threads), torch {r['torch']}"
     yield ""
     yield f"parameters    {r['parameters']:,}"

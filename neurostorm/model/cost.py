@@ -118,19 +118,30 @@ def clip_cost(model: SwinEncoder, frames: int | None = None) -> Cost:
     Args:
         model: on any device, whose tables count; on "meta" nothing is allocated, and those of a CPU count.
         frames: of the clip; None for the longest.
+
+    Of the light decoder one mask is drawn: how a mask cuts the windows changes the attention's share a little. A mask
+    of atlas regions needs the atlas, so such a model is counted on a real device.
     """
     config, device = model.config, model.patch_embed.fc.weight.device
-    geometry = model.geometry(config.frames if frames is None else frames, "cpu" if device.type == "meta" else device)
-    count, tokens = _Count(), [len(level) for level in geometry.levels]
+    frames, where = config.frames if frames is None else frames, "cpu" if device.type == "meta" else device
+    whole = seen = model.geometry(frames, where)
+    count, hidden = _Count(), 0
+    if isinstance(model, MaskedAutoencoder) and model.decoder == "light":
+        mask = model.draw_mask(1, frames, torch.Generator().manual_seed(0), where)
+        seen, hidden = model.visible_geometry(mask, whole), int(mask.sum())
+    tokens = [len(level) for level in seen.levels]
     count.linear([model.patch_embed.fc], tokens[0])
     embedding = count.flops.linear
     count.kept += tokens[0] * config.patch_voxels
-    _count_encoder(count, model, geometry, tokens)
+    _count_encoder(count, model, seen, tokens)
     if isinstance(model, MaskedAutoencoder):
-        _count_decoder(count, model, geometry, tokens)
+        if model.decoder == "light":
+            _count_light(count, model, whole, max(1, int(hidden * model.predicted)))
+        else:
+            _count_decoder(count, model, whole, tokens)
     return Cost(
         parameters=sum(p.numel() for p in model.parameters()),
-        tokens=tokens[0],
+        tokens=len(whole.levels[0]),
         forward=count.flops,
         backward=2 * count.flops.total - embedding,
         kept_values=count.kept,
@@ -158,6 +169,20 @@ def _count_decoder(count: _Count, model: MaskedAutoencoder, geometry: Geometry, 
             _count_expansion(count, stage.upsample, tokens[i])
     count.linear([model.decoder_pred], tokens[0])
     count.kept += tokens[0] * (2 * config.embed_dim + config.patch_voxels)  # norm's input and output, error
+
+
+def _count_light(count: _Count, model: MaskedAutoencoder, geometry: Geometry, predicted: int) -> None:
+    """The light decoder over all tokens above the finest level, and the ``predicted`` ones of that."""
+    config, light = model.config, model.light
+    for i, expansion in zip(range(config.stages - 1, 1, -1), light.expansions, strict=True):
+        assert isinstance(expansion, PatchExpanding)
+        _count_expansion(count, expansion, len(geometry.levels[i]))
+    _count_blocks(count, light.blocks, [geometry.levels[1].windows(config.window, shift) for shift in (False, True)])
+    parents = len(geometry.levels[1])
+    count.linear([light.to_children], parents)
+    count.linear([light.pred], predicted)
+    count.kept += parents * light.to_children.in_features
+    count.kept += predicted * (2 * config.embed_dim + config.patch_voxels)  # norm's input and output, error
 
 
 def _count_blocks(count: _Count, stage: BlockStack, tables: list[WindowTable]) -> None:

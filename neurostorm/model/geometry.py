@@ -19,7 +19,7 @@ their device, outside the state dict.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -72,12 +72,6 @@ class Level:
         self.order = torch.from_numpy(raster).to(device)
         self.space_of_token = self.order // grid[3]
         self.time_of_token = self.order % grid[3]
-        cell = torch.from_numpy(raster + self.cells[:, 0] * int(np.prod(grid))).to(device)
-        self._raster = table_of([Bucket(cell[:, None])], samples * int(np.prod(grid)))
-        self._ranks = table_of([Bucket(cell.argsort().argsort()[:, None])], len(cell))
-        patches = torch.unique(self.space_of_token)
-        whole = samples == 1 and len(patches) * grid[3] == len(cells)  # every patch is there in all frames
-        self._patches = patches if whole else None
         self._windows: dict[tuple[Axes, bool], WindowTable] = {}
 
     def __len__(self) -> int:
@@ -91,6 +85,28 @@ class Level:
             grid = (self.samples, *self.grid)
             self._windows[key] = window_table(self.cells, grid, effective, shift, self.layout, self.device)
         return self._windows[key]
+
+    # What a subset never needs is made when somebody asks for it: subsets are made anew in every step.
+    @cached_property
+    def _cell(self) -> Tensor:
+        """Long (P,): the raster number of each token among those of all samples."""
+        return self.order + torch.from_numpy(self.cells[:, 0] * int(np.prod(self.grid))).to(self.device)
+
+    @cached_property
+    def _raster(self) -> WindowTable:
+        return table_of([Bucket(self._cell[:, None])], self.samples * int(np.prod(self.grid)))
+
+    @cached_property
+    def _ranks(self) -> WindowTable:
+        return table_of([Bucket(self._cell.argsort().argsort()[:, None])], len(self))
+
+    @cached_property
+    def _patches(self) -> Tensor | None:
+        """Long: the patches that are tokens, if each is one in all frames; of a set that samples share."""
+        if self.samples > 1:
+            return None
+        patches = torch.unique(self.space_of_token)
+        return patches if len(patches) * self.grid[3] == len(self) else None
 
     def positions(self, space: Tensor, time: Tensor) -> Tensor:
         """A value for each patch (S, C) plus one for each frame (T, C), for every token: (1, P, C)."""
@@ -106,6 +122,27 @@ class Level:
         """(B, S * T, C) with t fastest -> packed (B, P, C); (1, P, C) when the samples' tokens differ."""
         x = x if self.samples == 1 else rearrange(x, "b n c -> 1 (b n) c")
         return split_windows(x, self._raster)[0].view(x.shape[0], len(self), x.shape[-1])
+
+    def numbers_in(self, whole: "Level") -> Tensor:
+        """Long (P,): of each token its number ``sample * len(whole) + place`` in a level that all samples share.
+
+        ``whole`` has the same grid and every token of this level.
+        """
+        place = whole.place_of_cell[np.ravel_multi_index(tuple(self.coords.T), self.grid)]
+        return torch.from_numpy(place + self.cells[:, 0] * len(whole)).to(self.device)
+
+    def places_in(self, whole: "Level") -> Tensor:
+        """Long (samples, len(whole)): the number in this level of each of the other's tokens, P for one it lacks."""
+        place = torch.full((self.samples * len(whole),), len(self), device=self.device)
+        place[self.numbers_in(whole)] = torch.arange(len(self), device=self.device)
+        return place.view(self.samples, -1)
+
+    @cached_property
+    def place_of_cell(self) -> np.ndarray:
+        """Int64 (d h w T,): the packed number of the token at each cell, where there is one; of a shared set."""
+        place = np.full(int(np.prod(self.grid)), -1)
+        place[np.ravel_multi_index(tuple(self.coords.T), self.grid)] = np.arange(len(self))
+        return place
 
     def to_raster(self, x: Tensor) -> Tensor:
         """Packed (B, P, C) -> (B, S * T, C) with t fastest; cells without a token are zero."""
@@ -139,7 +176,8 @@ class Geometry:
         for window in windows[1:]:
             child = self.levels[-1]
             grid = (grid[0] // 2, grid[1] // 2, grid[2] // 2, grid[3])
-            parents = np.unique(child.cells // _HALVES, axis=0)
+            places = np.ravel_multi_index(tuple((child.cells // _HALVES).T), (samples, *grid))
+            parents = np.stack(np.unravel_index(np.unique(places), (samples, *grid)), -1)
             parent = Level(parents, samples, grid, window, layout, device)
             self.merges.append(_merge_table(child, parent))
             self.levels.append(parent)

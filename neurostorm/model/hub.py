@@ -1,7 +1,7 @@
 """A model as two files that anyone may open: ``model.safetensors`` and ``config.json``. Never pickle.
 
-    config.json        {"format": 2, "class", "swin", "strd", "extra"}, and of an autoencoder "mask", "loss_on",
-                       "normalise_targets"
+    config.json        {"format": 3, "class", "swin", "strd", "extra"}, and of an autoencoder "mask", "loss_on",
+                       "normalise_targets", "decoder", "decoder_depth", "predicted"
     model.safetensors  parameters and buffers under the released names; ``brain`` uint8 (X, Y, Z) if there is a mask
 
     NeuroStorm.from_pretrained(DIR) -> .embed(clip or NIfTI file) -> float32 (C',)
@@ -31,9 +31,10 @@ from neurostorm.model.strd import StrdConfig
 from neurostorm.model.swin4d import SwinEncoder
 from neurostorm.model.swin_config import SwinConfig
 
-FORMAT = 2
+FORMAT = 3
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+_AUTOENCODER = ("loss_on", "normalise_targets", "decoder", "decoder_depth", "predicted")  # of a MaskedAutoencoder alone
 
 Saved = tuple[dict[str, Any], dict[str, Tensor]]  # what the two files hold
 
@@ -193,7 +194,7 @@ def save_pretrained(
     config["strd"] = asdict(model.strd_config)
     if isinstance(model, MaskedAutoencoder):
         config |= {"class": "MaskedAutoencoder", "mask": asdict(model.mask_config)}
-        config |= {"loss_on": model.loss_on, "normalise_targets": model.normalise_targets}
+        config |= {name: getattr(model, name) for name in _AUTOENCODER}
     if model.brain is not None:
         tensors["brain"] = model.brain.to(torch.uint8)
     config["extra"] = dict(model.extra if extra is None else extra)
@@ -249,7 +250,16 @@ def upgrade_1(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Saved
     return config, tensors
 
 
-_STEPS: tuple[Callable[[Mapping[str, Any], Mapping[str, Tensor]], Saved], ...] = (upgrade_1,)  # [n - 1]: n -> n + 1
+def upgrade_2(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Saved:
+    """Format 2 -> 3: every autoencoder had the paper's decoder."""
+    config = {**config, "format": 3}
+    if config.get("class") == "MaskedAutoencoder":
+        config |= {"decoder": "paper", "decoder_depth": 2, "predicted": 1.0}
+    return config, dict(tensors)
+
+
+# [n - 1]: format n -> n + 1
+_STEPS: tuple[Callable[[Mapping[str, Any], Mapping[str, Tensor]], Saved], ...] = (upgrade_1, upgrade_2)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -271,7 +281,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _build(config: dict[str, Any], brain: Tensor | None, atlas: Tensor | None, path: Path) -> SwinEncoder:
     known = {"format", "class", "swin", "strd", "extra"}
     if config.get("class") == "MaskedAutoencoder":
-        known |= {"mask", "loss_on", "normalise_targets"}
+        known |= {"mask", *_AUTOENCODER}
     elif config.get("class") != "SwinEncoder":
         raise HubError(f"{path}: class is {config.get('class')!r}, known are MaskedAutoencoder and SwinEncoder")
     _require_keys(path, set(config), known)
@@ -284,8 +294,8 @@ def _build(config: dict[str, Any], brain: Tensor | None, atlas: Tensor | None, p
         swin, strd = SwinConfig(**config["swin"]), StrdConfig(**config["strd"])
         if config["class"] == "SwinEncoder":
             return SwinEncoder(swin, strd, brain)
-        mask, loss_on, normalise_targets = MaskConfig(**config["mask"]), config["loss_on"], config["normalise_targets"]
-        return MaskedAutoencoder(swin, mask, strd, loss_on, brain, normalise_targets, atlas)
+        settings = {name: config[name] for name in _AUTOENCODER}
+        return MaskedAutoencoder(swin, MaskConfig(**config["mask"]), strd, brain=brain, atlas=atlas, **settings)
     except (TypeError, ValueError) as error:
         raise HubError(f"{path}: {error}") from error
 

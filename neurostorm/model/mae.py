@@ -1,13 +1,27 @@
-"""Masked autoencoder: hide tokens of a clip, encode all of it, predict the hidden voxels.
+"""Masked autoencoder: hide tokens of a clip, predict the hidden voxels.
 
+    decoder="paper": all tokens, as released
     patches (B, P, p^3) --embed--> hidden tokens replaced by a mask token --encoder--> latent
         --expand 2x2x2, blocks (per stage, coarse to fine), norm, linear--> prediction (B, P, p^3)
-        --squared error on the counted voxels--> loss
 
-Hiding comes before the positional embedding, so a hidden token still knows where and when it is. The decoder mirrors
-the encoder without skip connections or positions. Counted are the voxels of hidden tokens: all of them as released
-(``loss_on="all"``), or those in the brain and in the run's field of view (``loss_on="brain"``). Source: NeuroSTORM's
+    decoder="light": visible tokens, then hidden ones
+    patches (B, P, p^3) --take the visible--> embed --encoder over these alone--> latent of what is visible
+        --light.py: mask tokens for the rest of the coarsest level, up to one above the finest--> hidden patches
+
+    --squared error on the counted voxels--> loss
+
+Counted are the voxels of hidden tokens: all of them as released (``loss_on="all"``), or those in the brain and in the
+run's field of view (``loss_on="brain"``).
+
+"paper": hiding comes before the positional embedding, so a hidden token still knows where and when it is, and takes
+part in every window. The decoder mirrors the encoder without skip connections or positions. Source: NeuroSTORM's
 released MAE, whose parameter names this one has; any number of stages from two works here.
+
+"light" differs from the paper so that tokens which carry nothing cost nothing (He et al. 2022, "Masked Autoencoders Are
+Scalable Vision Learners"): the encoder computes what it would compute in the dense model if hidden tokens were keys for
+nobody and read as zero at merges, which is also what it meets downstream, where nothing is hidden; and the decoder
+spends its blocks, which attend, where there are an eighth as many tokens. With the grid's brain patches for tokens, no
+token that is computed is background.
 """
 
 from typing import NamedTuple
@@ -18,13 +32,15 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from neurostorm.model.decoder import PatchExpanding, UpStage
-from neurostorm.model.geometry import Geometry, patch_table
+from neurostorm.model.geometry import Geometry, patch_table, subset_geometry
+from neurostorm.model.light import LightDecoder, numbers_of, put_tokens
 from neurostorm.model.masking import Blocks, MaskConfig, draw_mask, mask_blocks, mask_from_released
+from neurostorm.model.score import Targets, patch_moments, predict_rows, score_rows
 from neurostorm.model.strd import StrdConfig
 from neurostorm.model.swin4d import SwinEncoder, initialise
 from neurostorm.model.swin_config import SwinConfig
 
-_FLAT = 1e-6  # variance below which a patch has nothing to normalise
+DECODERS = ("paper", "light")
 
 
 class MaeOutput(NamedTuple):
@@ -35,7 +51,9 @@ class MaeOutput(NamedTuple):
     """
 
     loss: Tensor  # (): mean of clip_loss, the same however clips are parted; released: mean of all counted voxels
-    prediction: Tensor  # (B, P, p^3), or (B, 1, X, Y, Z, T); in the units of the input
+    # (B, P, p^3), or (B, 1, X, Y, Z, T); in the units of the input. Of the light decoder without gradient, 0 where
+    # nothing is hidden, and (B, 0, p^3) in training, where nobody looks.
+    prediction: Tensor
     mask: Tensor  # bool (B, P), or (B, S * T) with t fastest; True = hidden
     latent: Tensor  # tokens of the last stage (B, P', C'), or (B, C', d, h, w, T)
     baseline: Tensor  # (): mean of clip_baseline
@@ -57,6 +75,10 @@ class MaskedAutoencoder(SwinEncoder):
         normalise_targets: the error is that of targets with mean 0 and variance 1 in each patch (over the voxels that
             may count); ``prediction`` is given back in the units of the input.
         atlas: integer (d, h, w), the region of each patch, 0 = none; needed for masks of atlas regions.
+        decoder: "paper" (every token through encoder and decoder) or "light" (the visible ones through the encoder, a
+            decoder of the hidden ones; see the module).
+        decoder_depth: blocks of the light decoder.
+        predicted: share of the hidden tokens that the light decoder predicts and the loss counts, drawn anew each time.
 
     Raises:
         ValueError: a field has an impossible value, ``brain`` or ``atlas`` is missing, empty or of another shape.
@@ -71,21 +93,29 @@ class MaskedAutoencoder(SwinEncoder):
         brain: Tensor | None = None,
         normalise_targets: bool = False,
         atlas: Tensor | None = None,
+        decoder: str = "paper",
+        decoder_depth: int = 2,
+        predicted: float = 1.0,
     ) -> None:
         super().__init__(swin, strd, brain)
         mask.validate()
-        _check_mae(swin, mask, loss_on, brain, atlas)
+        _check_mae(swin, mask, loss_on, brain, atlas, decoder, predicted)
         self.mask_config, self.loss_on, self.normalise_targets = mask, loss_on, normalise_targets
+        self.decoder, self.decoder_depth, self.predicted = decoder, decoder_depth, predicted
         self.mask_window = mask.window or swin.window
         self._blocks_of: dict[tuple[int, torch.device], Blocks] = {}
+        if atlas is not None:
+            self.register_buffer("atlas_map", atlas.to(torch.int32))
+        if decoder == "light":
+            self.light = LightDecoder(swin, decoder_depth)
+            self.light.apply(initialise)
+            return
         window, atlas_kind = mask.kind == "window", mask.kind == "atlas"
         cells = self.mask_window[0] * self.mask_window[1] * self.mask_window[2] * self.mask_window[3]
         width = swin.embed_dim
         self.mask_token = nn.Parameter(torch.zeros(width), requires_grad=not window and not atlas_kind)
         self.window_mask_token = nn.Parameter(torch.zeros(cells, width), requires_grad=window)
         self.atlas_mask_token = nn.Parameter(torch.zeros(width), requires_grad=atlas_kind)
-        if atlas is not None:
-            self.register_buffer("atlas_map", atlas.to(torch.int32))
         self.first_patch_expanding = PatchExpanding(swin, swin.stages - 1)
         self.layers_up = nn.ModuleList(UpStage(swin, stage) for stage in reversed(range(swin.stages - 1)))
         self.norm_up = nn.LayerNorm(width)
@@ -153,6 +183,10 @@ class MaskedAutoencoder(SwinEncoder):
                 volume (B, S * T) or (B, blocks) in raster order with the frame fastest, as the released models take it.
             inside: the run's field of view, True = measured: bool (B, X, Y, Z) for a volume, (B, S, p^3) for patches.
             centre: each voxel's own mean, shaped as ``clip``, for the baseline; None when it is zero (voxel z).
+
+        Raises:
+            ValueError: a size is another than the model's; with the light decoder also a mask that hides nothing,
+                everything, or more of one sample than of another.
         """
         if clip.ndim == 3:
             return self.forward_patches(clip, mask, generator, inside, centre)
@@ -166,7 +200,7 @@ class MaskedAutoencoder(SwinEncoder):
             centre = self.to_patches(centre)
         out = self.forward_patches(patches, mask, generator, inside, centre)
         return out._replace(
-            prediction=self.to_volume(out.prediction),
+            prediction=self.to_volume(out.prediction) if out.prediction.shape[1] else out.prediction,
             latent=coarsest.to_grid(out.latent),
             mask=finest.to_raster(out.mask.unsqueeze(-1)).squeeze(-1),
         )
@@ -184,6 +218,9 @@ class MaskedAutoencoder(SwinEncoder):
         geometry = self.geometry(frames, patches.device)
         if mask is None:
             mask = self.draw_mask(len(patches), frames, generator, patches.device)
+        mask = mask != 0
+        if self.decoder == "light":
+            return self._forward_visible(patches, mask, generator, inside, centre)
         tokens = self.hide(self.patch_embed(patches), mask, geometry)
         latent, strd_rates = self.encode(tokens, geometry)
         prediction = self.decode(latent, geometry).float()
@@ -214,8 +251,80 @@ class MaskedAutoencoder(SwinEncoder):
             clip_baseline=clip_baseline,
         )
 
+    def _forward_visible(
+        self,
+        patches: Tensor,
+        mask: Tensor,
+        generator: torch.Generator | None,
+        inside: Tensor | None,
+        centre: Tensor | None,
+    ) -> MaeOutput:
+        """As :meth:`forward_patches` with the light decoder."""
+        geometry, asked = self.geometry(self._frames(patches), patches.device), self._asked(mask, generator)
+        visible = self.visible_geometry(mask, geometry)
+        seen = patches.flatten(0, 1).index_select(0, visible.levels[0].numbers_in(geometry.levels[0]))
+        encoded, strd_rates = self.encode(self.patch_embed(seen)[None], visible)
+        place = visible.levels[-1].places_in(geometry.levels[-1])
+        latent, h = self.light(encoded, place, geometry, asked, self.activation_checkpointing)
+        targets = self._targets(patches, asked, geometry, inside, centre)
+        pred = self.light.pred
+        scores = score_rows(h.flatten(0, 1), pred.weight, pred.bias, targets)
+        clip_loss, clip_baseline = (sums / scores.voxels.clamp(min=1) for sums in (scores.squares, scores.baseline))
+        loss = clip_loss.mean() if self.loss_on == "brain" else scores.squares.sum() / scores.voxels.sum().clamp(min=1)
+        prediction = patches.new_zeros(len(patches), 0, patches.shape[2])
+        if not self.training:
+            with torch.no_grad():
+                prediction = put_tokens(predict_rows(pred(h.flatten(0, 1)).float(), targets), asked, patches.shape[1])
+        return MaeOutput(
+            loss=loss,
+            prediction=prediction,
+            mask=mask,
+            latent=latent,
+            baseline=clip_baseline.mean(),
+            strd_rates=strd_rates,
+            masked_fraction=mask.float().mean(),
+            clip_loss=clip_loss,
+            clip_baseline=clip_baseline,
+        )
+
+    def _targets(
+        self, patches: Tensor, asked: Tensor, geometry: Geometry, inside: Tensor | None, centre: Tensor | None
+    ) -> Targets:
+        """What the tokens ``asked`` for hold, and what of it counts."""
+        samples, sample = len(patches), torch.arange(len(patches), device=patches.device)[:, None]
+        in_brain = self.loss_on == "brain"
+        if inside is not None and not in_brain:  # as in `_valid`: all voxels of a clip with any data
+            inside = inside.any(2, keepdim=True).any(1, keepdim=True).expand(-1, inside.shape[1], -1)
+        return Targets(
+            patches=patches.flatten(0, 1),
+            row=(asked + sample * patches.shape[1]).flatten(),
+            sample=sample.expand_as(asked).flatten(),
+            samples=samples,
+            centre=None if centre is None else centre.flatten(0, 1),
+            brain=self.brain_patches if in_brain else None,
+            space=geometry.levels[0].space_of_token[asked].flatten(),
+            inside=inside,
+            normalise=self.normalise_targets,
+        )
+
+    def _asked(self, mask: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Long (B, H): the hidden tokens that are predicted; in training a random share of them, as ``predicted``."""
+        hidden = numbers_of(mask)
+        count = max(1, int(hidden.shape[1] * self.predicted)) if self.training else hidden.shape[1]
+        if count == hidden.shape[1]:
+            return hidden
+        source = hidden.device if generator is None else generator.device
+        drawn = torch.rand(hidden.shape, generator=generator, device=source).argsort(1)[:, :count]
+        return hidden.gather(1, drawn.sort(1).values.to(hidden.device))
+
+    def visible_geometry(self, mask: Tensor, geometry: Geometry) -> Geometry:
+        """The tokens that ``mask``, bool (B, P) in the order of ``geometry``, leaves visible."""
+        level, config = geometry.levels[0], self.config
+        layout = config.window_layout(level.device.type)
+        return subset_geometry(level.grid, config.windows, level.order[numbers_of(~mask)], layout)
+
     def hide(self, tokens: Tensor, mask: Tensor, geometry: Geometry) -> Tensor:
-        """Replace hidden tokens (B, P, C): by one vector, or for windows by one vector per place in the window."""
+        """Replace hidden tokens (B, P, C): by one vector, or for windows by one per place in the window ("paper")."""
         token: Tensor = self.mask_token
         if self.mask_config.kind == "window":
             frames = geometry.levels[0].grid[3]
@@ -225,7 +334,7 @@ class MaskedAutoencoder(SwinEncoder):
         return torch.where(mask.unsqueeze(-1), token.to(tokens.dtype), tokens)
 
     def decode(self, latent: Tensor, geometry: Geometry) -> Tensor:
-        """Tokens of the last stage (B, P', C') -> predicted patches (B, P, p^3)."""
+        """Tokens of the last stage (B, P', C') -> predicted patches (B, P, p^3) ("paper")."""
         x = self.first_patch_expanding(latent, geometry.merges[-1])
         for stage in self.layers_up:
             x = stage(x, geometry, self.activation_checkpointing)
@@ -243,22 +352,22 @@ class MaskedAutoencoder(SwinEncoder):
         return valid
 
 
-def patch_moments(patches: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (B, P, 1) of each patch over its valid voxels; 0 and 1 where there are none."""
-    weight = torch.ones_like(patches) if valid is None else valid.expand_as(patches).to(patches.dtype)
-    voxels = weight.sum(-1, keepdim=True).clamp(min=1)
-    mean = (patches * weight).sum(-1, keepdim=True) / voxels
-    variance = ((patches - mean).square() * weight).sum(-1, keepdim=True) / voxels
-    return mean, torch.where(variance > _FLAT, variance, 1.0).sqrt()
-
-
 def square_sums(error: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
     """(B,) sums of error^2 over each sample's counted voxels (the others may hold anything), and (B,) their number."""
     counted = counted.expand_as(error)
     return torch.where(counted, error, 0.0).square().sum(dim=(1, 2)), counted.sum(dim=(1, 2))
 
 
-def _check_mae(swin: SwinConfig, mask: MaskConfig, loss_on: str, brain: Tensor | None, atlas: Tensor | None) -> None:
+def _check_mae(
+    swin: SwinConfig, mask: MaskConfig, loss_on: str, brain: Tensor | None, atlas: Tensor | None, decoder: str,
+    predicted: float,
+) -> None:  # fmt: skip
+    if decoder not in DECODERS:
+        raise ValueError(f"decoder = {decoder!r}: one of {', '.join(DECODERS)}")
+    if decoder == "light" and swin.layout == "paper":
+        raise ValueError("decoder = 'light': the paper's layout has the paper's decoder; take layout = 'clean'")
+    if not 0.0 < predicted <= 1.0 or (predicted < 1.0 and decoder == "paper"):
+        raise ValueError(f"predicted = {predicted}: above 0, up to 1; the paper's decoder predicts everything")
     if swin.stages < 2:
         raise ValueError(f"depths = {swin.depths}: the autoencoder needs at least two stages")
     if swin.in_chans != 1:

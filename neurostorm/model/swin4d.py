@@ -36,6 +36,9 @@ MIXERS: dict[str, tuple[str, Callable[[int, int, bool], Mixer]]] = {
 }
 
 
+_VARIANTS = 128  # compiled forms of a block's code: stages x tables x modes
+
+
 class PatchEmbed(nn.Module):
     """One linear map of a patch's voxels, in the order (px, py, pz, channel) with the channel fastest."""
 
@@ -143,9 +146,10 @@ class PatchMerging(nn.Module):
 class BlockStack(nn.Module):
     """The blocks of one stage of encoder or decoder, over one level's tokens."""
 
-    def __init__(self, config: SwinConfig, stage: int) -> None:
+    def __init__(self, config: SwinConfig, stage: int, drop_path_rates: Sequence[float] | None = None) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(config, stage, rate) for rate in config.drop_path_rates(stage))
+        rates = config.drop_path_rates(stage) if drop_path_rates is None else drop_path_rates
+        self.blocks = nn.ModuleList(Block(config, stage, rate) for rate in rates)
 
     def run(self, x: Tensor, tables: Sequence[WindowTable], strd: StageDropout | None, recompute: bool) -> Tensor:
         """Blocks alternate between the unshifted and the shifted table of ``tables``."""
@@ -307,6 +311,18 @@ class SwinEncoder(nn.Module):
         """(B, X, Y, Z) -> (B, S, p^3)."""
         p, q, r, _ = self.config.patch_size
         return rearrange(volume, "b (x p) (y q) (z r) -> b (x y z) (p q r)", p=p, q=q, r=r)
+
+
+def compile_blocks(model: nn.Module, **options: Any) -> None:
+    """Compile every block of a network in place (``nn.Module.compile``): names and parameters stay as they are.
+
+    ``options`` are those of ``torch.compile``. Shapes are taken as dynamic, as the windows of a masked clip are never
+    the same; every width, table and mode is a variant of its own still, of which torch keeps too few by default.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile(**{"dynamic": True, **options})
 
 
 def initialise(module: nn.Module) -> None:

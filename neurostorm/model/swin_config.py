@@ -8,7 +8,7 @@ MIXERS = ("attention", "mamba")
 LAYOUTS = ("clean", "paper")
 TOKENS = ("dense", "brain")
 
-_COARSE = 64  # slots
+_COARSE, _FINER = 64, 32  # slots: on a GPU, and of a scan on a CPU
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,11 @@ class SwinConfig:
         """How windows are cut, with the released quirks in the paper's layout only.
 
         A scan pays for every bucket with a loop over its tokens, and a GPU with kernel launches, so there the sizes of
-        uneven windows are rounded to few; for attention on a CPU exact sizes are the faster ones.
+        uneven windows are rounded to few; for attention on a CPU exact sizes are as fast.
         """
-        paper, rounded = self.layout == "paper", self.mixer == "mamba" or device_type != "cpu"
-        return Layout(pad=paper, wrap=paper and self.mixer == "mamba", round_to=_COARSE if rounded else 1)
+        paper, scan = self.layout == "paper", self.mixer == "mamba"
+        round_to = _COARSE if device_type != "cpu" else _FINER if scan else 1
+        return Layout(pad=paper, wrap=paper and scan, round_to=round_to)
 
     def drop_path_rates(self, stage: int) -> list[float]:
         """Stochastic depth of the blocks of a stage: 0 to ``drop_path`` in equal steps over all blocks."""

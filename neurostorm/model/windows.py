@@ -294,16 +294,25 @@ def table_of(buckets: Sequence[Bucket], tokens: int) -> WindowTable:
 def _neighbours(cells: np.ndarray, space: int, time: int, device: torch.device) -> Neighbours:
     relative = cells - cells.min(1, keepdims=True)
     patterns, pattern = np.unique(relative.reshape(len(cells), -1), axis=0, return_inverse=True)
-    patterns = patterns.reshape(len(patterns), -1, 4).astype(np.int32)
-    slots = patterns.shape[1]
-    same_frame, same_patch = np.empty((2, len(patterns), slots, slots), bool)
-    for number, places in enumerate(patterns):  # one by one: uneven token sets have a pattern for every window
-        distance = np.abs(places[:, None] - places)  # (N, N, 4)
-        far, late = distance[..., :3].max(-1), distance[..., 3]
-        same_frame[number] = (late == 0) & (far > 0) & (far <= space // 2)
-        same_patch[number] = (far == 0) & (late > 0) & (late <= time // 2)
+    patterns = patterns.reshape(len(patterns), -1, 4).astype(np.int64)
+    absent = patterns.max(-1) >= _NOWHERE // 2
+    patterns[absent] = 0
+    extent = patterns.max((0, 1)) + 1
+    place = np.ravel_multi_index(tuple(np.moveaxis(patterns, -1, 0)), tuple(extent))
+    place[absent] = extent.prod()
+    near = np.pad(_near(extent, space, time), ((0, 0), (0, 1), (0, 1)))  # an absent slot is near nothing
+    # One by one: uneven token sets have a pattern for every window.
+    same_frame, same_patch = np.stack([near[:, slots][:, :, slots] for slots in place], 1)
     return Neighbours(
         torch.from_numpy(same_frame).to(device),
         torch.from_numpy(same_patch).to(device),
         torch.from_numpy(pattern.reshape(-1)).to(device),
     )
+
+
+def _near(extent: np.ndarray, space: int, time: int) -> np.ndarray:
+    """Bool (2, M, M): which of the M places of a box of this extent are neighbours in their frame, and in time."""
+    places = raster_coords(extent.tolist())
+    distance = np.abs(places[:, None] - places)  # (M, M, 4)
+    far, late = distance[..., :3].max(-1), distance[..., 3]
+    return np.stack([(late == 0) & (far > 0) & (far <= space // 2), (far == 0) & (late > 0) & (late <= time // 2)])

@@ -20,6 +20,7 @@ from neurostorm.model.hub import save_pretrained
 from neurostorm.model.mae import MaskedAutoencoder
 from neurostorm.model.masking import MaskConfig
 from neurostorm.model.strd import StrdConfig
+from neurostorm.model.swin4d import compile_blocks
 from neurostorm.model.swin_config import SwinConfig
 from neurostorm.places import Place
 from neurostorm.staging import outgoing
@@ -77,6 +78,9 @@ def build_model(config: Config, store: FrameStore) -> MaskedAutoencoder:
         brain=torch.from_numpy(store.mask),
         normalise_targets=config.model.normalise_targets,
         atlas=atlas,
+        decoder=config.model.decoder,
+        decoder_depth=config.model.decoder_depth,
+        predicted=config.model.predicted,
     )
 
 
@@ -104,6 +108,8 @@ def assemble(
     model = build_model(config, corpus.store)
     clip_flops = clip_cost(model, config.data.clip_frames).train_flops  # before ZeRO 3 parts the parameters
     unpack = build_unpacker(model, corpus.store, config.data.clip_frames, device)
+    if config.train.compile:
+        compile_blocks(model)
     engine = Engine(model, config.train, config.clips_per_worker, device)
     first_step = resume(config, engine, rank)
     return Loop(

@@ -71,7 +71,7 @@ class Engine:
     def __init__(self, model: nn.Module, train: TrainConfig, clips_per_worker: int, device: torch.device) -> None:
         deepspeed = import_deepspeed()
         optimizer = torch.optim.AdamW(
-            parameter_groups(model, train.weight_decay), lr=train.lr, betas=train.betas, fused=device.type == "cuda"
+            parameter_groups(model, train.weight_decay), lr=train.lr, betas=train.betas, fused=True
         )
         self._stage = train.zero_stage
         self._engine, *_ = deepspeed.initialize(

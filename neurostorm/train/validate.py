@@ -76,7 +76,10 @@ class Validation:
         frame = self.config.data.clip_frames // 2
         hidden = out.mask[:1, :, None].expand_as(patches.values[:1])
         target = patches.values[:1]
-        boxes = (target, target.masked_fill(hidden, 0), out.prediction[:1].float(), hidden.float())
+        prediction = out.prediction[:1].float()
+        if self.model.decoder == "light":  # which predicts nothing that is visible
+            prediction = torch.where(hidden, prediction, target)
+        boxes = (target, target.masked_fill(hidden, 0), prediction, hidden.float())
         seen, masked, predicted, unseen = [self.model.to_volume(box)[0, 0, ..., frame].cpu().numpy() for box in boxes]
         store = self.reader.store
         unit = "z over time" if self.config.data.normalise == "voxel" else "z over the run"

@@ -138,10 +138,17 @@ def test_killed_and_started_again_it_ends_like_its_uninterrupted_twin(ball_confi
     assert f"{steps} steps done" in last_start, "a finished run was not recognised"
 
 
-def test_the_scan_pretrains_on_brain_tokens_from_store_to_saved_model(ball_config, start):
+def test_the_scan_pretrains_on_visible_brain_tokens_from_store_to_saved_model(ball_config, start):
     config = ball_config(
         run={"name": "scan"},
-        model={"embed_dim": 8, "depths": (2, 1), "heads": (1, 2), "mixer": "mamba", "tokens": "brain"},
+        model={
+            "embed_dim": 8,
+            "depths": (2, 1),
+            "heads": (1, 2),
+            "mixer": "mamba",
+            "tokens": "brain",
+            "decoder": "light",
+        },
         mask={"kind": "window-tube", "window": (2, 2, 2, 2)},
         strd={"enabled": True, "rate": 0.1},
         train={"global_batch": 4, "epochs": 2, "log_every": 4, "lr": 1e-2},
@@ -150,7 +157,7 @@ def test_the_scan_pretrains_on_brain_tokens_from_store_to_saved_model(ball_confi
     losses = [loss for _, (loss, _) in sorted(ledger(config).items())]
     assert len(losses) == 24 and sum(losses[-6:]) < 0.9 * sum(losses[:6]), losses
     saved = load_pretrained(config.run.folder / "model")
-    assert (saved.config.mixer, saved.config.tokens) == ("mamba", "brain")
+    assert (saved.config.mixer, saved.config.tokens, saved.decoder) == ("mamba", "brain", "light")
     assert saved.strd_config.rate == 0.1 and saved.mask_config.kind == "window-tube"
     metrics = last_metrics(config)
     assert metrics["strd/drop_rate"] == pytest.approx(0.1, abs=0.03) and metrics["mask/fraction"] == 0.5

@@ -169,7 +169,8 @@ def as_format_1(folder: Path) -> None:
     for section, names in FORMAT_1.items():
         if section in config:
             config[section] = {name: config[section][name] for name in names}
-    config.pop("normalise_targets", None)
+    for name in ("normalise_targets", "decoder", "decoder_depth", "predicted"):
+        config.pop(name, None)
     (folder / "config.json").write_text(json.dumps({**config, "format": 1}))
     edit_weights(folder, lambda tensors: tensors.pop("atlas_mask_token", None))
 
@@ -188,6 +189,28 @@ def test_a_model_of_format_1_is_the_papers_layout_and_dense(tmp_path, brain):
     NeuroStorm(again).save_pretrained(tmp_path / "now")
     assert config_of(tmp_path / "now")["format"] == FORMAT
     assert equal(load_pretrained(tmp_path / "now")(patches, mask), again(patches, mask))
+
+
+def test_a_model_of_format_2_has_the_papers_decoder(saved):
+    model, folder = saved
+    config = config_of(folder)
+    for name in ("decoder", "decoder_depth", "predicted"):
+        config.pop(name)
+    (folder / "config.json").write_text(json.dumps({**config, "format": 2}))
+    again = load_pretrained(folder)
+    assert again.decoder == "paper" and again.predicted == 1
+    patches, mask = torch.randn(1, len(model.geometry(4).levels[0]), 27), model.draw_mask(1, 4)
+    assert equal(model.eval()(patches, mask), again(patches, mask))
+
+
+def test_a_light_decoder_comes_back(tmp_path, brain):
+    swin = SwinConfig(**SHAPE, window=(2, 2, 2, 2), tokens="brain")
+    model = MaskedAutoencoder(swin, brain=brain, decoder="light", decoder_depth=1, predicted=0.5).eval()
+    save_pretrained(model, tmp_path)
+    again = load_pretrained(tmp_path)
+    assert (again.decoder, again.decoder_depth, again.predicted) == ("light", 1, 0.5)
+    patches, mask = torch.randn(2, len(model.geometry(4).levels[0]), 27), model.draw_mask(2, 4)
+    assert equal(model(patches, mask), again(patches, mask))
 
 
 def test_an_encoder_of_format_1_comes_back(tmp_path):
@@ -211,7 +234,7 @@ def test_upgrading_changes_nothing_in_place():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"format": 3}, r"config.json: format is 3, this version reads 1 to 2; update neurostorm"),
+        ({"format": 4}, r"config.json: format is 4, this version reads 1 to 3; update neurostorm"),
         ({"format": "2"}, r"format is '2', .* not written by save_pretrained"),
         ({"format": None}, r"format is None"),
         ({"format": True}, r"format is True"),

@@ -22,9 +22,9 @@ def trained(ball_config_in, run_ranks, read_ledger, tmp_path_factory):
     """
 
     @cache
-    def train(zero_stage, dtype="fp32", mixer="attention"):
-        folder = tmp_path_factory.mktemp(f"stage{zero_stage}-{dtype}-{mixer}")
-        model = {"embed_dim": 8, "depths": (2, 1), "heads": (1, 2), "mixer": mixer}
+    def train(zero_stage, dtype="fp32", mixer="attention", decoder="paper"):
+        folder = tmp_path_factory.mktemp(f"stage{zero_stage}-{dtype}-{mixer}-{decoder}")
+        model = {"embed_dim": 8, "depths": (2, 1), "heads": (1, 2), "mixer": mixer, "decoder": decoder}
         config = ball_config_in(folder, train={**STEPS, "zero_stage": zero_stage, "dtype": dtype}, model=model)
         run_ranks(config, POISONED)
         losses = [entry["loss"] for _, entry in sorted(read_ledger(config).items())]
@@ -46,12 +46,14 @@ def test_all_zero_stages_give_the_same_losses_and_weights(trained):
             torch.testing.assert_close(others[name], value, rtol=1e-4, atol=1e-5, msg=f"stage {stage}: {name}")
 
 
-def test_partitioned_parameters_reach_the_scan_and_its_backward(trained):
-    (plain, _, weights), (partitioned, _, others) = (trained(stage, mixer="mamba") for stage in (1, 3))
+def test_partitioned_parameters_reach_the_scan_the_light_decoder_and_their_backward(trained):
+    sides = (trained(stage, mixer="mamba", decoder="light") for stage in (1, 3))
+    (plain, _, weights), (partitioned, _, others) = sides
     assert plain[0] != plain[4]
     assert partitioned[:POISONED] == pytest.approx(plain[:POISONED], rel=1e-5)
     for name, value in weights.items():
-        torch.testing.assert_close(others[name], value, rtol=1e-4, atol=1e-4, msg=name)
+        if not name.endswith("qkv.bias"):  # see above
+            torch.testing.assert_close(others[name], value, rtol=1e-4, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("stage", range(4))
