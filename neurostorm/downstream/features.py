@@ -9,7 +9,7 @@ methods, seeds and sweeps share what they have in common, and a probe never touc
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from neurostorm.config import AdaptConfig, EmbedConfig
 from neurostorm.downstream.backbone import Backbone
 from neurostorm.downstream.cohort import Cohort
 from neurostorm.downstream.embed import spread
-from neurostorm.downstream.embed_parts import Run, read_parts, unfinished
+from neurostorm.downstream.embed_parts import ClipResult, Run, read_parts, unfinished
 from neurostorm.downstream.embed_run import Task
 from neurostorm.downstream.examples import Examples
 from neurostorm.places import Place
@@ -28,11 +28,19 @@ NAMED = 3
 
 
 def compute_tokens(
-    backbone: Backbone, cohort: Cohort, examples: Examples, cache: Place, settings: AdaptConfig, *, workers: int
+    backbone: Backbone,
+    cohort: Cohort,
+    examples: Examples,
+    cache: Place,
+    settings: AdaptConfig,
+    *,
+    workers: int,
+    strict: bool = True,
 ) -> int:
     """Make the parts that are missing, on `workers` processes of the Ray cluster; how many runs that were.
 
-    StoreError naming clips that could not be read: an evaluation does not go on without a word about them.
+    StoreError naming clips that could not be read; without `strict` it is left to whoever reads them, so that of many
+    trials only those fail that need them.
     """
     folder = tokens_folder(backbone, examples.clip_frames, cache)
     waiting = unfinished(folder, _runs(cohort.store, examples))
@@ -53,22 +61,24 @@ def compute_tokens(
         threads_per_worker=settings.threads, batch_clips=settings.batch_clips,
     )  # fmt: skip
     failures = list(spread(waiting, task, resources))
-    if failures and failures[-1]:
-        _refuse_failed(folder, waiting)
+    if strict and failures and failures[-1]:
+        raise _failed(zip(waiting, read_parts(folder, waiting), strict=True))
     return len(waiting)
 
 
 def read_tokens(backbone: Backbone, store: FrameStore, examples: Examples, cache: Place) -> NDArray[np.float32]:
     """What `compute_tokens` made of the clips: float32 (N, P', C'), tokens of the last stage averaged over frames.
 
-    StoreError if a part is not there.
+    StoreError if a part is not there, or holds a clip that could not be read.
     """
     runs, folder = _runs(store, examples), tokens_folder(backbone, examples.clip_frames, cache)
     shape = backbone.encoder().config
     width = shape.width(shape.stages - 1)
     tokens: NDArray[np.float32] | None = None
-    for (index, starts), part in zip(examples.clips_of_run().items(), read_parts(folder, runs), strict=True):
-        if part is None or any(clip.embedding is None for clip in part):
+    for run, (index, starts), part in zip(runs, examples.clips_of_run().items(), read_parts(folder, runs), strict=True):
+        if part is not None and any(clip.embedding is None for clip in part):
+            raise _failed([(run, part)])
+        if part is None:
             raise StoreError(f"{folder} lacks the frozen features of {examples.runs[index].path}: compute them again")
         held = np.stack([clip.embedding for clip in part if clip.embedding is not None])
         held = held.reshape(len(held), -1, width)
@@ -107,15 +117,15 @@ def _run(store: FrameStore, examples: Examples, index: int, starts: NDArray[np.i
     )
 
 
-def _refuse_failed(folder: Place, runs: list[Run]) -> None:
-    def reasons() -> Iterator[str]:
-        for run, part in zip(runs, read_parts(folder, runs), strict=True):
-            for clip in part or []:
-                if clip.reason:
-                    yield f"{run.place}, clip from frame {clip.start_frame}: {clip.reason}"
-
-    found = list(reasons())
-    raise StoreError(
+def _failed(parts: Iterable[tuple[Run, list[ClipResult] | None]]) -> StoreError:
+    """The error that names the clips of these runs that could not be read."""
+    found = [
+        f"{run.place}, clip from frame {clip.start_frame}: {clip.reason}"
+        for run, part in parts
+        for clip in part or []
+        if clip.reason
+    ]
+    return StoreError(
         f"{len(found)} clip(s) could not be embedded: {'; '.join(found[:NAMED])}. Look at the store with "
         "tools/store.py verify, and ingest what is damaged anew"
     )

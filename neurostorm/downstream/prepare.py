@@ -168,7 +168,10 @@ def _backbone(
 
 
 def _share(config: Config, trials: Sequence[Trial], evaluations: dict[str, Evaluation], cache: Place, say: Say) -> None:
-    """Compute what probes and connectivity read, for all trials at once."""
+    """Compute what probes and connectivity read, for all trials at once.
+
+    A clip that cannot be read stops a single trial here; of several it stops those that need it.
+    """
     settings = config.adapt
     there = ray.cluster_resources()
     fitting = [there.get("CPU", 1) / settings.cpus] + ([there.get("GPU", 1) / settings.gpus] if settings.gpus else [])
@@ -182,8 +185,9 @@ def _share(config: Config, trials: Sequence[Trial], evaluations: dict[str, Evalu
         if trial.method.sees in ("tokens", "clips") and trial.backbone is not None:
             done.add(what)
             made = compute_tokens(
-                trial.backbone, evaluation.cohort, evaluation.examples, cache, settings, workers=at_once
-            )
+                trial.backbone, evaluation.cohort, evaluation.examples, cache, settings, workers=at_once,
+                strict=len(trials) == 1,
+            )  # fmt: skip
             if made:
                 say(f"{trial.task.label}: frozen features of {made} runs by {trial.method.name}'s network")
         elif trial.method.sees in ("regions", "matrices"):

@@ -182,7 +182,7 @@ def _count_light(count: _Count, model: MaskedAutoencoder, geometry: Geometry, pr
     count.linear([light.to_children], parents)
     count.linear([light.pred], predicted)
     count.kept += parents * light.to_children.in_features
-    count.kept += predicted * (2 * config.embed_dim + config.patch_voxels)  # norm's input and output, error
+    count.kept += predicted * 2 * config.embed_dim  # norm's input and output; errors are made again (score.py)
 
 
 def _count_blocks(count: _Count, stage: BlockStack, tables: list[WindowTable]) -> None:
