@@ -35,7 +35,7 @@ from neurostorm.model.decoder import PatchExpanding, UpStage
 from neurostorm.model.geometry import Geometry, patch_table, subset_geometry
 from neurostorm.model.light import LightDecoder, numbers_of, put_tokens
 from neurostorm.model.masking import Blocks, MaskConfig, draw_mask, mask_blocks, mask_from_released
-from neurostorm.model.score import Targets, patch_moments, predict_rows, score_rows
+from neurostorm.model.score import Scores, Targets, patch_moments, predict_rows, score_rows
 from neurostorm.model.strd import StrdConfig
 from neurostorm.model.swin4d import SwinEncoder, initialise
 from neurostorm.model.swin_config import SwinConfig
@@ -235,21 +235,8 @@ class MaskedAutoencoder(SwinEncoder):
         else:
             error = prediction - target
         squares, voxels = square_sums(error, counted)
-        clip_loss = squares / voxels.clamp(min=1)
-        clip_baseline = square_sums(deviation, counted)[0] / voxels.clamp(min=1)
-        # All samples hide equally much, so the two differ only for masks or fields of view given from outside.
-        loss = clip_loss.mean() if self.loss_on == "brain" else squares.sum() / voxels.sum().clamp(min=1)
-        return MaeOutput(
-            loss=loss,
-            prediction=prediction,
-            mask=mask,
-            latent=latent,
-            baseline=clip_baseline.mean(),
-            strd_rates=strd_rates,
-            masked_fraction=mask.float().mean(),
-            clip_loss=clip_loss,
-            clip_baseline=clip_baseline,
-        )
+        scores = Scores(squares, square_sums(deviation, counted)[0], voxels)
+        return self._output(scores, prediction, mask, latent, strd_rates)
 
     def _forward_visible(
         self,
@@ -269,12 +256,19 @@ class MaskedAutoencoder(SwinEncoder):
         targets = self._targets(patches, asked, geometry, inside, centre)
         pred = self.light.pred
         scores = score_rows(h.flatten(0, 1), pred.weight, pred.bias, targets)
-        clip_loss, clip_baseline = (sums / scores.voxels.clamp(min=1) for sums in (scores.squares, scores.baseline))
-        loss = clip_loss.mean() if self.loss_on == "brain" else scores.squares.sum() / scores.voxels.sum().clamp(min=1)
         prediction = patches.new_zeros(len(patches), 0, patches.shape[2])
         if not self.training:
             with torch.no_grad():
                 prediction = put_tokens(predict_rows(pred(h.flatten(0, 1)).float(), targets), asked, patches.shape[1])
+        return self._output(scores, prediction, mask, latent, strd_rates)
+
+    def _output(
+        self, scores: Scores, prediction: Tensor, mask: Tensor, latent: Tensor, strd_rates: Tensor
+    ) -> MaeOutput:
+        clip_loss = scores.squares / scores.voxels.clamp(min=1)
+        clip_baseline = scores.baseline / scores.voxels.clamp(min=1)
+        # All samples hide equally much, so the two differ only for masks or fields of view given from outside.
+        loss = clip_loss.mean() if self.loss_on == "brain" else scores.squares.sum() / scores.voxels.sum().clamp(min=1)
         return MaeOutput(
             loss=loss,
             prediction=prediction,
