@@ -29,6 +29,7 @@ from torch.amp.autocast_mode import is_autocast_available
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv1d, linear, silu, softplus
 
+from neurostorm.model import scan_kernel
 from neurostorm.model.mixer import Mixer
 from neurostorm.model.scan import ScanInputs, empty_states, scan_backward, scan_forward
 from neurostorm.model.strd import StageDropout
@@ -40,8 +41,9 @@ EXPAND = 2  # channels of the scan over those of the tokens
 _DELTA_RANGE = (1e-3, 1e-1)  # of the initial step sizes
 _DELTA_FLOOR = 1e-4
 
-# States of one block (windows x 2C x 16): the scan's three chunk buffers fit a CPU's cache, or keep a GPU busy.
-_BLOCK_STATES = {"cpu": 2**15, "cuda": 2**22}
+# States of one block (windows x 2C x 16): the scan's three chunk buffers fit a CPU's cache, or keep a GPU busy; the
+# kernel in C has none, so that only the tensors round it count.
+_BLOCK_STATES = {"cpu": 2**15, "cpu kernel": 2**17, "cuda": 2**22}
 
 _log = logging.getLogger(__name__)
 
@@ -224,7 +226,9 @@ def _tokens_first(x: Tensor) -> Tensor:
 
 def _parts(x: Tensor, weights: MambaWeights) -> Iterator[slice]:
     """Slices of windows, equal but for one, each with a working set that suits the device."""
-    most = max(1, _BLOCK_STATES.get(x.device.type, _BLOCK_STATES["cuda"]) // weights.A_log.numel())
+    kernel = x.dtype != torch.float64 and scan_kernel.applies_to(weights.A_log, STATES)
+    states = _BLOCK_STATES.get("cpu kernel" if kernel else x.device.type, _BLOCK_STATES["cuda"])
+    most = max(1, states // weights.A_log.numel())
     size = max(1, math.ceil(len(x) / max(1, math.ceil(len(x) / most))))
     return (slice(start, min(start + size, len(x))) for start in range(0, max(1, len(x)), size))
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from neurostorm.model import scan_kernel
 from neurostorm.model.scan import CHUNK_TOKENS, ScanInputs, empty_states, scan_backward, scan_forward
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_scan.py"
@@ -80,6 +81,99 @@ def test_extreme_steps_and_decays_stay_finite(step, decay):
         assert tensor.isfinite().all()
     expected = recurrence(inputs)
     assert (y - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """The kernel as a new process finds it: each test's environment decides, and nothing is kept after it."""
+    monkeypatch.delenv(scan_kernel.SWITCH, raising=False)
+    scan_kernel._library.cache_clear()
+    yield scan_kernel
+    scan_kernel._library.cache_clear()
+
+
+def narrow_problem(tokens: int, windows: int, channels: int) -> tuple[ScanInputs, torch.Tensor]:
+    inputs, dy = problem(tokens, windows, channels, scan_kernel.STATES, seed=channels)
+    return ScanInputs(*(tensor.float() for tensor in inputs)), dy.float()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "windows", "channels"), [(1, 1, 1), (37, 3, 7), (64, 2, 8), (20, 5, 29), (3, 1, 72)]
+)
+def test_the_kernel_equals_the_scan_in_float64(kernel, tokens, windows, channels):
+    inputs, dy = problem(tokens, windows, channels, kernel.STATES)
+    expected = scan(inputs, dy, CHUNK_TOKENS)
+    narrow = ScanInputs(*(tensor.float() for tensor in inputs))
+    assert kernel.applies_to(narrow.u, kernel.STATES), "this machine has a compiler"
+    assert not empty_states(tokens, windows, narrow.A).numel()
+    y, again, gradients = scan(narrow, dy.float(), CHUNK_TOKENS)
+    assert torch.equal(y, again)
+    for one, other in zip((y, *gradients), (expected[0], *expected[2]), strict=True):
+        assert (one - other).abs().max() <= 2e-6 * other.abs().max()
+
+
+def test_the_kernel_gives_the_same_bits_for_any_number_of_threads(kernel):
+    inputs, dy = narrow_problem(30, 7, 12)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            y, gradients = scan_backward(inputs, empty_states(30, 7, inputs.A), dy)
+            found.append([y, *gradients])
+    finally:
+        torch.set_num_threads(threads)
+    for others in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(found[0], others, strict=True))
+
+
+def test_the_kernel_takes_tensors_as_they_lie(kernel):
+    inputs, dy = narrow_problem(10, 4, 9)
+    strided = ScanInputs(*(tensor.mT.contiguous().mT for tensor in inputs))
+    expected, found = (scan_backward(given, empty_states(10, 4, given.A), dy) for given in (inputs, strided))
+    assert torch.equal(expected[0], found[0])
+    assert all(torch.equal(one, other) for one, other in zip(expected[1], found[1], strict=True))
+
+
+@pytest.mark.parametrize("name", ScanInputs._fields)
+def test_a_diverged_value_shows_in_what_the_kernel_makes_of_it(kernel, name):
+    inputs, _ = narrow_problem(6, 2, 8)
+    getattr(inputs, name).view(-1)[0] = torch.nan
+    assert scan_forward(inputs).isnan().any()
+
+
+def test_torch_scans_where_the_kernel_is_switched_off(kernel, monkeypatch):
+    inputs, _ = narrow_problem(20, 2, 8)
+    fast = scan_forward(inputs)
+    monkeypatch.setenv(kernel.SWITCH, "torch")
+    kernel._library.cache_clear()
+    assert not kernel.applies_to(inputs.u, kernel.STATES)
+    torch.testing.assert_close(scan_forward(inputs), fast, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("compiler", "said"), [("no-such-compiler", "no C compiler"), ("false", "could not compile")])
+def test_torch_scans_where_nothing_compiles(kernel, monkeypatch, caplog, tmp_path, compiler, said):
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    which = kernel.shutil.which
+    monkeypatch.setattr(kernel.shutil, "which", lambda name: which(name) if name == compiler else None)
+    caplog.set_level("INFO")
+    for _ in range(2):
+        assert not kernel.applies_to(torch.zeros(1), kernel.STATES)
+    assert [said in record.message for record in caplog.records] == [True]
+
+
+def test_a_compiled_kernel_is_kept_and_a_cache_that_cannot_be_written_is_done_without(kernel, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert kernel.applies_to(torch.zeros(1), kernel.STATES)
+    (library,) = (tmp_path / "neurostorm").iterdir()
+    assert (tmp_path / "neurostorm").stat().st_mode & 0o077 == 0
+    monkeypatch.setattr(kernel.subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
+    kernel._library.cache_clear()
+    assert kernel.applies_to(torch.zeros(1), kernel.STATES) and library.exists()
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
+    kernel._library.cache_clear()
+    assert kernel.applies_to(torch.zeros(1), kernel.STATES)
 
 
 def test_bench_scan_compares_both_sides(tmp_path):
