@@ -33,10 +33,10 @@ class WindowAttention(Mixer):
         q, k, v = (rearrange(part, "w n (h c) -> w h n c", h=self.heads) for part in qkv.chunk(3, -1))
         if strd is not None:
             mixed = strd.attend(q, k, v, bucket)
-        elif bucket.present is None:
+        elif (keys := bucket.keys) is None:
             mixed = scaled_dot_product_attention(q, k, v)
         else:
-            keys = repeat(bucket.present, "w n -> (b w) 1 1 n", b=len(qkv) // len(bucket.present))
+            keys = repeat(keys, "w n -> (b w) 1 1 n", b=len(qkv) // len(keys))
             mixed = scaled_dot_product_attention(q, k, v, keys)
         return rearrange(mixed, "w h n c -> w n (h c)")
 

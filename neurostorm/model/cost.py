@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from neurostorm.model.attention import WindowAttention
 from neurostorm.model.decoder import PatchExpanding, UpStage
-from neurostorm.model.geometry import Geometry
+from neurostorm.model.geometry import Geometry, TokenGeometry
 from neurostorm.model.mae import MaskedAutoencoder
 from neurostorm.model.mamba import Mamba
 from neurostorm.model.scan import CHUNK_TOKENS
@@ -116,17 +116,20 @@ def clip_cost(model: SwinEncoder, frames: int | None = None) -> Cost:
     """Cost of one clip of an encoder or a masked autoencoder.
 
     Args:
-        model: on any device, whose tables count; on "meta" nothing is allocated, and those of a CPU count.
+        model: on any device, whose tables count; on "meta" nothing is allocated, and those of a CPU count, as they do
+            for the light decoder: elsewhere tables of visible tokens have room to spare, which is no useful work.
         frames: of the clip; None for the longest.
 
     Of the light decoder one mask is drawn: how a mask cuts the windows changes the attention's share a little. A mask
     of atlas regions needs the atlas, so such a model is counted on a real device.
     """
     config, device = model.config, model.patch_embed.fc.weight.device
-    frames, where = config.frames if frames is None else frames, "cpu" if device.type == "meta" else device
-    whole = seen = model.geometry(frames, where)
+    frames, light = config.frames if frames is None else frames, getattr(model, "decoder", "") == "light"
+    where = "cpu" if light or device.type == "meta" else device
+    whole = model.geometry(frames, where)
+    seen: TokenGeometry = whole
     count, hidden = _Count(), 0
-    if isinstance(model, MaskedAutoencoder) and model.decoder == "light":
+    if isinstance(model, MaskedAutoencoder) and light:
         mask = model.draw_mask(1, frames, torch.Generator().manual_seed(0), where)
         seen, hidden = model.visible_geometry(mask, whole), int(mask.sum())
     tokens = [len(level) for level in seen.levels]
@@ -135,7 +138,7 @@ def clip_cost(model: SwinEncoder, frames: int | None = None) -> Cost:
     count.kept += tokens[0] * config.patch_voxels
     _count_encoder(count, model, seen, tokens)
     if isinstance(model, MaskedAutoencoder):
-        if model.decoder == "light":
+        if light:
             _count_light(count, model, whole, max(1, int(hidden * model.predicted)))
         else:
             _count_decoder(count, model, whole, tokens)
@@ -148,7 +151,7 @@ def clip_cost(model: SwinEncoder, frames: int | None = None) -> Cost:
     )
 
 
-def _count_encoder(count: _Count, model: SwinEncoder, geometry: Geometry, tokens: list[int]) -> None:
+def _count_encoder(count: _Count, model: SwinEncoder, geometry: TokenGeometry, tokens: list[int]) -> None:
     config = model.config
     for i, stage in enumerate(model.layers):
         assert isinstance(stage, Stage)

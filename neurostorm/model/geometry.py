@@ -9,7 +9,8 @@ stage as a packed sequence, so that every block works on ``(B, P, C)`` and never
 
     dense    every patch of every frame (``geometry_of``)
     brain    the patches that hold brain, in every frame (``geometry_of`` with ``patches``)
-    subset   any tokens, as many but not the same in each sample, such as the visible ones (``subset_geometry``)
+    subset   any tokens, as many but not the same in each sample, such as the visible ones (``subset_geometry``, or
+             on a GPU ``drawn.py``)
 
 Fewer tokens are the same code with a shorter list: a parent exists where a child does, and a child that does not exist
 is zero when it is merged. The result is that of the dense model in which the other tokens are keys for nobody and read
@@ -20,6 +21,7 @@ their device, outside the state dict.
 
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -42,6 +44,48 @@ from neurostorm.model.windows import (
 )
 
 _HALVES = np.array([1, 2, 2, 2, 1])  # children per parent along (sample, d, h, w, frame)
+
+
+class TokenLevel(Protocol):
+    """What the network's stages need to know of one level: how many tokens, where they are, who meets whom."""
+
+    def __len__(self) -> int: ...
+
+    def windows(self, window: Axes, shifted: bool) -> WindowTable:
+        """Table of the windows of a block."""
+
+    def positions(self, space: Tensor, time: Tensor) -> Tensor:
+        """A value for each patch (S, C) plus one for each frame (T or more, C), for every token: (1, P, C)."""
+
+
+class SubsetLevel(TokenLevel, Protocol):
+    """The same of tokens that are drawn for each sample from a set that samples share, ``whole``."""
+
+    def numbers_in(self, whole: "Level") -> Tensor:
+        """Long (P,): of each token its number ``sample * len(whole) + place``; ``whole`` has the grid and every token.
+
+        What a level has beyond its tokens, to keep its shape, may have any number from samples * len(whole) on.
+        """
+
+    def places_in(self, whole: "Level") -> Tensor:
+        """Long (samples, len(whole)): the number in this level of each of the other's tokens, P for one it lacks."""
+
+
+class TokenGeometry(Protocol):
+    """Levels, finest first, and the merges between them."""
+
+    @property
+    def levels(self) -> Sequence[TokenLevel]: ...
+
+    @property
+    def merges(self) -> Sequence[WindowTable]: ...
+
+
+class SubsetGeometry(TokenGeometry, Protocol):
+    """The same of drawn tokens."""
+
+    @property
+    def levels(self) -> Sequence[SubsetLevel]: ...
 
 
 class Level:
@@ -78,7 +122,7 @@ class Level:
         return len(self.coords)
 
     def windows(self, window: Axes, shifted: bool) -> WindowTable:
-        """Table of the windows of a block; built at the first call, then kept."""
+        """As ``TokenLevel`` says; built at the first call, then kept."""
         effective, shift = effective_window(self.grid, window, shifted)
         key = (effective, any(shift))
         if key not in self._windows:
@@ -109,10 +153,10 @@ class Level:
         return patches if len(patches) * self.grid[3] == len(self) else None
 
     def positions(self, space: Tensor, time: Tensor) -> Tensor:
-        """A value for each patch (S, C) plus one for each frame (T, C), for every token: (1, P, C)."""
+        """As ``TokenLevel`` says."""
         if self._patches is None:
             return (space[self.space_of_token] + time[self.time_of_token])[None]
-        return self.pack((space[self._patches].unsqueeze(1) + time).flatten(0, 1)[None])
+        return self.pack((space[self._patches].unsqueeze(1) + time[: self.grid[3]]).flatten(0, 1)[None])
 
     def pack(self, x: Tensor) -> Tensor:
         """The tokens in raster order, (B, P, C), samples one after another where they share a list -> packed."""
@@ -124,15 +168,12 @@ class Level:
         return split_windows(x, self._raster)[0].view(x.shape[0], len(self), x.shape[-1])
 
     def numbers_in(self, whole: "Level") -> Tensor:
-        """Long (P,): of each token its number ``sample * len(whole) + place`` in a level that all samples share.
-
-        ``whole`` has the same grid and every token of this level.
-        """
+        """As ``SubsetLevel`` says."""
         place = whole.place_of_cell[np.ravel_multi_index(tuple(self.coords.T), self.grid)]
         return torch.from_numpy(place + self.cells[:, 0] * len(whole)).to(self.device)
 
     def places_in(self, whole: "Level") -> Tensor:
-        """Long (samples, len(whole)): the number in this level of each of the other's tokens, P for one it lacks."""
+        """As ``SubsetLevel`` says."""
         place = torch.full((self.samples * len(whole),), len(self), device=self.device)
         place[self.numbers_in(whole)] = torch.arange(len(self), device=self.device)
         return place.view(self.samples, -1)

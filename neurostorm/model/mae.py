@@ -24,6 +24,7 @@ spends its blocks, which attend, where there are an eighth as many tokens. With 
 token that is computed is background.
 """
 
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,8 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from neurostorm.model.decoder import PatchExpanding, UpStage
-from neurostorm.model.geometry import Geometry, patch_table, subset_geometry
+from neurostorm.model.drawn import Room, Whole, drawn_geometry
+from neurostorm.model.geometry import Geometry, SubsetGeometry, patch_table, subset_geometry
 from neurostorm.model.light import LightDecoder, numbers_of, put_tokens
 from neurostorm.model.masking import Blocks, MaskConfig, draw_mask, mask_blocks, mask_from_released
 from neurostorm.model.score import Scores, Targets, patch_moments, predict_rows, score_rows
@@ -41,6 +43,8 @@ from neurostorm.model.swin4d import SwinEncoder, initialise
 from neurostorm.model.swin_config import SwinConfig
 
 DECODERS = ("paper", "light")
+
+_TRIAL_DRAWS = 16  # batches of masks that say how large the tables of visible tokens become
 
 
 class MaeOutput(NamedTuple):
@@ -80,6 +84,9 @@ class MaskedAutoencoder(SwinEncoder):
         decoder_depth: blocks of the light decoder.
         predicted: share of the hidden tokens that the light decoder predicts and the loss counts, drawn anew each time.
 
+    Attributes:
+        tables_on_device: make the tables of visible tokens on the device (`drawn.py`); None: wherever that is no CPU.
+
     Raises:
         ValueError: a field has an impossible value, ``brain`` or ``atlas`` is missing, empty or of another shape.
     """
@@ -104,6 +111,9 @@ class MaskedAutoencoder(SwinEncoder):
         self.decoder, self.decoder_depth, self.predicted = decoder, decoder_depth, predicted
         self.mask_window = mask.window or swin.window
         self._blocks_of: dict[tuple[int, torch.device], Blocks] = {}
+        self._wholes: dict[tuple[int, torch.device], Whole] = {}
+        self._usual_rooms: dict[tuple[int, int], Room] = {}
+        self.tables_on_device: bool | None = None
         if atlas is not None:
             self.register_buffer("atlas_map", atlas.to(torch.int32))
         if decoder == "light":
@@ -181,6 +191,7 @@ class MaskedAutoencoder(SwinEncoder):
             clip: volume (B, 1, X, Y, Z, T) or patches (B, P, p^3) in packed order, floating point.
             mask: hidden = non-zero; drawn with ``generator`` when None. For patches bool (B, P) in packed order; for a
                 volume (B, S * T) or (B, blocks) in raster order with the frame fastest, as the released models take it.
+                It had better be on the CPU: with the light decoder the host counts what is hidden.
             inside: the run's field of view, True = measured: bool (B, X, Y, Z) for a volume, (B, S, p^3) for patches.
             centre: each voxel's own mean, shaped as ``clip``, for the baseline; None when it is zero (voxel z).
 
@@ -217,10 +228,12 @@ class MaskedAutoencoder(SwinEncoder):
         frames = self._frames(patches)
         geometry = self.geometry(frames, patches.device)
         if mask is None:
-            mask = self.draw_mask(len(patches), frames, generator, patches.device)
+            where = "cpu" if generator is None else generator.device
+            mask = self.draw_mask(len(patches), frames, generator, where if self.decoder == "light" else patches.device)
         mask = mask != 0
         if self.decoder == "light":
             return self._forward_visible(patches, mask, generator, inside, centre)
+        mask = mask.to(patches.device, non_blocking=True)
         tokens = self.hide(self.patch_embed(patches), mask, geometry)
         latent, strd_rates = self.encode(tokens, geometry)
         prediction = self.decode(latent, geometry).float()
@@ -247,7 +260,8 @@ class MaskedAutoencoder(SwinEncoder):
         centre: Tensor | None,
     ) -> MaeOutput:
         """As :meth:`forward_patches` with the light decoder."""
-        geometry, asked = self.geometry(self._frames(patches), patches.device), self._asked(mask, generator)
+        geometry = self.geometry(self._frames(patches), patches.device)
+        asked = self._asked(mask, generator).to(patches.device, non_blocking=True)
         visible = self.visible_geometry(mask, geometry)
         seen = patches.flatten(0, 1).index_select(0, visible.levels[0].numbers_in(geometry.levels[0]))
         encoded, strd_rates = self.encode(self.patch_embed(seen)[None], visible)
@@ -260,7 +274,7 @@ class MaskedAutoencoder(SwinEncoder):
         if not self.training:
             with torch.no_grad():
                 prediction = put_tokens(predict_rows(pred(h.flatten(0, 1)).float(), targets), asked, patches.shape[1])
-        return self._output(scores, prediction, mask, latent, strd_rates)
+        return self._output(scores, prediction, mask.to(patches.device, non_blocking=True), latent, strd_rates)
 
     def _output(
         self, scores: Scores, prediction: Tensor, mask: Tensor, latent: Tensor, strd_rates: Tensor
@@ -311,11 +325,29 @@ class MaskedAutoencoder(SwinEncoder):
         drawn = torch.rand(hidden.shape, generator=generator, device=source).argsort(1)[:, :count]
         return hidden.gather(1, drawn.sort(1).values.to(hidden.device))
 
-    def visible_geometry(self, mask: Tensor, geometry: Geometry) -> Geometry:
+    def visible_geometry(self, mask: Tensor, geometry: Geometry) -> SubsetGeometry:
         """The tokens that ``mask``, bool (B, P) in the order of ``geometry``, leaves visible."""
-        level, config = geometry.levels[0], self.config
-        layout = config.window_layout(level.device.type)
-        return subset_geometry(level.grid, config.windows, level.order[numbers_of(~mask)], layout)
+        level, windows = geometry.levels[0], self.config.windows
+        numbers = numbers_of(~mask)
+        if not (level.device.type != "cpu" if self.tables_on_device is None else self.tables_on_device):
+            layout = self.config.window_layout(level.device.type)
+            return subset_geometry(level.grid, windows, level.order[numbers], layout)
+        frames = level.grid[3]
+        whole = self._wholes.get((frames, level.device)) or Whole(geometry, windows)
+        self._wholes[frames, level.device] = whole
+        room = whole.count(numbers.cpu().numpy())
+        if numbers.shape[1] == len(level) - self.blocks(frames, "cpu").budget(self.mask_config.ratio):
+            room = room.at_least(self._usual_room(whole, len(mask), frames))
+        return drawn_geometry(whole, numbers.to(level.device, non_blocking=True), room)
+
+    def _usual_room(self, whole: Whole, samples: int, frames: int) -> Room:
+        """What masks of this model's kind need as a rule; the same in every process, and kept."""
+        if (samples, frames) not in self._usual_rooms:
+            generator = torch.Generator().manual_seed(0)
+            draws = [numbers_of(~self.draw_mask(samples, frames, generator, "cpu")) for _ in range(_TRIAL_DRAWS)]
+            rooms = [whole.count(numbers.numpy()) for numbers in draws]
+            self._usual_rooms[samples, frames] = reduce(Room.at_least, rooms).with_reserve()
+        return self._usual_rooms[samples, frames]
 
     def hide(self, tokens: Tensor, mask: Tensor, geometry: Geometry) -> Tensor:
         """Replace hidden tokens (B, P, C): by one vector, or for windows by one per place in the window ("paper")."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from neurostorm.model.attention import WindowAttention
-from neurostorm.model.geometry import Geometry, Level, geometry_of
+from neurostorm.model.geometry import Geometry, TokenGeometry, TokenLevel, geometry_of
 from neurostorm.model.mamba import Mamba
 from neurostorm.model.mixer import Mixer
 from neurostorm.model.mlp import Mlp
@@ -61,9 +61,9 @@ class PositionalEmbedding(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.time_embed, std=0.02)
 
-    def forward(self, x: Tensor, level: Level) -> Tensor:
+    def forward(self, x: Tensor, level: TokenLevel) -> Tensor:
         space = rearrange(self.pos_embed, "1 c d h w 1 -> (d h w) c")
-        time = rearrange(self.time_embed, "1 c 1 1 1 t -> t c")[: level.grid[3]]
+        time = rearrange(self.time_embed, "1 c 1 1 1 t -> t c")
         return x + level.positions(space, time)
 
 
@@ -170,7 +170,7 @@ class Stage(BlockStack):
         self._stage, self._window, self._shifts = stage, config.windows[stage], config.shifts(stage)
         self.downsample = PatchMerging(config, stage) if stage + 1 < config.stages else None
 
-    def forward(self, x: Tensor, geometry: Geometry, strd: StageDropout | None, recompute: bool) -> Tensor:
+    def forward(self, x: Tensor, geometry: TokenGeometry, strd: StageDropout | None, recompute: bool) -> Tensor:
         level = geometry.levels[self._stage]
         tables = level.windows(self._window, False), level.windows(self._window, self._shifts)
         x = self.run(x, tables, strd, recompute)
@@ -262,7 +262,7 @@ class SwinEncoder(nn.Module):
         """
         return self.geometry(volume.shape[-1], volume.device).levels[0].pack(self._raster_patches(volume))
 
-    def encode(self, tokens: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    def encode(self, tokens: Tensor, geometry: TokenGeometry) -> tuple[Tensor, Tensor]:
         """Embedded tokens (B, P, embed_dim) -> (last stage's tokens (B, P', C'), STRD drop rate (stages,))."""
         rates = []
         for i, (positions, stage) in enumerate(zip(self.pos_embeds, self.layers, strict=True)):

@@ -60,13 +60,15 @@ class Bucket:
     Attributes:
         index: long (W, N) into the packed tokens, where the value P stands for a zero row.
         cells: int16 (W, N, 4), the slots' coordinates (d, h, w, frame) as the window sees them; None in tables that
-            are no windows.
+            are no windows. A tensor where windows are made on the device, which are taken to differ all.
         present: bool (W, N), false for absent slots, which come last in their window; None if there are none.
+        may_be_empty: some windows may have no token at all.
     """
 
     index: Tensor
-    cells: np.ndarray | None = None
+    cells: np.ndarray | Tensor | None = None
     present: Tensor | None = None
+    may_be_empty: bool = False
     _derived: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def neighbours(self, space: int, time: int) -> Neighbours:
@@ -74,8 +76,18 @@ class Bucket:
         if self.cells is None:
             raise ValueError("neighbours: this bucket is no window of grid cells (a merge, an order, or with prompts)")
         if (space, time) not in self._derived:
-            self._derived[space, time] = _neighbours(self.cells, space, time, self.index.device)
+            if isinstance(self.cells, Tensor):
+                self._derived[space, time] = _neighbours_each(self.cells, space, time)
+            else:
+                self._derived[space, time] = _neighbours(self.cells, space, time, self.index.device)
         return self._derived[space, time]
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Bool (W, N), ``present`` as a softmax can take it: a window without any token has all its slots for keys."""
+        if self.present is None or not self.may_be_empty:
+            return self.present
+        return self.present | ~self.present[:, :1]
 
     def after_prompts(self, count: int) -> "Bucket":
         """The bucket of the same windows with ``count`` further keys before their tokens."""
@@ -307,6 +319,19 @@ def _neighbours(cells: np.ndarray, space: int, time: int, device: torch.device) 
         torch.from_numpy(same_frame).to(device),
         torch.from_numpy(same_patch).to(device),
         torch.from_numpy(pattern.reshape(-1)).to(device),
+    )
+
+
+def _neighbours_each(cells: Tensor, space: int, time: int) -> Neighbours:
+    """Each window a pattern of its own, without a look at the coordinates (W, N, 4) from the host."""
+    far = torch.zeros((), dtype=cells.dtype, device=cells.device)
+    for axis in cells[..., :3].unbind(-1):
+        far = torch.maximum(far, (axis.unsqueeze(2) - axis.unsqueeze(1)).abs())
+    late = (cells[..., None, 3] - cells[:, None, :, 3]).abs()
+    return Neighbours(
+        (late == 0) & (far > 0) & (far <= space // 2),
+        (far == 0) & (late > 0) & (late <= time // 2),
+        torch.arange(len(cells), device=cells.device),
     )
 
 

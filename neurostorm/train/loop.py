@@ -147,7 +147,7 @@ class Loop:
             micro = batch.part(start, size)
             patches = self.unpack(micro)
             torch.manual_seed(seed_for(self.config.run.seed, DROPOUT, step, self.rank, nth))
-            mask = draw_masks(self.model, micro.row, self.config, MASK).to(self.device, non_blocking=True)
+            mask = draw_masks(self.model, micro.row, self.config, MASK)
             out = self.engine(patches.values, mask=mask, inside=patches.inside, centre=patches.centre)
             self.engine.backward(out.loss)
             parts = torch.stack([out.loss.detach(), out.baseline, out.masked_fraction])

@@ -34,9 +34,6 @@ def clip_generator(seed: int, purpose: int, row: int) -> torch.Generator:
 
 
 def draw_masks(model: MaskedAutoencoder, rows: torch.Tensor, config: Config, purpose: int) -> torch.Tensor:
-    """bool (B, P): each clip's own mask, from the run's seed and the clip's row in the plan."""
-    drawn = [
-        model.draw_mask(1, config.data.clip_frames, generator=clip_generator(config.run.seed, purpose, row))
-        for row in rows.tolist()
-    ]
-    return torch.cat(drawn)
+    """bool (B, P) on the CPU: each clip's own mask, from the run's seed and the clip's row in the plan."""
+    generators = [clip_generator(config.run.seed, purpose, row) for row in rows.tolist()]
+    return torch.cat([model.draw_mask(1, config.data.clip_frames, generator, "cpu") for generator in generators])

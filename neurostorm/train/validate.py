@@ -58,7 +58,7 @@ class Validation:
         for nth, (rows, counts) in enumerate(parts):
             batch = self.reader.batch(rows)
             patches = self.unpack(batch)
-            mask = draw_masks(self.model, batch.row, self.config, VALIDATION).to(patches.values.device)
+            mask = draw_masks(self.model, batch.row, self.config, VALIDATION)
             with torch.no_grad():
                 out = self.engine(patches.values, mask=mask, inside=patches.inside, centre=patches.centre)
             usable = torch.from_numpy(counts) & ~batch.bad
