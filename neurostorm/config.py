@@ -172,6 +172,16 @@ class StrdConfig(Section):
     rate: float | None = Field(None, gt=0, lt=1, description="mean drop rate to scale to; default: as released")
 
 
+class AugmentConfig(Section):
+    """Views of training clips: each turned, stretched and made noisy a little, as its row in the plan says."""
+
+    enabled: bool = Field(False, description="train on views; validation always sees clips as they are")
+    rotate_rad: float = Field(0.1, ge=0, description="each of three angles lies within +- this, radians")
+    scale: float = Field(0.05, ge=0, lt=1, description="each axis is stretched by a factor within 1 +- this")
+    noise_probability: float = Field(0.3, ge=0, le=1, description="share of the clips that get noise")
+    noise_std: float = Field(0.1, ge=0, description="its standard deviation, in the units of the clips (z-scores)")
+
+
 class TrainConfig(Section):
     """The optimisation."""
 
@@ -259,6 +269,7 @@ class Config(Section):
     model: ModelConfig = Field(default_factory=ModelConfig)
     mask: MaskConfig = Field(default_factory=MaskConfig)
     strd: StrdConfig = Field(default_factory=StrdConfig)
+    augment: AugmentConfig = Field(default_factory=AugmentConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     scale: ScaleConfig = Field(default_factory=ScaleConfig)
@@ -314,7 +325,10 @@ RESUMABLE = frozenset(
 
 
 # What versions without a setting did.
-BEFORE: dict[str, Any] = {"model.decoder": "paper", "model.decoder_depth": 2, "model.predicted": 1.0}
+BEFORE: dict[str, Any] = {
+    "model.decoder": "paper", "model.decoder_depth": 2, "model.predicted": 1.0,
+    **{f"augment.{name}": field.default for name, field in AugmentConfig.model_fields.items()},
+}  # fmt: skip
 
 
 def differing_keys(saved: dict[str, Any], current: Config) -> list[str]:
@@ -323,7 +337,7 @@ def differing_keys(saved: dict[str, Any], current: Config) -> list[str]:
     `saved` is the plain tree that a run was kept with. A setting that it lacks, because the version that wrote it had
     none, differs too, unless it is known what that version did. Raises ValidationError for an unknown one.
     """
-    sections = ("run", "data", "model", "mask", "strd", "train")
+    sections = ("run", "data", "model", "mask", "strd", "augment", "train")
     before, after = Config.model_validate(saved).flat(*sections), current.flat(*sections)
     for key in before:
         section, field = key.split(".")

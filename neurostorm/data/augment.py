@@ -57,6 +57,13 @@ class AugmentConfig:
             )
 
 
+class View(NamedTuple):
+    """One clip's turn and noise, drawn without its volume."""
+
+    affine: Tensor  # (3, 3), as in ``Draws``
+    noise_std: float  # 0: none
+
+
 class Draws(NamedTuple):
     """What was drawn for a batch; None for what the configuration never does."""
 
@@ -113,8 +120,7 @@ class Augment(nn.Module):
 
         affine = noise = noise_std = sigma = None
         if config.rotate_rad or config.scale:
-            angles = uniform(-config.rotate_rad, config.rotate_rad, 3)
-            affine = rotations(angles) * uniform(1 - config.scale, 1 + config.scale, 1, 3)
+            affine = draw_affine(config, clips, generator)
         if config.noise_probability and config.noise_std:
             noise_std = (uniform(0, 1) < config.noise_probability) * config.noise_std
             noise = torch.randn(volume.shape, generator=generator, device=volume.device, dtype=volume.dtype)
@@ -132,6 +138,22 @@ class Augment(nn.Module):
         if draws.sigma_voxels is not None:
             view = smooth(view, draws.sigma_voxels, radius_of(self.config.smooth_sigma[1]))
         return view.clone() if view is volume else view
+
+
+def draw_affine(config: AugmentConfig, clips: int, generator: torch.Generator) -> Tensor:
+    """(B, 3, 3): turned about three axes, each axis stretched; on the generator's device."""
+
+    def uniform(most: float, *shape: int) -> Tensor:
+        return (torch.rand(clips, *shape, generator=generator, device=generator.device) * 2 - 1) * most
+
+    return rotations(uniform(config.rotate_rad, 3)) * (1 + uniform(config.scale, 1, 3))
+
+
+def draw_view(config: AugmentConfig, generator: torch.Generator) -> View:
+    """What one clip is seen through; of ``config`` all but the smoothing."""
+    affine = draw_affine(config, 1, generator)[0]
+    noisy = bool(torch.rand((), generator=generator) < config.noise_probability)
+    return View(affine, config.noise_std if noisy else 0.0)
 
 
 def rotations(angles_rad: Tensor) -> Tensor:

@@ -46,8 +46,10 @@ class ClipUnpacker(nn.Module):
         self.table: torch.Tensor
         self.index: torch.Tensor
         self.space: torch.Tensor
+        self.time: torch.Tensor
         self.register_buffer("table", patch_table, persistent=False)
         self.register_buffer("space", token_space, persistent=False)
+        self.register_buffer("time", token_time, persistent=False)
         index = token_time[:, None] * (voxels + 1) + patch_table[token_space]  # the column V stands for "outside"
         # Half the bytes of an int64 index, which are most of what the gather reads; a clip has fewer values than 2^31.
         self.register_buffer("index", index.to(torch.int32), persistent=False)

@@ -9,10 +9,10 @@ compiled for nor replay the second. But masked clips are drawn from one set of t
 known. Which of them exist, and which number each gets, are sums over those tables; how much room that takes follows
 from counting, which the host does on the mask while the device is busy with something else.
 
-Room is rounded up, and never below what trial draws needed and an eighth, so that shapes are the same in nearly every step. What is
-too much is *dead*: tokens of no sample, in no window and without children, and windows without a key. Windows of
-different sizes share a bucket up to the next half of the largest. The result is that of ``subset_geometry``; only the
-order of tokens is another, that of the whole set.
+Room is rounded up, and never below what trial draws needed and an eighth more, so that shapes are the same in nearly
+every step. What is too much is *dead*: tokens of no sample, in no window and without children, and windows without a
+key. Windows of different sizes share a bucket up to the next half of the largest. The result is that of
+``subset_geometry``; only the order of tokens is another, that of the whole set.
 """
 
 from collections.abc import Sequence
@@ -52,7 +52,6 @@ class Room:
         pairs = zip(self.windows, other.windows, strict=True)
         windows = tuple((both(still[0], other[0]), both(still[1], other[1])) for still, other in pairs)
         return Room(both(self.tokens, other.tokens), windows)
-
 
     def with_reserve(self) -> "Room":
         """Room for an eighth more, and for one more at least."""

@@ -14,6 +14,7 @@ from neurostorm.data.clips import ClipBatch
 from neurostorm.data.corpus import Corpus, whose_runs
 from neurostorm.data.device import ClipUnpacker
 from neurostorm.data.split import subject_hash
+from neurostorm.data.views import ViewUnpacker
 from neurostorm.model.atlas import patch_labels
 from neurostorm.model.cost import clip_cost
 from neurostorm.model.hub import save_pretrained
@@ -108,6 +109,7 @@ def assemble(
     model = build_model(config, corpus.store)
     clip_flops = clip_cost(model, config.data.clip_frames).train_flops  # before ZeRO 3 parts the parameters
     unpack = build_unpacker(model, corpus.store, config.data.clip_frames, device)
+    brain = torch.from_numpy(corpus.store.mask)
     if config.train.compile:
         compile_blocks(model)
     engine = Engine(model, config.train, config.clips_per_worker, device)
@@ -117,6 +119,7 @@ def assemble(
         engine=engine,
         model=model,
         unpack=unpack,
+        unpack_view=ViewUnpacker(unpack, brain, config.model.patch) if config.augment.enabled else None,
         batches=feed(first_step=first_step),
         validation=Validation(config, engine, model, unpack, corpus.reader, corpus.validation, tracker, rank),
         tracker=tracker,

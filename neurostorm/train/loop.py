@@ -19,7 +19,8 @@ import torch
 
 from neurostorm.config import Config
 from neurostorm.data.clips import ClipBatch
-from neurostorm.data.device import ClipUnpacker
+from neurostorm.data.device import ClipUnpacker, Patches
+from neurostorm.data.views import ViewUnpacker
 from neurostorm.model.cost import measured_peak
 from neurostorm.model.mae import MaskedAutoencoder
 from neurostorm.tracking import Tracker
@@ -28,7 +29,7 @@ from neurostorm.train.engine import Engine
 from neurostorm.train.health import BadClips, SkipGuard, clip_names
 from neurostorm.train.journal import Journal
 from neurostorm.train.ranks import gather, mean_over_ranks, sum_over_ranks
-from neurostorm.train.schedule import DROPOUT, MASK, draw_masks, learning_rate, seed_for
+from neurostorm.train.schedule import DROPOUT, MASK, draw_masks, draw_views, learning_rate, seed_for
 from neurostorm.train.validate import Validation
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ class Loop:
     """One worker's part of a pretraining run; `run()` does it.
 
     batches      this worker's ClipBatch of each step from `first_step` on
+    unpack_view  unpacks training clips through a view of their own; None trains on clips as they are
     runs         the manifest's run paths, for naming clips
     trainer      what every checkpoint keeps beside the step
     clip_flops   operations of one clip's forward and backward pass (model/cost.py)
@@ -88,6 +90,7 @@ class Loop:
     engine: Engine
     model: MaskedAutoencoder
     unpack: ClipUnpacker
+    unpack_view: ViewUnpacker | None
     batches: Iterator[ClipBatch]
     validation: Validation
     tracker: Tracker
@@ -145,14 +148,20 @@ class Loop:
         sums = torch.zeros_like(self.window.sums)
         for nth, start in enumerate(starts):
             micro = batch.part(start, size)
-            patches = self.unpack(micro)
             torch.manual_seed(seed_for(self.config.run.seed, DROPOUT, step, self.rank, nth))
+            patches = self.patches(micro)
             mask = draw_masks(self.model, micro.row, self.config, MASK)
             out = self.engine(patches.values, mask=mask, inside=patches.inside, centre=patches.centre)
             self.engine.backward(out.loss)
             parts = torch.stack([out.loss.detach(), out.baseline, out.masked_fraction])
             sums += torch.cat([parts, out.strd_rates]).double()
         return sums, len(starts)
+
+    def patches(self, batch: ClipBatch) -> Patches:
+        """Training clips as the model takes them."""
+        if self.unpack_view is None:
+            return self.unpack(batch)
+        return self.unpack_view(batch, draw_views(batch.row, self.config))
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of `step` (counted from 0)."""

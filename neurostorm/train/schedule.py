@@ -6,9 +6,10 @@ import numpy as np
 import torch
 
 from neurostorm.config import Config
+from neurostorm.data.augment import AugmentConfig, View, draw_view
 from neurostorm.model.mae import MaskedAutoencoder
 
-MASK, DROPOUT, VALIDATION = 1, 2, 3  # what a seed is for
+MASK, DROPOUT, VALIDATION, VIEW = 1, 2, 3, 4  # what a seed is for
 
 
 def learning_rate(step: int, total_steps: int, *, peak: float, warmup_fraction: float, min_fraction: float) -> float:
@@ -29,7 +30,7 @@ def seed_for(*parts: int) -> int:
 
 
 def clip_generator(seed: int, purpose: int, row: int) -> torch.Generator:
-    """The generator of one clip's mask: it follows from the clip's place in the plan, whatever worker has it."""
+    """The generator of one clip's mask or view: it follows from its place in the plan, whatever worker has it."""
     return torch.Generator().manual_seed(seed_for(seed, purpose, row))
 
 
@@ -37,3 +38,10 @@ def draw_masks(model: MaskedAutoencoder, rows: torch.Tensor, config: Config, pur
     """bool (B, P) on the CPU: each clip's own mask, from the run's seed and the clip's row in the plan."""
     generators = [clip_generator(config.run.seed, purpose, row) for row in rows.tolist()]
     return torch.cat([model.draw_mask(1, config.data.clip_frames, generator, "cpu") for generator in generators])
+
+
+def draw_views(rows: torch.Tensor, config: Config) -> list[View]:
+    """Each clip's own view, from the run's seed and the clip's row in the plan."""
+    augment = config.augment
+    drawn = AugmentConfig(augment.rotate_rad, augment.scale, augment.noise_probability, augment.noise_std)
+    return [draw_view(drawn, clip_generator(config.run.seed, VIEW, row)) for row in rows.tolist()]

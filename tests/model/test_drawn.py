@@ -64,11 +64,16 @@ def test_levels_windows_and_merges_are_those_made_from_coordinates(seed, samples
         ours, theirs = names_of(other, of), names_of(one, of)
         assert sorted(ours[ours >= 0]) == sorted(theirs[theirs >= 0])
         place = other.places_in(of)
-        assert np.array_equal(ours[place.numpy()], np.where(place < len(other), np.arange(place.numel()).reshape(place.shape), -1))
+        assert np.array_equal(
+            ours[place.numpy()], np.where(place < len(other), np.arange(place.numel()).reshape(place.shape), -1)
+        )
         for shifted in (False, True):
             windows = [windows_of(level, of, WINDOWS[number], shifted) for level in (one, other)]
             assert windows[0] == windows[1]
-        values = torch.arange(256.0).view(-1, 1)[: of.grid[0] * of.grid[1] * of.grid[2]], torch.arange(5.0).view(-1, 1) / 8
+        values = (
+            torch.arange(256.0).view(-1, 1)[: of.grid[0] * of.grid[1] * of.grid[2]],
+            torch.arange(5.0).view(-1, 1) / 8,
+        )
         at = dict(zip(theirs[:-1], one.positions(*values)[0, :, 0].tolist(), strict=True))
         where = other.positions(*values)[0, :, 0].tolist()
         assert all(at[name] == value for name, value in zip(ours[:-1], where, strict=True) if name >= 0)
@@ -77,7 +82,9 @@ def test_levels_windows_and_merges_are_those_made_from_coordinates(seed, samples
         for geometry, merge in zip((subset, drawn), merges, strict=True):
             children, parents = (names_of(geometry.levels[i], shared.levels[i]) for i in (number, number + 1))
             table = children[merge.buckets[0].index.numpy()]
-            families.append({parent: tuple(row) for parent, row in zip(parents[:-1], table, strict=True) if parent >= 0})
+            families.append(
+                {parent: tuple(row) for parent, row in zip(parents[:-1], table, strict=True) if parent >= 0}
+            )
             assert not (table[parents[:-1] < 0] >= 0).any(), "a dead parent has no children"
         assert families[0] == families[1]
 
@@ -186,7 +193,9 @@ def test_room_for_both_is_enough_for_either():
     exact, wide = whole.count(numbers), whole.count(np.arange(len(shared.levels[0]))[None])
     level = drawn_geometry(whole, torch.from_numpy(numbers), exact.at_least(wide)).levels[1]
     alive = drawn_geometry(whole, torch.from_numpy(numbers), exact).levels[1]
-    assert windows_of(level, shared.levels[1], WINDOWS[1], True) == windows_of(alive, shared.levels[1], WINDOWS[1], True)
+    assert windows_of(level, shared.levels[1], WINDOWS[1], True) == windows_of(
+        alive, shared.levels[1], WINDOWS[1], True
+    )
 
 
 @given(st.integers(0, 10**6))
