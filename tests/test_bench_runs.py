@@ -75,14 +75,15 @@ def test_the_end_to_end_figures_are_medians_of_warm_steps(tool, monkeypatch, tmp
     bench, jobs = tool("bench_end_to_end"), Jobs([0.02, 0.05])
     monkeypatch.setattr(bench, "command", jobs)
     file = tmp_path / "figures.json"
-    options = ["--store", str(tmp_path / "store"), "--steps", "5", "--warm", "2", "--json", str(file)]
-    monkeypatch.setattr("sys.argv", ["bench_end_to_end", *options])
+    options = ["--store", str(tmp_path / "store"), "--steps", "5", "--warm", "2", "--mixer", "mamba"]
+    monkeypatch.setattr("sys.argv", ["bench_end_to_end", *options, "--json", str(file)])
     assert bench.main() == 0
     result = json.loads(file.read_text())
     assert result["dense"]["clips_per_s"] == 8 and result["sparse"]["clips_per_s"] == 24
     assert result["sparse_vs_dense"] == 3 and result["wait_fraction"] == 0.05
     assert "sparse is 3.00 times as fast as dense" in capsys.readouterr().out
     dense, sparse = (flags_are_settings(settings) for name, settings in jobs.started if name == "pretrain.py")
+    assert dense.model.mixer == sparse.model.mixer == "mamba"
     assert (dense.model.tokens, dense.model.decoder) == ("dense", "paper")
     assert (sparse.model.tokens, sparse.model.decoder) == ("brain", "light")
 

@@ -3,6 +3,7 @@
 
 bench_end_to_end.py                              preset tiny, dense and sparse, on a store that is made for it
 bench_end_to_end.py --store STORE --preset base  a store of one's own
+bench_end_to_end.py --mixer mamba                the other mixer
 bench_end_to_end.py --json FILE                  the figures for a machine
 
     store --jobs/pretrain.py, once for each geometry--> MLflow metrics of every step --medians--> clips/s, wait fraction
@@ -45,7 +46,7 @@ def main() -> int:
         **figures,
         "sparse_vs_dense": figures["sparse"]["clips_per_s"] / figures["dense"]["clips_per_s"],
         "wait_fraction": max(one["wait_fraction"] for one in figures.values()),
-        **{name: getattr(options, name) for name in ("preset", "steps", "workers")},
+        **{name: getattr(options, name) for name in ("preset", "mixer", "steps", "workers")},
         "cores": os.cpu_count(),
     }
     show(result)
@@ -61,6 +62,7 @@ def parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="tiny", help="model, clip, mask and batch (default: tiny)")
+    add("--mixer", choices=("attention", "mamba"), help="default: the preset's")
     add("--store", type=Path, help="a frame store (default: a synthetic cohort's, made on the preset's grid)")
     add("--folder", type=Path, help="where temporary files go (default: TMPDIR)")
     add("--steps", type=int, default=60, help="steps of a run (default: 60)")
@@ -89,6 +91,7 @@ def measure(options: argparse.Namespace, geometry: str, store: Path, folder: Pat
         "train.log_every": 1, "train.validate_every": options.steps, "checkpoint.every": options.steps,
         "tracking.pictures": "false", "scale.workers": options.workers, "strd.enabled": "false",
         **{f"model.{name}": value for name, value in GEOMETRIES[geometry].items()},
+        **({} if options.mixer is None else {"model.mixer": options.mixer}),
     }  # fmt: skip
     flags = [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
     command(ROOT / "jobs" / "pretrain.py", "--preset", options.preset, *flags)
@@ -127,7 +130,8 @@ def command(*parts: Any) -> None:
 
 def show(r: dict[str, Any]) -> None:
     """The table."""
-    print(f"preset {r['preset']}, {r['workers']} workers on {r['cores']} cores, {r['steps']} steps\n")
+    mixer = f", {r['mixer']}" if r["mixer"] else ""
+    print(f"preset {r['preset']}{mixer}, {r['workers']} workers on {r['cores']} cores, {r['steps']} steps\n")
     print(f"{'':<10}{'clips/s':>9}{'step s':>9}{'waiting':>9}{'MFU':>8}")
     for geometry in GEOMETRIES:
         one = r[geometry]

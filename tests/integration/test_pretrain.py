@@ -94,7 +94,7 @@ def ledger(config: Config) -> dict[int, tuple[float, list[int]]]:
 def test_killed_and_started_again_it_ends_like_its_uninterrupted_twin(ball_config, start):
     settings = {
         "train": {"global_batch": 2, "epochs": 2, "validate_every": 100}, "checkpoint": {"every": 6},
-        "tracking": {"clip_ledger": True, "pictures": False},
+        "tracking": {"clip_ledger": True, "pictures": False}, "augment": {"enabled": True},
     }  # fmt: skip
     twin, victim = (ball_config(run={"name": name}, **settings) for name in ("twin", "victim"))
     steps = 2 * CLIPS // 2
