@@ -141,7 +141,7 @@ def mix_windows(x: Tensor, weights: MambaWeights) -> Tensor:
 def project(x: Tensor, weights: MambaWeights) -> tuple[ScanInputs, Tensor]:
     """What the scan takes, and the gate z (N, W, 2C), from tokens x (N, W, C) with the token as the slowest axis."""
     u, z = linear(x, weights.in_proj.to(x.dtype)).chunk(2, -1)
-    u = silu(_causal_conv(u, weights.conv.to(x.dtype), weights.conv_bias.to(x.dtype)))
+    u = silu(_CausalConv.apply(u, weights.conv.to(x.dtype), weights.conv_bias.to(x.dtype)))
     rank = weights.dt_proj.shape[1]
     step, B, C = linear(u, weights.x_proj.to(x.dtype)).split([rank, STATES, STATES], -1)
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -161,12 +161,32 @@ def _mix_block(x: Tensor, weights: MambaWeights, states: Tensor | None) -> Tenso
     return rearrange(linear(gated, weights.out_proj.to(x.dtype)), "n w c -> w n c")
 
 
-def _causal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Depthwise convolution over the first axis of x (N, W, D): each token with the three before it, zeros before."""
-    out = torch.addcmul(bias, x, weight[:, 0, -1])
-    for back in range(1, weight.shape[-1]):
-        out[back:] += x[:-back] * weight[:, 0, -1 - back]
-    return out
+class _CausalConv(torch.autograd.Function):
+    """Depthwise convolution over the first axis of x (N, W, D): each token with the three before it, zeros before.
+
+    Weight (D, 1, 4) with the last tap for the token itself, bias (D). Autograd would copy all of the output for every
+    tap that is added to a part of it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        now, *earlier = weight[:, 0].unbind(1)[::-1]
+        out = torch.addcmul(bias, x, now)
+        for back, tap in enumerate(earlier, 1):
+            out[back:].addcmul_(x[:-back], tap)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        now, *earlier = weight[:, 0].unbind(1)[::-1]
+        dx, taps = grad * now, [(grad * x).sum((0, 1))]
+        for back, tap in enumerate(earlier, 1):
+            dx[:-back].addcmul_(grad[back:], tap)
+            taps.append((grad[back:] * x[:-back]).sum((0, 1)))
+        return dx, torch.stack(taps[::-1], 1).unsqueeze(1), grad.sum((0, 1))
 
 
 class _WindowBlocks(torch.autograd.Function):

@@ -8,7 +8,7 @@ MIXERS = ("attention", "mamba")
 LAYOUTS = ("clean", "paper")
 TOKENS = ("dense", "brain")
 
-_COARSE, _FINER = 64, 32  # slots: on a GPU, and of a scan on a CPU
+_COARSE, _FINER = 64, 32
 
 
 @dataclass(frozen=True)
