@@ -122,3 +122,37 @@ def test_a_trace_and_a_table_show_where_the_time_goes(tool, monkeypatch, tmp_pat
     assert profiler.main() == 0
     assert len(json.loads(out.read_text())["traceEvents"]) > 100
     assert "aten::" in capsys.readouterr().out
+
+
+def test_attention_is_timed_by_every_way_that_there_is(tool, monkeypatch, tmp_path, capsys):
+    file = tmp_path / "attention.json"
+    options = ["--shapes", "3x16x2x8", "--rounds", "1", "--threads", THREADS, "--json", str(file)]
+    monkeypatch.setattr("sys.argv", ["bench_attention", *options])
+    bench = tool("bench_attention")
+    assert bench.main() == 0
+    (measured,) = json.loads(file.read_text())["shapes"]
+    assert measured["shape"] == [3, 16, 2, 8] and list(measured["sides"]) == list(bench.SIDES)
+    assert all(measured["sides"][side]["ms"] > 0 for side in ("auto", "math"))
+    assert "no backward pass on a CPU" in measured["sides"]["flex"]["reason"]
+    assert "math" in capsys.readouterr().out
+
+
+def test_a_way_that_computes_something_else_is_not_timed(tool, monkeypatch):
+    bench = tool("bench_attention")
+    plain = bench.scaled_dot_product_attention
+    monkeypatch.setattr(bench, "SIDES", ("auto",))
+    monkeypatch.setattr(bench, "way_of", lambda side, qkv, present: lambda: plain(*qkv))  # without the key mask
+    options = bench.argparse.Namespace(device="cpu", dtype="fp32", rounds=1)
+    assert "differs from the others" in bench.measure((3, 16, 2, 8), options)["auto"]["reason"]
+
+
+def test_tables_of_masked_clips_are_timed_both_ways(tool, monkeypatch, tmp_path):
+    file = tmp_path / "tables.json"
+    options = ["--preset", "tiny", "--batches", "1", "2", "--masks", "6", "--threads", THREADS, "--json", str(file)]
+    monkeypatch.setattr("sys.argv", ["bench_tables", *options])
+    assert tool("bench_tables").main() == 0
+    rows = json.loads(file.read_text())["batches"]
+    assert [row["clips"] for row in rows] == [1, 2]
+    for row in rows:
+        assert min(row["host_ms"], row["device_ms"], row["count_ms"]) > 0
+        assert all(share >= 1 for share in row["slots"]) and 1 <= row["shapes"] <= 6
