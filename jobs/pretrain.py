@@ -12,7 +12,7 @@ from neurostorm.store.layout import StoreError
 JOB = Job(
     name="pretrain",
     purpose="Pretrain the 4D Swin masked autoencoder on a frame store that jobs/ingest.py made.",
-    sections=("run", "data", "model", "mask", "strd", "train", "checkpoint", "scale", "tracking"),
+    sections=("run", "data", "model", "mask", "strd", "augment", "train", "checkpoint", "scale", "tracking"),
     aliases={
         "--store": "data.store",
         "--output": "run.output",

@@ -139,12 +139,14 @@ def test_only_settings_that_change_the_result_hinder_resuming():
     ]
 
 
-def test_a_run_that_was_kept_before_there_was_a_light_decoder_goes_on():
+def test_a_run_that_was_kept_before_there_was_a_light_decoder_or_a_view_goes_on():
     config = build(PRESETS["tiny"])
     saved = config.model_dump(mode="json")
     for name in ("decoder", "decoder_depth", "predicted"):
         del saved["model"][name]
-    del saved["train"]["compile"]
+    del saved["train"]["compile"], saved["augment"]
     assert differing_keys(saved, config) == []
+    views = Config.model_validate({**saved, "augment": {"enabled": True}})
+    assert differing_keys(saved, views) == ["augment.enabled: False -> True"]
     light = Config.model_validate({**saved, "model": {**saved["model"], "decoder": "light"}})
     assert differing_keys(saved, light) == ["model.decoder: paper -> light"]

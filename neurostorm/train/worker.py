@@ -61,7 +61,7 @@ def open_tracker(config: Config, corpus: Corpus) -> Tracker:
         uri=tracking_uri(config.tracking.uri, config.run.output),
         experiment=config.tracking.experiment,
         name=config.run.name,
-        parameters=config.flat("run", "data", "model", "mask", "strd", "train", "scale"),
+        parameters=config.flat("run", "data", "model", "mask", "strd", "augment", "train", "scale"),
         tags={"code_revision": code_revision(), "store_sha256": corpus.content_sha256, "split": corpus.split},
     )
     tracker.artifact(folder / "config.yaml")
