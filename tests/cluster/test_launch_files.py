@@ -1,17 +1,17 @@
-"""The files of cluster/ meet what will read them: Ray's validator, KubeRay's schema, bash, and our own rules.
+"""The files of cluster/ meet what will read them: Ray's validator, Google's API, bash, and our own rules.
 
 cluster/*  ->  a checker that lists what is wrong  ->  nothing for the file, something for a spoilt copy of it
 """
 
-import copy
 import importlib.metadata
 import json
 import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import googleapiclient.discovery_cache
 import jsonschema
 import pytest
 import yaml
@@ -22,7 +22,8 @@ from neurostorm.presets import PRESETS
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"
 FILES = sorted(path for path in CLUSTER.iterdir() if path.is_file())
-LAUNCHERS = ("aws.yaml", "onprem.yaml")
+CLOUDS = ("aws.yaml", "gcp.yaml")
+LAUNCHERS = (*CLOUDS, "onprem.yaml")
 RAY_VERSION = importlib.metadata.version("ray")
 
 
@@ -32,23 +33,26 @@ def launcher(name: str) -> dict[str, Any]:
     return config
 
 
-def kubernetes() -> dict[str, Any]:
-    """The Kubernetes objects of kuberay-rayjob.yaml by their kind."""
-    return {item["kind"]: item for item in yaml.safe_load_all((CLUSTER / "kuberay-rayjob.yaml").read_text())}
-
-
-def pods(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The pod specifications of a RayJob: the head's, then each worker group's."""
-    cluster = job["spec"]["rayClusterSpec"]
-    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
-        yield group["template"]["spec"]
-
-
 def dockerfile(text: str) -> list[tuple[str, str]]:
     """(instruction, arguments) of a Dockerfile, continuation lines joined, comments dropped."""
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
     return [(line.split()[0], line.split(maxsplit=1)[1]) for line in joined.splitlines() if line.strip()]
+
+
+def stages(text: str) -> dict[str, list[tuple[str, str]]]:
+    """The instructions of each target of a Dockerfile, in order."""
+    targets: dict[str, list[tuple[str, str]]] = {}
+    for name, arguments in dockerfile(text):
+        if name == "FROM":
+            targets[arguments.split(" AS ")[1]] = []
+        targets[list(targets)[-1]].append((name, arguments))
+    return targets
+
+
+def documents(name: str) -> list[dict[str, Any]]:
+    """The objects of a Kubernetes file."""
+    return list(yaml.safe_load_all((CLUSTER / name).read_text()))
 
 
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,9 +85,10 @@ def unknown_key(config: dict[str, Any]) -> None:
     config["file_mount"] = {}
 
 
+@pytest.mark.parametrize("name", CLOUDS)
 @pytest.mark.parametrize("spoil", [wrong_head_type, too_many_workers, unknown_key])
-def test_ray_refuses_a_spoilt_launcher_file(spoil: Callable[[dict[str, Any]], None]) -> None:
-    config = launcher("aws.yaml")
+def test_ray_refuses_a_spoilt_launcher_file(spoil: Callable[[dict[str, Any]], None], name: str) -> None:
+    config = launcher(name)
     spoil(config)
     with pytest.raises((ValueError, jsonschema.ValidationError)):
         validate_config(prepare_config(config))
@@ -106,82 +111,103 @@ def test_every_on_prem_host_joins() -> None:
     assert any("RAY_enable_autoscaler_v2=0" in command for command in prepared["head_start_ray_commands"])
 
 
-def test_aws_gpu_nodes_are_spot_and_hold_a_worker_of_the_base_preset() -> None:
-    node = launcher("aws.yaml")["available_node_types"]["gpu_worker"]
-    scale = PRESETS["base"]["scale"]
-    assert node["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+def is_spot(node_config: dict[str, Any]) -> bool:
+    """Whether a node can be taken back, and costs less for it; in the words of either cloud."""
+    google = node_config.get("scheduling", {}).get("provisioningModel") == "SPOT"
+    return google or node_config.get("InstanceMarketOptions") == {"MarketType": "spot"}
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_gpu_nodes_are_spot_and_hold_a_worker_of_the_base_preset_and_the_head_stays(name: str) -> None:
+    types = launcher(name)["available_node_types"]
+    node, scale = types["gpu_worker"], PRESETS["base"]["scale"]
+    assert is_spot(node["node_config"])
+    assert not is_spot(types["head"]["node_config"])
+    assert types["head"]["resources"]["CPU"] == 0
     assert node["resources"]["GPU"] >= scale["gpus_per_worker"]
     assert node["resources"]["CPU"] > scale["cpus_per_worker"]  # cores must be left over to read clips
     assert node["max_workers"] >= scale["workers"]
 
 
-# KubeRay
+# Google's Compute Engine, whose API's own description comes with its client; Ray hands node_config on unread.
 
 
 @pytest.fixture(scope="module")
-def rayjob_schema() -> dict[str, Any]:
-    """KubeRay's own schema of a RayJob."""
-    path = ROOT.parent / "shared" / "schemas" / "kuberay_rayjob_v1.json"
-    if not path.exists():
-        pytest.skip(f"{path} is not on this machine")
-    schema: dict[str, Any] = json.loads(path.read_text())
-    return schema
+def compute_api() -> dict[str, Any]:
+    """The schemas of the Compute Engine API by name."""
+    path = Path(googleapiclient.discovery_cache.__file__).parent / "documents" / "compute.v1.json"
+    schemas: dict[str, Any] = json.loads(path.read_text())["schemas"]
+    return schemas
 
 
-def test_kuberay_accepts_the_rayjob(rayjob_schema: dict[str, Any]) -> None:
-    jsonschema.validate(kubernetes()["RayJob"], rayjob_schema)
+def api_problems(value: Any, schema: dict[str, Any], schemas: dict[str, Any], where: str) -> list[str]:
+    """What of `value` the API does not know, or knows as another type."""
+    if "$ref" in schema:
+        return api_problems(value, schemas[schema["$ref"]], schemas, where)
+    if schema["type"] == "array" and isinstance(value, list):
+        return [
+            p for n, item in enumerate(value) for p in api_problems(item, schema["items"], schemas, f"{where}[{n}]")
+        ]
+    if schema["type"] == "object" and isinstance(value, dict):
+        known = schema.get("properties", {})
+        problems = [f"{where}.{name} is unknown" for name in value if name not in known]
+        for name in value.keys() & known.keys():
+            problems += api_problems(value[name], known[name], schemas, f"{where}.{name}")
+        return problems
+    types = {"string": str, "boolean": bool, "integer": int}
+    if not isinstance(value, types.get(schema["type"], type(None))):
+        return [f"{where} is no {schema['type']}: {value!r}"]
+    return [f"{where} is none of {schema['enum']}"] if value not in schema.get("enum", [value]) else []
 
 
-def test_kuberay_refuses_a_spoilt_rayjob(rayjob_schema: dict[str, Any]) -> None:
-    misspelt = copy.deepcopy(kubernetes()["RayJob"])
-    misspelt["spec"]["rayClusterSpec"]["authOption"] = misspelt["spec"]["rayClusterSpec"].pop("authOptions")
-    wrong_type = copy.deepcopy(kubernetes()["RayJob"])
-    wrong_type["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] = 0
-    for job in (misspelt, wrong_type):
-        with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate(job, rayjob_schema)
+def test_google_knows_every_field_of_its_machines(compute_api: dict[str, Any]) -> None:
+    config = launcher("gcp.yaml")
+    for name, node in config["available_node_types"].items():
+        assert api_problems(node["node_config"], {"$ref": "Instance"}, compute_api, name) == []
+        for disk in node["node_config"]["disks"]:
+            assert disk["initializeParams"]["diskType"].split("/")[1] == config["provider"]["availability_zone"]
+    assert node["node_config"]["scheduling"]["onHostMaintenance"] == "TERMINATE"  # else no machine with a GPU starts
 
 
-def test_rayjob_keeps_its_data_in_a_volume_that_outlives_it_and_all_pods_share() -> None:
-    objects = kubernetes()
-    claim = objects["PersistentVolumeClaim"]
-    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
-    for pod in pods(objects["RayJob"]):
-        (volume,) = pod["volumes"]
-        assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
-        (mount,) = pod["containers"][0]["volumeMounts"]
-        assert mount["name"] == volume["name"]
-        for option in ("--store", "--output"):
-            assert f"{option} {mount['mountPath']}/" in objects["RayJob"]["spec"]["entrypoint"]
+def test_google_refuses_a_spoilt_machine(compute_api: dict[str, Any]) -> None:
+    for field, value in (
+        ("scheduling", [{"preemptible": True}]),  # as in Ray's own examples
+        ("scheduling", {"provisioningModel": "CHEAP"}),
+        ("scheduling", {"automaticRestart": "no"}),
+        ("disks", [{"initializeParams": {"diskSizeGb": 200}}]),
+        ("machine_type", "g2-standard-16"),
+    ):
+        node = {**launcher("gcp.yaml")["available_node_types"]["gpu_worker"]["node_config"], field: value}
+        assert api_problems(node, {"$ref": "Instance"}, compute_api, "node"), (field, value)
 
 
-def test_rayjob_asks_for_a_token_and_runs_without_root() -> None:
-    job = kubernetes()["RayJob"]
-    assert job["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}
-    for pod in pods(job):
-        assert pod["securityContext"]["runAsNonRoot"] is True
-        assert pod["containers"][0]["securityContext"]["allowPrivilegeEscalation"] is False
-
-
-def test_rayjob_has_one_gpu_per_worker_and_a_plain_command() -> None:
-    spec = kubernetes()["RayJob"]["spec"]
-    (group,) = spec["rayClusterSpec"]["workerGroupSpecs"]
-    gpus = int(group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
-    assert group["replicas"] * gpus == int(spec["entrypoint"].split("--workers ")[1].split()[0])
-    assert not set("\"'`$&|;<>\n") & set(spec["entrypoint"])  # the operator hands it to a shell as it is
-
-
-# The image
+# The images
 
 
 def test_dockerfile_is_cuda_python_3_11_without_root() -> None:
-    instructions = dockerfile((CLUSTER / "Dockerfile").read_text())
-    assert [arguments for name, arguments in instructions if name == "FROM"] == [
-        f"rayproject/ray:{RAY_VERSION}-py311-gpu"
+    targets = stages((CLUSTER / "Dockerfile").read_text())
+    assert list(targets) == ["mlflow", "node"]  # the last is what a build without --target makes
+    node = targets["node"]
+    assert node[0] == ("FROM", f"rayproject/ray:{RAY_VERSION}-py311-gpu AS node")
+    assert any("sys.version_info[:2] == (3, 11)" in arguments for name, arguments in node if name == "RUN")
+    for instructions in targets.values():
+        last_user = [arguments for name, arguments in instructions if name == "USER"][-1]
+        assert re.fullmatch(r"[1-9]\d*:\d+", last_user), "a number, so that Kubernetes can check that it is not root"
+
+
+def test_mlflows_image_has_the_version_of_the_jobs_and_the_drivers_that_mlflow_yaml_asks_for() -> None:
+    (install,) = [
+        arguments for name, arguments in stages((CLUSTER / "Dockerfile").read_text())["mlflow"] if name == "RUN"
     ]
-    last_user = [arguments for name, arguments in instructions if name == "USER"][-1]
-    assert re.fullmatch(r"[1-9]\d*:\d+", last_user), "a number, so that Kubernetes can check that it is not root"
-    assert any("sys.version_info[:2] == (3, 11)" in arguments for name, arguments in instructions if name == "RUN")
+    (deployment,) = [item for item in documents("mlflow.yaml") if item["kind"] == "Deployment"]
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    (uri,) = [word for word in container["args"] if word.startswith("--backend-store-uri=")]
+    driver = re.fullmatch(r"--backend-store-uri=postgresql\+(\w+)://.*", uri)
+    assert driver and f" {driver[1]}-binary==" in install
+    assert " boto3 " in install and any(word.startswith("--artifacts-destination=s3://") for word in container["args"])
+    version = importlib.metadata.version("mlflow")
+    assert f"mlflow.__version__ == '{version}'" in install and container["image"].endswith(f":{version}")
+    assert f"mlflow=={version}" in (ROOT / "tools" / "constraints.txt").read_text().split()
 
 
 def test_dockerfile_copies_named_files_that_exist_and_no_secret() -> None:
@@ -212,11 +238,38 @@ def edit_problems(text: str) -> list[str]:
     return problems
 
 
+def outside_policies(text: str) -> str:
+    """A Kubernetes file without `--host=0.0.0.0` of pods to which its NetworkPolicy admits named pods alone.
+
+    A server in a pod has no other way to listen to its Service and to a port-forward, which comes to its loopback.
+    """
+    if "kind: NetworkPolicy" not in text:
+        return text
+    objects = list(yaml.safe_load_all(text))
+    closed = [
+        item["spec"]["podSelector"]["matchLabels"].items()
+        for item in objects
+        if item["kind"] == "NetworkPolicy" and "Ingress" in item["spec"]["policyTypes"]
+        if all(rule.get("from") for rule in item["spec"]["ingress"])
+    ]
+    for item in objects:
+        template = item["spec"].get("template", {})
+        labels = template.get("metadata", {}).get("labels", {}).items()
+        if any(selector and selector <= labels for selector in closed):
+            text = text.replace("- --host=0.0.0.0\n", "", str(template).count("--host=0.0.0.0"))
+    return text
+
+
 def exposure_problems(text: str) -> list[str]:
     """Addresses that listen to everyone, and secrets, in a file."""
+    text = outside_policies(text)
     problems = [f"listens everywhere: {hit}" for hit in re.findall(r"\S*0\.0\.0\.0\S*|host[= ]['\"]?::\S*", text)]
     problems += re.findall(r"RAY_AUTH_MODE=disabled|RAY_AUTH_TOKEN=\S+|(?:AKIA|ASIA)[0-9A-Z]{16}", text)
     problems += re.findall(r"\b[0-9a-f]{64}\b|BEGIN [A-Z ]*PRIVATE KEY", text)
+    problems += re.findall(
+        r"://[^/\s:@]+:[^/\s@]+@|kind: Secret\b|type: (?:NodePort|LoadBalancer)|kind: Ingress\b", text
+    )
+    problems += re.findall(r"name: \w*(?:PASSWORD|SECRET|TOKEN|KEY)\w*, value: \S+", text)
     starts = re.findall(r"ray start --head\b|symmetric-run --address", text)
     if starts and len(re.findall(r"--dashboard-host[= ]127\.0\.0\.1", text)) < len(starts):
         problems.append("a head starts without --dashboard-host 127.0.0.1")
@@ -244,8 +297,37 @@ def test_the_checkers_find_spoilt_files() -> None:
         f"{head}\nmlflow server --host 0.0.0.0",
         f"export RAY_AUTH_TOKEN={'a' * 64}; {head}",
         f"export RAY_AUTH_MODE=disabled; {head}",
+        "--backend-store-uri=postgresql://mlflow:hunter2@mlflow-postgres/mlflow",
+        "- {name: POSTGRES_PASSWORD, value: hunter2}",
+        "apiVersion: v1\nkind: Secret\n",
+        "spec:\n  type: LoadBalancer\n",
     ):
         assert exposure_problems(spoilt), spoilt
+    guarded = (CLUSTER / "mlflow.yaml").read_text()
+    assert exposure_problems(guarded) == []
+    ray_pods = "\n        - podSelector:\n            matchLabels: {app.kubernetes.io/part-of: neurostorm}\n"
+    for found, spoilt in (
+        ("component: server}\n  policyTypes", "component: servers}\n  policyTypes"),
+        ("policyTypes: [Ingress]", "policyTypes: [Egress]"),
+        (ray_pods, " []\n"),
+    ):
+        assert found in guarded and "0.0.0.0" in str(exposure_problems(guarded.replace(found, spoilt))), spoilt
+
+
+def image_problems(text: str) -> list[str]:
+    """Images without a version, which are another one tomorrow."""
+    images = re.findall(r"^\s*(?:- )?image: (?:&\w+ )?([^\s*]\S*)|^FROM (\S+)", text, re.MULTILINE)
+    return [image for pair in images for image in pair if image and not re.fullmatch(r".+:v?\d+\.\d[\w.-]*", image)]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_images_have_a_version(path: Path) -> None:
+    assert image_problems(path.read_text()) == []
+
+
+def test_images_without_a_version_are_found() -> None:
+    for spoilt in ("  image: postgres\n", "- image: a/b:latest\n", "image: &i postgres:17\n", "FROM python AS a\n"):
+        assert image_problems(spoilt), spoilt
 
 
 def test_one_version_of_ray_everywhere() -> None:
@@ -256,7 +338,8 @@ def test_one_version_of_ray_everywhere() -> None:
             r"(?:rayproject/ray:|rayVersion: \"|ray\.__version__ == '|Ray is )(\d[\d.]*\d)", path.read_text()
         )
     }
-    assert {name for name, _ in found} == {"aws.yaml", "kuberay-rayjob.yaml", "Dockerfile", "README.md"}
+    kuberay = {"kuberay-rayjob.yaml", "kuberay-raycluster.yaml"}
+    assert {name for name, _ in found} == {*CLOUDS, *kuberay, "Dockerfile", "README.md"}
     assert {version for _, version in found} == {RAY_VERSION}
     assert f"ray=={RAY_VERSION}" in (ROOT / "tools" / "constraints.txt").read_text().split()
 

@@ -81,7 +81,7 @@ def start_problems(arguments: list[str], variables: dict[str, str], role: str) -
 
 
 @pytest.mark.parametrize("role", ["head", "worker"])
-@pytest.mark.parametrize("name", ["aws.yaml", "onprem.yaml"])
+@pytest.mark.parametrize("name", ["aws.yaml", "gcp.yaml", "onprem.yaml"])
 def test_a_node_starts_with_a_token_and_its_dashboard_on_loopback(name: str, role: str, tmp_path: Path) -> None:
     arguments, variables = start(yaml.safe_load((CLUSTER / name).read_text()), role, tmp_path)
     assert start_problems(arguments, variables, role) == []
@@ -96,6 +96,7 @@ def test_an_on_prem_node_joins_under_the_address_that_the_file_lists(tmp_path: P
     assert variables["PATH"].startswith(f"{tmp_path / 'head' / 'home'}/neurostorm-env/bin:")  # `python` of the jobs
 
 
+@pytest.mark.parametrize("name", ["aws.yaml", "gcp.yaml"])
 @pytest.mark.parametrize(
     ("text", "spoilt"),
     [
@@ -104,8 +105,8 @@ def test_an_on_prem_node_joins_under_the_address_that_the_file_lists(tmp_path: P
         ("~/.ray/auth_token: ~/.ray/auth_token", ""),
     ],
 )
-def test_a_spoilt_start_is_noticed(text: str, spoilt: str, tmp_path: Path) -> None:
-    original = (CLUSTER / "aws.yaml").read_text()
+def test_a_spoilt_start_is_noticed(text: str, spoilt: str, name: str, tmp_path: Path) -> None:
+    original = (CLUSTER / name).read_text()
     assert text in original
     changed = original.replace(text, spoilt)
     arguments, variables = start(yaml.safe_load(changed), "head", tmp_path)
