@@ -9,6 +9,7 @@ Sections are frozen pydantic models that refuse unknown keys (`config_base.py`);
 `cli.py` turns a command line into a Config; nothing here reads the command line.
 """
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -217,6 +218,9 @@ class ScaleConfig(Section):
     """Workers and what each may use."""
 
     workers: Positive = Field(1, description="training workers, one per GPU (or per core group)")
+    min_workers: Positive | None = Field(
+        None, description="go on with as few as this while others are lost, and grow again; default: scale.workers"
+    )
     gpus_per_worker: int = Field(0, ge=0, le=1, description="GPUs per worker; 0 trains on the CPU")
     cpus_per_worker: float = Field(1.0, gt=0, description="CPU cores that Ray reserves for a worker")
     threads_per_worker: Positive = Field(1, description="torch threads of a worker on the CPU")
@@ -286,6 +290,19 @@ class Config(Section):
         batch, workers, micro = self.train.global_batch, self.scale.workers, self.train.micro_batch
         if batch % workers:
             raise ValueError(f"train.global_batch={batch} is not a multiple of scale.workers={workers}")
+        fewest = self.scale.min_workers or workers
+        if fewest > workers:
+            raise ValueError(f"scale.min_workers={fewest} is more than scale.workers={workers}")
+        if fewest < workers and self.train.zero_stage == 3:  # what DeepSpeed regroups of it trains on differently
+            raise ValueError(
+                "scale.min_workers: with train.zero_stage=3 the number of workers cannot change; use 1 or 2"
+            )
+        unequal = [number for number in range(fewest, workers) if batch % number]
+        if unequal:
+            raise ValueError(
+                f"train.global_batch={batch} cannot be shared by {unequal[0]} workers, as scale.min_workers={fewest} "
+                f"allows: use a multiple of {math.lcm(*range(fewest, workers + 1))}, or a higher scale.min_workers"
+            )
         if (batch // workers) % micro:
             raise ValueError(
                 f"train.micro_batch={micro} does not divide the {batch // workers} clips of one worker's step "
@@ -297,6 +314,15 @@ class Config(Section):
     def clips_per_worker(self) -> int:
         """Clips that one worker takes in one optimiser step."""
         return self.train.global_batch // self.scale.workers
+
+    def for_workers(self, workers: int) -> "Config":
+        """The same run with as many workers: the global batch stays, micro-batches shrink to what divides a share."""
+        share = self.train.global_batch // workers
+        micro = next(size for size in range(min(self.train.micro_batch, share), 0, -1) if share % size == 0)
+        scale = self.scale.model_copy(update={"workers": workers, "min_workers": None})
+        return self.model_copy(
+            update={"scale": scale, "train": self.train.model_copy(update={"micro_batch": micro})}, deep=True
+        )
 
     def to_yaml(self, *sections: str) -> str:
         """The tree, or only `sections` of it, as YAML that `--config` reads back."""

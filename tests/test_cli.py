@@ -48,6 +48,12 @@ def test_names_with_values_are_read_as_yaml(text):
         (["--data.clip_stride_frames", "0"], ["data.clip_stride_frames=0", ">= 1"]),
         (["--train.global_batch", "7", "--workers", "2"], ["train.global_batch=7", "scale.workers=2"]),
         (["--train.micro_batch", "5"], ["train.micro_batch=5", "32"]),
+        (["--workers", "4", "--scale.min_workers", "3"], ["train.global_batch=32", "3 workers", "a multiple of 12"]),
+        (["--workers", "2", "--scale.min_workers", "4"], ["scale.min_workers=4", "scale.workers=2"]),
+        (
+            ["--workers", "2", "--scale.min_workers", "1", "--train.zero_stage", "3"],
+            ["scale.min_workers", "zero_stage=3"],
+        ),
         (["--model.heads", "5,6,12,24"], ["heads[0]=5", "36"]),
         (["--model.patch", "6,6,6,2"], ["patch[3]=2"]),
         (["--data.weights", "{hcp: -1}"], ["data.weights.hcp=-1", ">= 0"]),
@@ -137,6 +143,15 @@ def test_only_settings_that_change_the_result_hinder_resuming():
         "data.weights: {} -> {'hcp': 2.0}",
         "train.lr: 0.002 -> 1e-05",
     ]
+
+
+def test_for_another_number_of_workers_the_global_batch_stays_and_micro_batches_divide_a_share():
+    config = build({"train": {"global_batch": 12, "micro_batch": 6}, "scale": {"workers": 2, "min_workers": 1}})
+    for workers, micro in ((1, 6), (2, 6), (3, 4), (4, 3), (6, 2), (12, 1)):
+        other = config.for_workers(workers)
+        assert (other.scale.workers, other.scale.min_workers, other.train.micro_batch) == (workers, None, micro)
+        assert other.clips_per_worker * workers == 12 and not differing_keys(config.model_dump(mode="json"), other)
+    assert config.scale.workers == 2, "it is a copy"
 
 
 def test_a_run_that_was_kept_before_there_was_a_light_decoder_or_a_view_goes_on():

@@ -112,8 +112,10 @@ def assemble(
     brain = torch.from_numpy(corpus.store.mask)
     if config.train.compile:
         compile_blocks(model)
-    engine = Engine(model, config.train, config.clips_per_worker, device)
-    first_step = resume(config, engine, rank)
+    found = checkpoint.choose(config.run.folder / "checkpoints", gather=gather, rank=rank)
+    regroup = found is not None and found.workers != dist.get_world_size()
+    engine = Engine(model, config.train, config.clips_per_worker, device, regroup)
+    first_step = 0 if found is None else resume(found, engine, rank)
     return Loop(
         config=config,
         engine=engine,
@@ -139,13 +141,13 @@ def assemble(
     )
 
 
-def resume(config: Config, engine: Engine, rank: int) -> int:
-    """Loads the newest checkpoint, which rank 0 chooses for all, and returns its number of finished steps."""
-    found = checkpoint.restore(config.run.folder / "checkpoints", engine.load, gather=gather, rank=rank)
-    if found is None:
-        return 0
+def resume(found: checkpoint.Checkpoint, engine: Engine, rank: int) -> int:
+    """Loads a checkpoint and returns its number of finished steps; a collective call."""
+    checkpoint.restore(found, engine.load, gather=gather, rank=rank)
     if rank == 0:
-        logger.info("resuming after step %d from %s", found.step, found.path)
+        workers = dist.get_world_size()
+        regrouped = "" if found.workers == workers else f", of {found.workers} workers, now {workers}"
+        logger.info("resuming after step %d from %s%s", found.step, found.path, regrouped)
     return found.step
 
 

@@ -7,6 +7,7 @@
     save:     each rank writes to a folder of its own, takes its files' sizes and CRCs, and puts them in their place
               -> gathered -> rank 0: all there? -> trainer.json -> COMMITTED -> old ones removed
     restore:  rank 0 chooses the newest -> each rank fetches its own files and rank 0's, checks them -> loads
+              (the files of all ranks, if there are more or fewer of them now)
 
 `newest` is the highest step whose marker is there and whose files are what the marker says; a broken one is passed
 over with a warning. In an object store it compares sizes only; CRCs are checked of what a rank has fetched, and a
@@ -70,6 +71,11 @@ class Checkpoint:
     step: int
     trainer: dict[str, Any]
 
+    @property
+    def workers(self) -> int:
+        """How many workers wrote it."""
+        return int(self.trainer["workers"])
+
 
 def save(
     folder: Place,
@@ -111,8 +117,14 @@ def newest(folder: Place) -> Checkpoint | None:
     return None
 
 
-def restore(folder: Place, load: Callable[[Path], None], *, gather: Gather, rank: int) -> Checkpoint | None:
-    """Loads the newest checkpoint, if there is one, and returns it; every rank calls it.
+def choose(folder: Place, *, gather: Gather, rank: int) -> Checkpoint | None:
+    """The newest checkpoint, or None, as rank 0 sees it; every rank calls it."""
+    chosen: Checkpoint | None = gather(newest(folder) if rank == 0 else None)[0]
+    return chosen
+
+
+def restore(chosen: Checkpoint, load: Callable[[Path], None], *, gather: Gather, rank: int) -> None:
+    """Loads the checkpoint that `choose` gave; every rank calls it.
 
     load  restores this rank's part from the local folder it is given (a collective of the engine)
 
@@ -120,19 +132,14 @@ def restore(folder: Place, load: Callable[[Path], None], *, gather: Gather, rank
         CheckpointError: on all ranks, when one of them found its files damaged. From then on the checkpoint is passed
             over, so that the next start (Ray Train makes one by itself) resumes from the one before.
     """
-    offers = gather(newest(folder) if rank == 0 else None)
-    chosen: Checkpoint | None = offers[0]
-    if chosen is None:
-        return None
-    marker = Marker.read(chosen.path)
-    if len(marker.ranks) != len(offers):
-        raise CheckpointError(f"{chosen.path} is of {len(marker.ranks)} workers, and {len(offers)} want to resume")
-    own = sorted({*marker.ranks[0], *marker.ranks[rank]})
+    workers, marker = len(gather(None)), Marker.read(chosen.path)
+    parts = [marker.ranks[0], marker.ranks[rank]] if len(marker.ranks) == workers else marker.ranks
+    own = sorted({name for part in parts for name in part})
     with fetched(chosen.path, own) as local:
         problems = [problem for problem in gather(_damage(local, {n: marker.files[n] for n in own})) if problem]
         if not problems:
             load(local)
-            return chosen
+            return
     if rank == 0:
         Marker(marker.files, marker.ranks, broken=problems[0]).write(chosen.path)
     raise CheckpointError(f"{chosen.path}: {problems[0]}; start again to resume from the checkpoint before it")

@@ -9,8 +9,11 @@ autocast at every stage: bf16 parameters with stage 0 train wrongly in this Deep
 
 import math
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -41,8 +44,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def deepspeed_settings(train: TrainConfig, clips_per_worker: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration for ours."""
+def deepspeed_settings(train: TrainConfig, clips_per_worker: int, regroup: bool = False) -> dict[str, Any]:
+    """DeepSpeed's own configuration for ours; `regroup` reads checkpoints of another number of workers."""
     return {
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": clips_per_worker // train.micro_batch,
@@ -51,7 +54,7 @@ def deepspeed_settings(train: TrainConfig, clips_per_worker: int) -> dict[str, A
         "zero_allow_untested_optimizer": True,
         "torch_autocast": {"enabled": train.dtype == "bf16", "dtype": "bfloat16"},
         "steps_per_print": 10**9,
-        "checkpoint": {"use_node_local_storage": False},
+        "checkpoint": {"use_node_local_storage": False, "load_universal": regroup and train.zero_stage > 0},
     }
 
 
@@ -66,18 +69,23 @@ def import_deepspeed() -> Any:
 
 
 class Engine:
-    """A model under DeepSpeed; needs an initialised torch.distributed process group."""
+    """A model under DeepSpeed; needs an initialised torch.distributed process group.
 
-    def __init__(self, model: nn.Module, train: TrainConfig, clips_per_worker: int, device: torch.device) -> None:
+    regroup  the checkpoint that will be loaded is of another number of workers
+    """
+
+    def __init__(
+        self, model: nn.Module, train: TrainConfig, clips_per_worker: int, device: torch.device, regroup: bool = False
+    ) -> None:
         deepspeed = import_deepspeed()
         optimizer = torch.optim.AdamW(
             parameter_groups(model, train.weight_decay), lr=train.lr, betas=train.betas, fused=True
         )
-        self._stage = train.zero_stage
+        self._stage, self._regroup = train.zero_stage, regroup
         self._engine, *_ = deepspeed.initialize(
             model=model.to(device),
             optimizer=optimizer,
-            config=deepspeed_settings(train, clips_per_worker),
+            config=deepspeed_settings(train, clips_per_worker, regroup),
             dist_init_required=False,
         )
 
@@ -129,7 +137,20 @@ class Engine:
         self._engine.save_checkpoint(str(folder), tag="state", save_latest=False)
 
     def load(self, folder: Path) -> None:
-        """Restores what `save` wrote, for the same number of workers; a collective call."""
+        """Restores what `save` wrote; a collective call.
+
+        With `regroup` every rank needs the files of all ranks. Without ZeRO each holds everything anyway; with it
+        their parts are first brought into DeepSpeed's universal form, parameter by parameter.
+        """
+        if self._regroup and self._stage > 0:
+            with TemporaryDirectory(prefix="neurostorm-universal-") as scratch:
+                universal = Path(scratch, "state")
+                make_universal(folder / "state", universal)
+                self._load(universal.parent)
+        else:
+            self._load(folder)
+
+    def _load(self, folder: Path) -> None:
         path, _ = self._engine.load_checkpoint(str(folder), tag="state")
         if path is None:
             raise RuntimeError(f"{folder}: DeepSpeed found no state of this rank; was it saved with as many workers?")
@@ -151,3 +172,21 @@ class Engine:
 
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
+
+
+def make_universal(state: Path, universal: Path) -> None:
+    """DeepSpeed's own conversion of all ranks' parts, in a process of its own as it starts processes itself.
+
+    Raises RuntimeError with its last words when it fails.
+    """
+    options = {
+        "--input_folder": state,
+        "--output_folder": universal,
+        "--num_extract_workers": 1,
+        "--num_merge_workers": 1,
+    }
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    flags = [str(part) for option in options.items() for part in option]
+    done = subprocess.run([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{state}: cannot be regrouped for another number of workers:\n{done.stdout[-2000:]}")

@@ -71,10 +71,10 @@ def check(config: Config, corpus: Corpus) -> Plan:
             f"{newest.path} was trained with other settings: {'; '.join(different)}; "
             "take those settings again, or another run.name"
         )
-    if newest.trainer["workers"] != config.scale.workers:
+    if config.train.zero_stage == 3 and newest.workers != config.scale.workers:
         raise ConfigError(
-            f"{newest.path} was saved by {newest.trainer['workers']} workers and scale.workers={config.scale.workers}: "
-            f"resume with --scale.workers {newest.trainer['workers']}"
+            f"{newest.path} was saved by {newest.workers} workers and scale.workers={config.scale.workers}: with "
+            f"train.zero_stage=3 a run goes on with as many as before; use --scale.workers {newest.workers}"
         )
     if newest.trainer["store_sha256"] != corpus.content_sha256:
         raise ConfigError(
@@ -126,7 +126,9 @@ def trainer(config: Config, corpus: Corpus, storage: str) -> Any:
             backend="nccl" if scale.gpus_per_worker else "gloo", timeout_s=scale.collective_timeout_s
         ),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=scale.workers, use_gpu=bool(scale.gpus_per_worker), resources_per_worker=resources
+            num_workers=(scale.min_workers, scale.workers) if scale.min_workers else scale.workers,
+            use_gpu=bool(scale.gpus_per_worker),
+            resources_per_worker=resources,
         ),
         run_config=ray.train.RunConfig(
             name=config.run.name,
@@ -134,18 +136,29 @@ def trainer(config: Config, corpus: Corpus, storage: str) -> Any:
             failure_config=ray.train.FailureConfig(max_failures=scale.max_failures),
             worker_runtime_env={"env_vars": worker_environment(config)},
         ),
-        datasets={"train": lambda: training_data(config)},
-        dataset_config=ray.train.DataConfig(
-            execution_options=feed_options(
-                corpus.reader, corpus.plan, read_in=config.data.read_in, steps_ahead=config.data.steps_ahead
-            ),
-            enable_shard_locality=False,
-        ),
+        datasets={"train": lambda: ray.data.range(0)},
+        dataset_config=Feed(config, corpus),
     )
 
 
+class Feed(ray.train.DataConfig):
+    """The clips still to be trained on, planned whenever a group of workers starts, for as many as there are then."""
+
+    def __init__(self, config: Config, corpus: Corpus) -> None:
+        data = config.data
+        options = feed_options(corpus.reader, corpus.plan, read_in=data.read_in, steps_ahead=data.steps_ahead)
+        super().__init__(execution_options=options, enable_shard_locality=False)
+        self._config = config
+
+    def configure(self, datasets: dict[str, Any], world_size: int, *arguments: Any, **named: Any) -> Any:
+        """Ray Train's hook: a share of the dataset for each worker. What it was given of `datasets` is a stand-in."""
+        return super().configure(
+            {"train": training_data(self._config.for_workers(world_size))}, world_size, *arguments, **named
+        )
+
+
 def training_data(config: Config) -> Any:
-    """The clips still to be trained on; Ray Train calls this whenever a group of workers starts."""
+    """The clips from the newest checkpoint on."""
     corpus = planned.planned(config)
     newest = checkpoint.newest(config.run.folder / "checkpoints")
     total = corpus.plan.total_steps(config.train.epochs, config.train.max_steps)

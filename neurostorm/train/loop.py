@@ -210,7 +210,10 @@ class Loop:
     def write_ledger(self, step: int, batch: ClipBatch, means: torch.Tensor) -> None:
         """Appends this worker's clips of one step, and the step's mean loss over all workers, to RUN/ledger."""
         loss = mean_over_ranks(means)[0]
-        self.ledger.add(step=step, loss=loss, rows=batch.row.tolist(), clips=clip_names(batch, self.runs))
+        workers = self.config.scale.workers
+        self.ledger.add(
+            step=step, workers=workers, loss=loss, rows=batch.row.tolist(), clips=clip_names(batch, self.runs)
+        )
 
 
 def memory(device: torch.device) -> dict[str, float]:

@@ -32,8 +32,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     """One worker's part of a pretraining run; `settings` holds the configuration tree under `config`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated", category=FutureWarning)  # DeepSpeed's
-    config = Config.model_validate(settings["config"])
     context = ray.train.get_context()
+    config = Config.model_validate(settings["config"]).for_workers(context.get_world_size())
     rank, device = context.get_world_rank(), ray.train.torch.get_device()
     torch.set_num_threads(config.scale.threads_per_worker)
     corpus = planned(config)

@@ -96,14 +96,15 @@ def read_ledger() -> Callable[[Config], dict[int, dict]]:
     """step -> {"loss", "rows" of all ranks in order}; a step that was repeated after a crash counts as it was last."""
 
     def read(config: Config) -> dict[int, dict]:
-        steps: dict[int, dict] = {}
-        for rank in range(config.scale.workers):
+        ranks = []
+        for rank in range(len(list((config.run.folder / "ledger").iterdir()))):
             lines = (config.run.folder / "ledger" / f"rank-{rank}.jsonl").read_text().splitlines()
-            last = {entry["step"]: entry for entry in map(json.loads, lines)}
-            for step, entry in last.items():
-                merged = steps.setdefault(step, {"loss": entry["loss"], "rows": []})
-                assert str(merged["loss"]) == str(entry["loss"]), "ranks disagree on the mean loss"
-                merged["rows"] += entry["rows"]
+            ranks.append({entry["step"]: entry for entry in map(json.loads, lines)})
+        steps: dict[int, dict] = {}
+        for step, first in ranks[0].items():
+            entries = [last[step] for last in ranks[: first["workers"]]]
+            assert len({str(entry["loss"]) for entry in entries}) == 1, "ranks disagree on the mean loss"
+            steps[step] = {"loss": first["loss"], "rows": [row for entry in entries for row in entry["rows"]]}
         return steps
 
     return read

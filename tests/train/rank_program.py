@@ -1,6 +1,7 @@
-"""One rank of a pretraining run without Ray: `python rank_program.py CONFIG.yaml RANK WORKERS PORT POISONED_STEP`.
+"""One rank of a pretraining run without Ray: `rank_program.py CONFIG.yaml RANK WORKERS PORT POISONED_STEP [LAST]`.
 
-The clips of the poisoned step hold infinite values on rank 0; -1 poisons none.
+The clips of the poisoned step hold infinite values on rank 0; -1 poisons none. With LAST it ends with the checkpoint
+of as many steps.
 """
 
 import os
@@ -19,7 +20,7 @@ from neurostorm.tracking import Tracker
 from neurostorm.train.build import assemble, export
 
 
-def main(path: str, rank: int, workers: int, port: int, poison: int) -> None:
+def main(path: str, rank: int, workers: int, port: int, poison: int, last: int | None = None) -> None:
     config = Config.model_validate(yaml.safe_load(Path(path).read_text()))
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
@@ -33,8 +34,22 @@ def main(path: str, rank: int, workers: int, port: int, poison: int) -> None:
     loop = assemble(config, corpus, Tracker(), feed, rank=rank, device=torch.device("cpu"))
     if poison >= 0:
         poison_step(loop, poison)
+    if last is not None and last < loop.total_steps:
+        leave_after(loop, last)
     loop.run()
     export(loop, corpus, config.run.folder / "model")
+
+
+def leave_after(loop, step: int) -> None:
+    """Ends this process once the checkpoint of these finished steps is saved."""
+    save = loop.save
+
+    def saved(done):
+        save(done)
+        if done == step:
+            raise SystemExit
+
+    loop.save = saved
 
 
 def poison_step(loop, step: int) -> None:

@@ -48,9 +48,10 @@ def restore_two(ranks):
                 given.update({name: (path / name).read_text() for name, _ in files_below(path)})
                 given["path"] = path
 
-            found = checkpoint.restore(folder, load, gather=gather, rank=rank)
+            found = checkpoint.choose(folder, gather=gather, rank=rank)
             if found is None:
                 return None
+            checkpoint.restore(found, load, gather=gather, rank=rank)
             assert not given.pop("path").exists(), "the local copy stays behind"
             return found.step, {name: text.split(" step")[0] for name, text in given.items()}
 

@@ -106,10 +106,11 @@ def test_settings_that_do_not_change_the_result_may_differ(ball_config, stop_at)
     assert outcome(other).first_step == 3
 
 
-def test_another_number_of_workers_is_refused_with_the_option_that_helps(ball_config, stop_at):
+def test_another_number_of_workers_may_go_on(ball_config, stop_at):
     stop_at(ball_config(), 3)
+    assert outcome(ball_config(scale={"workers": 4}, train={"micro_batch": 1})).first_step == 3
     with pytest.raises(ConfigError, match=r"saved by 2 workers and scale\.workers=4: .*--scale\.workers 2"):
-        outcome(ball_config(scale={"workers": 4}))
+        outcome(ball_config(scale={"workers": 4}, train={"micro_batch": 1, "zero_stage": 3}))
 
 
 def test_another_content_of_the_store_is_refused(ball_config, ball_store, stop_at, tmp_path):
@@ -216,6 +217,19 @@ def test_the_trainer_asks_for_the_plans_order_and_for_what_the_configuration_say
     assert trainer.scaling_config.resources_per_worker == {"CPU": 0.5}
     assert trainer.run_config.failure_config.max_failures == 5
     assert trainer.run_config.storage_path == "/scratch/of-ray"
+
+
+def test_the_trainer_may_shrink_to_the_fewest_workers_and_the_feed_follows(asked, ball_config, monkeypatch):
+    config = ball_config(scale={"workers": 2, "min_workers": 1})
+    trainer = launch.trainer(config, open_corpus(config), "/scratch/of-ray")
+    assert trainer.scaling_config.num_workers == (1, 2)
+    given = []
+    monkeypatch.setattr(
+        launch.ray.train.DataConfig, "configure", lambda self, datasets, workers, *rest, **named: given.append(workers)
+    )
+    for workers in (2, 1):
+        trainer.data_config.configure({"train": None}, workers, None, None)
+    assert given == [2, 1] and [steps["workers"] for _, _, steps in asked] == [2, 1]
 
 
 def test_workers_wait_without_spinning_and_keep_builds_per_user(ball_config, monkeypatch, tmp_path):
