@@ -99,7 +99,7 @@ def test_learning_is_compared_side_by_side(tool, monkeypatch, tmp_path, capsys):
     compare, jobs = tool("compare_learning"), Jobs([])
     monkeypatch.setattr(compare, "command", jobs)
     file = tmp_path / "figures.json"
-    options = ["--store", str(tmp_path / "store"), "--steps", "3", "--output", str(tmp_path / "out")]
+    options = ["--store", str(tmp_path / "store"), "--steps", "3", "--output", str(tmp_path / "out"), "--lr", "0.003"]
     monkeypatch.setattr("sys.argv", ["compare_learning", *options, "--json", str(file)])
     assert compare.main() == 0
     result = json.loads(file.read_text())
@@ -111,7 +111,8 @@ def test_learning_is_compared_side_by_side(tool, monkeypatch, tmp_path, capsys):
     assert [(side.model.tokens, side.model.decoder) for side in sides] == [
         ("dense", "paper"), ("brain", "paper"), ("brain", "light"),
     ]  # fmt: skip
-    assert {(side.mask.kind, side.mask.ratio, side.train.max_steps) for side in sides} == {("window-tube", 0.75, 3)}
+    settings = {(side.mask.kind, side.mask.ratio, side.train.max_steps, side.train.lr) for side in sides}
+    assert settings == {("window-tube", 0.75, 3, 0.003)}
 
 
 def test_a_trace_and_a_table_show_where_the_time_goes(tool, monkeypatch, tmp_path, capsys):

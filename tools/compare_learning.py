@@ -51,7 +51,7 @@ def main() -> int:
     result = {
         **sides,
         "loss_over_dense": {side: one["loss"] / sides["dense"]["loss"] for side, one in sides.items()},
-        **{name: getattr(options, name) for name in ("preset", "steps", "ratio", "mask")},
+        **{name: getattr(options, name) for name in ("preset", "steps", "ratio", "mask", "lr")},
         "cores": os.cpu_count(),
     }
     show(result)
@@ -72,6 +72,7 @@ def parse() -> argparse.Namespace:
     add("--mask", default="window-tube", help="mask.kind (default: window-tube)")
     add("--window", default="1,1,1,4", help="mask.window (default: 1,1,1,4)")
     add("--ratio", type=float, default=0.75, help="share of the patches that is hidden (default: 0.75)")
+    add("--lr", type=float, help="train.lr of every side (default: the preset's)")
     add("--output", type=Path, help="keep everything here (default: nothing is kept)")
     add("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
@@ -94,7 +95,8 @@ def measure(options: argparse.Namespace, side: str, store: Path, output: Path) -
         "run.output": output, "run.name": side, "data.store": store, "mask.kind": options.mask,
         "mask.window": options.window, "mask.ratio": options.ratio, "strd.enabled": "false",
         "train.max_steps": options.steps, "train.validate_every": options.steps, "checkpoint.every": options.steps,
-        "tracking.pictures": "false", **{f"model.{name}": value for name, value in SIDES[side].items()},
+        "tracking.pictures": "false", **({} if options.lr is None else {"train.lr": options.lr}),
+        **{f"model.{name}": value for name, value in SIDES[side].items()},
     }  # fmt: skip
     flags = [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
     command(ROOT / "jobs" / "pretrain.py", "--preset", options.preset, *flags)

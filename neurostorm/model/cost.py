@@ -26,6 +26,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
+from neurostorm.model import scan_kernel
 from neurostorm.model.attention import WindowAttention
 from neurostorm.model.decoder import PatchExpanding, UpStage
 from neurostorm.model.geometry import Geometry, TokenGeometry
@@ -228,7 +229,8 @@ def _count_scan(count: _Count, mixer: Mamba, table: WindowTable, prompts: int) -
         convolution=2 * rows * mixer.conv1d.weight.numel(),
         scan=rows * channels * (_SCAN_PER_STATE * states + _SCAN_PER_CHANNEL),
     )
-    chunks = sum(number * -(-size // CHUNK_TOKENS) for number, size in windows)
+    in_one_pass = scan_kernel.applies_to(mixer.A_log, states)
+    chunks = 0 if in_one_pass else sum(number * -(-size // CHUNK_TOKENS) for number, size in windows)
     count.kept += rows * mixer.in_proj.in_features + chunks * channels * states  # input, the state before each chunk
 
 
