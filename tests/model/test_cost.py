@@ -134,7 +134,7 @@ def test_kept_activations_are_those_that_autograd_keeps(kind, mixer, name, kerne
     if not kernel:  # then a scan keeps a state every few tokens
         monkeypatch.setattr(scan_kernel, "applies_to", lambda *_: False)
     model = build(kind, shape(name, mixer))
-    assert clip_cost(model).kept_values == pytest.approx(kept_by_autograd(model), rel=0.02)
+    assert clip_cost(model).kept_values == pytest.approx(kept_by_autograd(model), rel=0.025)
 
 
 def paper(kind, **changes):
