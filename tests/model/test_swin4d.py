@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 import torch
 
+from neurostorm.model import scan_kernel
 from neurostorm.model.strd import StrdConfig
 from neurostorm.model.swin4d import DropPath, PatchMerging, SwinEncoder
 from neurostorm.model.swin_config import SwinConfig
@@ -65,7 +66,8 @@ def test_strd_acts_in_training_only_and_reports_a_rate_per_stage():
 
 
 @pytest.mark.parametrize("mixer", ["attention", "mamba"])
-def test_activation_checkpointing_keeps_less_and_changes_no_gradient(mixer):
+def test_activation_checkpointing_keeps_less_and_changes_no_gradient(mixer, monkeypatch):
+    monkeypatch.setattr(scan_kernel, "applies_to", lambda *_: False)  # the kernel keeps no states that could be saved
     encoder = SwinEncoder(dataclasses.replace(TINY, drop_path=0.5, mixer=mixer), StrdConfig(True)).train()
     volume, grads, kept = torch.randn(2, 1, 12, 12, 12, 6), [], []
     for recompute in (False, True):
@@ -78,7 +80,7 @@ def test_activation_checkpointing_keeps_less_and_changes_no_gradient(mixer):
         loss.backward()
         grads.append([p.grad.clone() for p in encoder.parameters()])
         kept.append(sum(saved))
-    assert kept[1] < kept[0] / 2.5
+    assert kept[1] < kept[0] / 3
     for plain, recomputed in zip(*grads, strict=True):
         assert torch.equal(plain, recomputed)
 
