@@ -144,6 +144,13 @@ def writers() -> list[psutil.Process]:
     return found
 
 
+def wait_for_writers() -> None:
+    end_s = time.monotonic() + 120
+    while writers():
+        assert time.monotonic() < end_s
+        time.sleep(0.01)
+
+
 def test_killed_tasks_are_done_again(source: Path, twin: Files, tmp_path: Path) -> None:
     """Processes die while they write into the store; the ingest ends as if nothing had happened."""
     store = tmp_path / "store"
@@ -233,6 +240,7 @@ def test_a_full_disk_stops_the_job_and_blames_no_file(source: Path, twin: Files,
     with pytest.raises(StoreError, match=r"cannot be written: .*No space left on device.*GB are free there") as caught:
         ingest(config_of(source, store))
     assert str(store) in str(caught.value)
+    wait_for_writers()  # tasks that were under way when the first one found no room may yet finish theirs
     before = finished(store)
     assert 0 < len(before) < RUNS - 1
     torn = {str(source / NAME.format(5))}
