@@ -26,7 +26,7 @@ from neurostorm.model.cost import clip_cost, copy_rate, measured_peak
 from neurostorm.model.mae import MaskedAutoencoder
 from neurostorm.model.masking import MaskConfig
 from neurostorm.model.strd import StrdConfig
-from neurostorm.model.swin4d import SwinEncoder
+from neurostorm.model.swin4d import SwinEncoder, compile_blocks
 from neurostorm.model.swin_config import SwinConfig
 
 MIB = 2**20
@@ -48,6 +48,7 @@ class Setting:
     threads: int = 1
     dtype: str = "fp32"  # or "bf16"
     batch: int = 1
+    compiled: bool = False  # torch.compile of every block
 
 
 class Step:
@@ -64,6 +65,8 @@ class Step:
         else:
             built = SwinEncoder(shape, setting.strd, brain)
         self.model = built.to(self.device).train()
+        if setting.compiled:
+            compile_blocks(built)
         self.optimizer = torch.optim.AdamW(built.parameters(), lr=1e-4, fused=True)
         rows = built.tokens_per_frame * shape.frames
         self.patches = torch.randn(setting.batch, rows, shape.patch_voxels, device=self.device)

@@ -25,7 +25,7 @@ def compare(options: argparse.Namespace, setting: Callable[[argparse.Namespace],
         options: of the command line; preset, device, rounds and threads count.
         setting: makes what a process builds of options.
     """
-    common = {**vars(options), "dtype": "fp32", "batch": 1, "model": "mae"}
+    common = {**vars(options), "dtype": "fp32", "batch": 1, "model": "mae", "compile": False}
     seconds, mib, faster = {}, {}, {}
     for mixer in MIXERS:
         chosen = {

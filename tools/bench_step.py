@@ -78,6 +78,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--ratio", type=float, help="share of the patches that is hidden (default: the preset's)")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--dtype", choices=DTYPES, default="fp32", help="bf16 is autocast with float32 weights, as in training")
+    add("--compile", action="store_true", help="torch.compile of every block, as train.compile does")
     add("--batch", type=int, default=1, help="clips per step (default: 1)")
     add("--rounds", type=int, default=5, help="timed steps after one to warm up (default: 5)")
     add("--threads", type=int, default=os.cpu_count(), help="CPU threads of torch (default: the cores)")
@@ -136,6 +137,7 @@ def setting(options: argparse.Namespace) -> Setting:
         shape=shape, brain=brain_mask(grid), mask=MaskConfig(mask.kind, mask.ratio, mask.window, mask.tube_frames),
         strd=StrdConfig(**config.strd.model_dump()), loss_on=model.loss_on, decoder=model.decoder, model=options.model,
         device=options.device, threads=options.threads, dtype=options.dtype, batch=options.batch,
+        compiled=options.compile,
     )  # fmt: skip
 
 
@@ -153,7 +155,8 @@ def one_step(options: argparse.Namespace) -> dict[str, Any]:
     bytes_per_s = figures["moved_bytes"] / step_s
     return {
         **{name: getattr(options, name) for name in ("preset", "model", "device", "dtype", "batch", "threads")},
-        "rounds": options.rounds, "torch": torch.__version__, **figures, "clips_per_s": options.batch / step_s,
+        "compile": options.compile, "rounds": options.rounds, "torch": torch.__version__, **figures,
+        "clips_per_s": options.batch / step_s,
         "step_s": step_s, "forward_s": forward_s, "backward_s": backward_s, "optimizer_s": optimizer_s,
         "flops_per_s": flops_per_s, "bytes_per_s": bytes_per_s,
         "matmul_share": flops_per_s / figures["matmul_flops_per_s"],
@@ -206,7 +209,7 @@ def step_lines(r: dict[str, Any]) -> Iterator[str]:
     forward = r["forward_flops_per_clip"]
     parts = ", ".join(f"{kind} {flops / 1e9:.2f}" for kind, flops in forward.items() if flops)
     network = f"{r['mixer']} mixer, {r['layout']} layout, {r['tokens']} tokens, {r['decoder']} decoder"
-    yield f"{r['preset']}, {r['model']}, {network}, {r['dtype']}"
+    yield f"{r['preset']}, {r['model']}, {network}, {r['dtype']}{', compiled' if r['compile'] else ''}"
     yield f"on {r['device_name']} ({r['device']}, {r['threads']} CPU threads), torch {r['torch']}"
     yield ""
     yield f"parameters    {r['parameters']:,}"

@@ -65,7 +65,7 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     refuse_impossible(parser, options, ("masks", "threads"))
     refuse_missing_folder(parser, "--json", options.json)
-    always = {"model": "mae", "mixer": "attention", "geometry": "sparse", "dtype": "fp32", "batch": 1}
+    always = {"model": "mae", "mixer": "attention", "geometry": "sparse", "dtype": "fp32", "batch": 1, "compile": False}
     return argparse.Namespace(**vars(options), **always)
 
 

@@ -50,6 +50,7 @@ def parse() -> argparse.Namespace:
     add("--ratio", type=float, help="share of the patches that is hidden (default: the preset's)")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--dtype", choices=DTYPES, default="fp32")
+    add("--compile", action="store_true", help="torch.compile of every block, as train.compile does")
     add("--batch", type=int, default=1, help="clips per step (default: 1)")
     add("--threads", type=int, default=os.cpu_count(), help="CPU threads of torch (default: the cores)")
     add("--steps", type=int, default=1, help="steps traced (default: 1)")
