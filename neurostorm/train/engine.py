@@ -9,6 +9,7 @@ autocast at every stage: bf16 parameters with stage 0 train wrongly in this Deep
 
 import math
 import os
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from neurostorm.config import TrainConfig
+from neurostorm.train.unpickle import tensors_only
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,19 @@ class Engine:
         self._engine.save_checkpoint(str(folder), tag="state", save_latest=False)
 
     def load(self, folder: Path) -> None:
-        """Restores what `save` wrote, for the same number of workers; a collective call."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag="state")
+        """Restores what `save` wrote, for the same number of workers; a collective call.
+
+        RuntimeError when there is nothing of this rank, or when a file holds anything but what `save` writes: it is
+        refused before any of it runs.
+        """
+        try:
+            with tensors_only():
+                path, _ = self._engine.load_checkpoint(str(folder), tag="state")
+        except pickle.UnpicklingError as error:
+            raise RuntimeError(
+                f"{folder}: refused, a file holds more than tensors and plain values, so this run did not write it; "
+                f"remove the checkpoint to resume from the one before. ({str(error).splitlines()[0]})"
+            ) from error
         if path is None:
             raise RuntimeError(f"{folder}: DeepSpeed found no state of this rank; was it saved with as many workers?")
 
