@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from neurostorm.config_base import ConfigError, Four, Location, Positive, Section, Share, Weight
+from neurostorm.config_base import Address, ConfigError, Four, Location, Name, Positive, Section, Share, Weight
 from neurostorm.config_evaluation import AdaptConfig, ReportConfig, SplitConfig, SweepConfig, TaskConfig
 from neurostorm.places import Place
 
@@ -26,7 +26,7 @@ __all__ = ["Config", "ConfigError", "Section"]
 class RunConfig(Section):
     """Where a run lives and what it is called."""
 
-    name: str = Field("pretrain", description="name of the run in MLflow and of its folder", min_length=1)
+    name: Name = Field("pretrain", description="name of the run in MLflow and of its folder", min_length=1)
     output: Location = Field(
         Path("outputs"),
         description="place of runs; each gets OUTPUT/NAME; a folder shared by all nodes, or s3:// gs://",
@@ -45,7 +45,9 @@ class IngestConfig(Section):
     source: Location | None = Field(
         None, description="place of NIfTI files: BIDS derivatives, HCP or plain names; a folder, or s3:// gs://"
     )
-    dataset: str | None = Field(None, description="dataset name in the store; default: dataset_description.json's Name")
+    dataset: Name | None = Field(
+        None, description="dataset name in the store; default: dataset_description.json's Name"
+    )
     grid: Literal["2mm", "4mm", "reference"] = Field("2mm", description="the store's grid: 96^3 at 2 mm, 48^3 at 4 mm")
     tr_s: float = Field(0.8, gt=0, le=10, description="repetition time that every run is resampled to, seconds")
     mask: Location | None = Field(
@@ -231,7 +233,7 @@ class ScaleConfig(Section):
 class TrackingConfig(Section):
     """MLflow and pictures."""
 
-    uri: str | None = Field(
+    uri: Address | None = Field(
         None, description="MLflow server, http://... or sqlite:///...; default: OUTPUT/mlflow.db, if that is a folder"
     )
     experiment: str = Field("neurostorm", description="MLflow experiment", min_length=1)
@@ -249,7 +251,7 @@ class EmbedConfig(Section):
     source: Location | None = Field(
         None, description="folder of NIfTI files, as jobs/ingest.py takes it; or give a store"
     )
-    dataset: str | None = Field(None, description="dataset name of the source's runs; default: as jobs/ingest.py does")
+    dataset: Name | None = Field(None, description="dataset name of the source's runs; default: as jobs/ingest.py does")
     out: Location = Field(
         Path("outputs/embeddings"), description="place of the result; a folder shared by all nodes, or s3:// gs://"
     )

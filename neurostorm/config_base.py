@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator
 
 from neurostorm.object_store import ObjectPath
-from neurostorm.places import place
+from neurostorm.places import no_secret, one_step, place
 
 Four = tuple[int, int, int, int]
 Positive = Annotated[int, Field(ge=1)]
@@ -14,6 +14,8 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Location = Annotated[
     Path | ObjectPath, PlainValidator(lambda value: place(value)), PlainSerializer(str, when_used="json")
 ]
+Name = Annotated[str, AfterValidator(one_step)]  # of a folder
+Address = Annotated[str, AfterValidator(no_secret)]  # of a server; logged with the run
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -22,6 +24,6 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    """A branch of the tree: frozen, and unknown keys are refused."""
+    """A branch of the tree: frozen, and unknown keys are refused; a refused value, maybe a secret, is not repeated."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, hide_input_in_errors=True)

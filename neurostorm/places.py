@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import parse_qsl, urlsplit
 
 import obstore
 
@@ -32,6 +33,7 @@ STALE_S = 24 * 3600.0
 _TEMPORARY = ".partial"
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+_SECRET = re.compile(r"(?i)pass(word|wd)?$|secret|token|signature|credential|(access|api)[-_]?key")  # in a URL's query
 
 Place = Path | ObjectPath
 
@@ -40,7 +42,7 @@ def place(address: str | os.PathLike[str] | ObjectPath) -> Place:
     """A local path or an object store's address as a Place.
 
     Raises:
-        ValueError: an address of another kind, or one without a bucket, with what is understood.
+        ValueError: an address of another kind, or one without a bucket, with what is understood; one with a secret.
     """
     if isinstance(address, ObjectPath):
         return address
@@ -55,6 +57,8 @@ def place(address: str | os.PathLike[str] | ObjectPath) -> Place:
             )
         return Path(text).expanduser()  # no shell does it behind `--data.store=`
     scheme, rest = matched[1].lower(), matched[2]
+    if scheme in SCHEMES:
+        no_secret(text)
     if scheme == "file":
         return Path("/" + rest.lstrip("/"))
     bucket, _, key = rest.partition("/")
@@ -66,6 +70,43 @@ def place(address: str | os.PathLike[str] | ObjectPath) -> Place:
     if {".", ".."} & set(steps):
         raise ValueError(f"{text!r}: `.` and `..` have no meaning in an object store")
     return ObjectPath(scheme, bucket, "/".join(steps))
+
+
+def no_secret(address: str) -> str:
+    """`address`, unless it is a URL that holds credentials, which would be logged with it.
+
+    ValueError for a user or password before the host, or a password, token, key or signature in the query. It says
+    where they belong and does not repeat them.
+    """
+    matched = _URL.fullmatch(address)
+    if matched is None:
+        return address
+    try:
+        parts = urlsplit(address)
+        query = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True)]
+    except ValueError as error:
+        raise ValueError(f"an address of {matched[1]}:// that cannot be read ({type(error).__name__})") from None
+    if "@" in parts.netloc or any(_SECRET.search(name) for name in query):
+        raise ValueError(
+            f"an address of {matched[1]}:// that holds credentials (not shown): it would be logged with the run. Put "
+            "them in the environment: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or AWS_..., GOOGLE_..."
+        )
+    return address
+
+
+def inside(name: str) -> str:
+    """`name`, if it is a path relative to a folder that stays below it; else ValueError naming it."""
+    if not isinstance(name, str) or "\0" in name or {"", ".", ".."} & set(name.split("/")):
+        raise ValueError(f"{name!r} leads out of its folder: expected a relative path without `.` and `..`")
+    return name
+
+
+def one_step(name: str) -> str:
+    """`name`, if it can name one file or folder; else ValueError naming it."""
+    inside(name)
+    if "/" in name or "\\" in name or not name.isprintable():
+        raise ValueError(f"{name!r} cannot name a file or folder: use no slashes and no control characters")
+    return name
 
 
 def files_below(folder: Place) -> Iterator[tuple[str, int]]:
@@ -103,10 +144,14 @@ def remove_tree(folder: Place) -> None:
 def copy_files(source: Place, target: Place, names: Iterable[str]) -> None:
     """Copy the files `names`, relative to both folders, several at a time; each is there whole or not at all.
 
-    OSError names the first that failed; others may have been copied.
+    OSError names the first that failed; others may have been copied. A name that leads out of the folders is one.
     """
 
     def copy(name: str) -> None:
+        try:
+            inside(name)  # lists of names come from files, and an object's key may hold anything
+        except ValueError as error:
+            raise PlaceError(f"{source}: {error}") from error
         here, there = source / name, target / name
         try:
             with here.open("rb") as reader:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from neurostorm.places import Place, replace
+from neurostorm.places import Place, no_secret, replace
 from neurostorm.staging import fetched
 
 _SQLITE = "sqlite:///"
@@ -30,10 +30,14 @@ os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 def tracking_uri(uri: str | None, output: Place) -> str:
     """The MLflow URI to use: `uri`, or an SQLite file in the output folder.
 
-    Raises ValueError for an output in an object store, where no database can lie, without a URI.
+    Raises ValueError for an output in an object store, where no database can lie, without a URI; and for a URI that
+    holds credentials: it is kept with the run and printed.
     """
     if uri:
-        return uri
+        try:
+            return no_secret(uri)
+        except ValueError as error:
+            raise ValueError(f"tracking.uri: {error}") from None
     if not isinstance(output, Path):
         raise ValueError(
             f"tracking.uri is not set, and MLflow's database cannot lie in run.output={output}: name a server, "

@@ -22,6 +22,7 @@ from moto.server import ThreadedMotoServer
 from scipy.ndimage import gaussian_filter
 
 from neurostorm.config import Config
+from neurostorm.session import start_local
 from neurostorm.store import Grid, create_store, quantise, run_path, write_manifest, write_run
 from tests.people_store import write_people
 
@@ -60,7 +61,7 @@ def make_bucket(s3_server: str) -> Callable[[], str]:
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
     """A local Ray with two cores, for one module."""
-    ray.init(address="local", num_cpus=2, logging_level=logging.ERROR, log_to_driver=False)
+    start_local(num_cpus=2, logging_level=logging.ERROR, log_to_driver=False)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     yield
     ray.shutdown()

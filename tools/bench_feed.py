@@ -40,6 +40,7 @@ import torch
 from feed_sides import Work, direct_sides, make_store, open_work, patch_sides
 
 from neurostorm.data.pipeline import batches, clip_dataset, feed_options
+from neurostorm.session import start_local
 from neurostorm.store import FrameStore
 
 WARM_STEPS = 4  # of a pipeline, before its clock starts
@@ -53,7 +54,7 @@ def main() -> int:
         store = options.store or make_store(Path(folder), options.runs, options.frames)
         work = open_work(FrameStore.open(store), options.batch, options.steps)
         sides = direct_sides(work) | patch_sides(work, Path(folder), options.frames)
-        ray.init(address="local", logging_level=logging.ERROR, log_to_driver=False)
+        start_local(logging_level=logging.ERROR, log_to_driver=False)
         lasting = pipelines(work)
         seconds: dict[str, list[float]] = {name: [] for name in (*sides, *lasting)}
         for _ in range(options.rounds + 1):  # the first brings everything into the cache and is not counted

@@ -39,6 +39,7 @@ from ingest_runs import KINDS, make_run, released_steps
 from neurostorm.ingest import blocks, convert, hold, standardize, target
 from neurostorm.ingest.discover import Source
 from neurostorm.ingest.template import brain_mask
+from neurostorm.session import start_local
 from neurostorm.store import GRIDS, create_store
 
 CORPUS_FRAMES = 28_650_000
@@ -209,7 +210,7 @@ def measure_spread(file: Path, folder: Path, runs: int) -> dict[str, Any]:
 
     started = not ray.is_initialized()
     if started:
-        ray.init(address="local", num_cpus=RAY_CPUS, logging_level=logging.ERROR, log_to_driver=False)
+        start_local(num_cpus=RAY_CPUS, logging_level=logging.ERROR, log_to_driver=False)
         logging.getLogger("ray.data._internal").setLevel(logging.ERROR)
     spread, spans, slots = fanout.spread, [], []
     fanout.spread = watched

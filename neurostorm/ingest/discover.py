@@ -20,7 +20,7 @@ import pyarrow as pa
 from neurostorm.ingest.names import Name, bids_name, hcp_name, is_bids_bold, plain_name, safe_label, slug
 from neurostorm.ingest.nifti import RunError
 from neurostorm.ingest.tree import Ancestors, around, walk
-from neurostorm.places import Place
+from neurostorm.places import Place, one_step
 from neurostorm.store import run_path
 
 EMPTY = {"", "n/a", "na", "nan"}  # what stands for no value in a table, in small letters
@@ -132,6 +132,11 @@ def read_participants(path: Place, dataset: str) -> pa.Table:
     unique: dict[str, dict[str, str]] = {}
     for row in rows:
         label = (row["participant_id"] or "").strip().removeprefix("sub-")
+        if label:
+            try:
+                one_step(label)
+            except ValueError as error:
+                raise DiscoverError(f"{path}: participant_id: {error}") from error
         unique.setdefault(f"sub-{safe_label(label)}" if label else "sub-", row)
     columns = {name: _typed([row.get(name) for row in unique.values()]) for name in rows[0] if name}
     columns |= {"dataset": pa.array([dataset] * len(unique)), "participant_id": pa.array(list(unique))}

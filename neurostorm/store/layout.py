@@ -31,7 +31,11 @@ MISSING_FRAME = -128  # what Zarr returns for a chunk of frames that is not ther
 MANIFEST, PARTICIPANTS = "manifest.parquet", "participants.parquet"
 QUARANTINE, WITHDRAWN = "quarantine.parquet", "withdrawn.parquet"
 
-_SAFE = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9._+-]*")
+_STEP = r"[A-Za-z0-9_+-][A-Za-z0-9._+-]*"
+_SAFE = re.compile(_STEP)
+
+
+RUN_PATTERN = rf"\A{RUNS}(?:/{_STEP}){{3}}\z"  # all that `split_run` takes, in the words of Arrow's regular expressions
 
 
 class StoreError(RuntimeError):

@@ -17,9 +17,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from neurostorm.places import Place, update
+from neurostorm.places import Place, one_step, update
 from neurostorm.store.files import StorePath, find_runs, read_header, read_many, store_place
-from neurostorm.store.layout import MANIFEST, METADATA, PARTICIPANTS, QUARANTINE, WITHDRAWN, StoreError, split_run
+from neurostorm.store.layout import (
+    MANIFEST,
+    METADATA,
+    PARTICIPANTS,
+    QUARANTINE,
+    RUN_PATTERN,
+    WITHDRAWN,
+    StoreError,
+    run_path,
+    split_run,
+)
 
 MANIFEST_SCHEMA = pa.schema(
     [
@@ -68,7 +78,10 @@ def write_manifest(path: StorePath) -> pa.Table:
 
 
 def read_manifest(path: StorePath) -> pa.Table:
-    """The manifest as it was last written, with `MANIFEST_SCHEMA`. StoreError: no store, or no readable manifest."""
+    """The manifest as it was last written, with `MANIFEST_SCHEMA`.
+
+    StoreError: no store, no readable manifest, or one that names what cannot be a run.
+    """
     read_header(path)
     file = store_place(path) / MANIFEST
     table = _read(file)
@@ -77,7 +90,21 @@ def read_manifest(path: StorePath) -> pa.Table:
     missing = sorted(set(MANIFEST_SCHEMA.names) - set(table.column_names))
     if missing:
         raise StoreError(f"{file} has no column {', '.join(missing)}: rebuild it with tools/store.py repair {path}")
-    return table.select(MANIFEST_SCHEMA.names).cast(MANIFEST_SCHEMA)
+    return check_paths(table.select(MANIFEST_SCHEMA.names).cast(MANIFEST_SCHEMA), file)
+
+
+def check_paths(table: pa.Table, file: Place) -> pa.Table:
+    """A manifest, read from `file`, whose runs all lie inside the store; else StoreError with the first that does not.
+
+    Others make paths of their own from a run's, so one from elsewhere that reads `runs/../../x` ends here.
+    """
+    safe = pc.fill_null(pc.match_substring_regex(table.column("run"), RUN_PATTERN), False)
+    if not pc.all(safe, min_count=0).as_py():
+        run = table.filter(pc.invert(safe)).column("run")[0].as_py()
+        raise StoreError(
+            f"{file}: `run` is {run!r}, which is not the path of a run: rebuild it with tools/store.py repair"
+        )
+    return table
 
 
 def write_participants(path: StorePath, table: pa.Table) -> pa.Table:
@@ -90,7 +117,7 @@ def write_participants(path: StorePath, table: pa.Table) -> pa.Table:
             one and numbers in the other becomes text. Subjects who withdrew are left out.
 
     Raises:
-        ValueError: one of the two key columns is missing, or a subject stands in `table` twice.
+        ValueError: one of the two key columns is missing, a subject stands in `table` twice, or an id is no name.
     """
     missing = [name for name in _PARTICIPANT_KEY if name not in table.column_names]
     if missing:
@@ -98,6 +125,12 @@ def write_participants(path: StorePath, table: pa.Table) -> pa.Table:
     keys = _keys(table)
     if len(set(keys)) != len(keys):
         raise ValueError(f"participants: {next(key for key in keys if keys.count(key) > 1)} stands in the table twice")
+    for key in keys:
+        for column, value in zip(_PARTICIPANT_KEY, key, strict=True):
+            try:
+                one_step(value)
+            except ValueError as error:
+                raise ValueError(f"participants: {column}: {error}") from error
     read_header(path)
 
     def change(old: pa.Table | None) -> pa.Table:
@@ -160,10 +193,18 @@ def is_withdrawn(dataset: str, participant: str, gone: Container[tuple[str, str]
 
 
 def add_withdrawn(path: StorePath, subjects: Iterable[tuple[str, str]]) -> None:
-    """Record that (dataset, subject) withdrew, now; who stands there already keeps the time."""
+    """Record that (dataset, subject) withdrew, now; who stands there already keeps the time.
+
+    StoreError for names that cannot be of a run: folders are deleted by them.
+    """
     read_header(path)
     when = datetime.now(UTC).isoformat(timespec="seconds")
     asked = sorted(set(subjects))
+    for dataset, subject in asked:
+        try:
+            run_path(dataset, subject, "run")
+        except ValueError as error:
+            raise StoreError(f"{WITHDRAWN}: dataset or subject: {error}") from error
 
     def change(old: pa.Table | None) -> pa.Table | None:
         rows = [] if old is None else old.to_pylist()

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from neurostorm.object_store import PlaceError
-from neurostorm.places import Place, files_below, remove_tree, replace
+from neurostorm.places import Place, files_below, inside, remove_tree, replace
 from neurostorm.staging import fetched, outgoing
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,10 @@ class Marker:
         """The marker of a checkpoint. FileNotFoundError when it has none, ValueError when it is not one."""
         content = json.loads((path / MARKER).read_text())
         try:
-            return cls(dict(content["files"]), list(content["ranks"]), content.get("broken"))
+            marker = cls(dict(content["files"]), list(content["ranks"]), content.get("broken"))
+            for name in (*marker.files, *(name for names in marker.ranks for name in names)):
+                inside(name)  # ranks copy and open what the marker names
+            return marker
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from error
 

@@ -9,8 +9,7 @@ autocast at every stage: bf16 parameters with stage 0 train wrongly in this Deep
 
 import math
 import os
-import subprocess
-import sys
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +19,8 @@ import torch
 from torch import nn
 
 from neurostorm.config import TrainConfig
+from neurostorm.train.universal import make_universal
+from neurostorm.train.unpickle import tensors_only
 
 
 @dataclass(frozen=True)
@@ -141,14 +142,24 @@ class Engine:
 
         With `regroup` every rank needs the files of all ranks. Without ZeRO each holds everything anyway; with it
         their parts are first brought into DeepSpeed's universal form, parameter by parameter.
+
+        RuntimeError when there is nothing of this rank, or when a file holds anything but what `save` writes: it is
+        refused before any of it runs.
         """
-        if self._regroup and self._stage > 0:
-            with TemporaryDirectory(prefix="neurostorm-universal-") as scratch:
-                universal = Path(scratch, "state")
-                make_universal(folder / "state", universal)
-                self._load(universal.parent)
-        else:
-            self._load(folder)
+        try:
+            with tensors_only():
+                if self._regroup and self._stage > 0:
+                    with TemporaryDirectory(prefix="neurostorm-universal-") as scratch:
+                        universal = Path(scratch, "state")
+                        make_universal(folder / "state", universal)
+                        self._load(universal.parent)
+                else:
+                    self._load(folder)
+        except pickle.UnpicklingError as error:
+            raise RuntimeError(
+                f"{folder}: refused, a file holds more than tensors and plain values, so this run did not write it; "
+                f"remove the checkpoint to resume from the one before. ({str(error).splitlines()[0]})"
+            ) from error
 
     def _load(self, folder: Path) -> None:
         path, _ = self._engine.load_checkpoint(str(folder), tag="state")
@@ -172,21 +183,3 @@ class Engine:
 
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
-
-
-def make_universal(state: Path, universal: Path) -> None:
-    """DeepSpeed's own conversion of all ranks' parts, in a process of its own as it starts processes itself.
-
-    Raises RuntimeError with its last words when it fails.
-    """
-    options = {
-        "--input_folder": state,
-        "--output_folder": universal,
-        "--num_extract_workers": 1,
-        "--num_merge_workers": 1,
-    }
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    flags = [str(part) for option in options.items() for part in option]
-    done = subprocess.run([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{state}: cannot be regrouped for another number of workers:\n{done.stdout[-2000:]}")

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from neurostorm.config import Config, ConfigError
 from neurostorm.data.corpus import Corpus, open_corpus
 from neurostorm.places import Place, replace
-from neurostorm.store.manifest import read_manifest
+from neurostorm.store.manifest import check_paths, read_manifest
 from neurostorm.train import checkpoint
 
 KEPT = "manifest.parquet"
@@ -56,7 +56,7 @@ def _kept(folder: Place) -> pa.Table | None:
     except FileNotFoundError:
         return None
     try:
-        return pq.read_table(pa.BufferReader(data))
+        return check_paths(pq.read_table(pa.BufferReader(data)), folder / KEPT)
     except pa.ArrowException as error:
         raise ConfigError(f"{folder / KEPT} cannot be read ({error}): take another run.name") from error
 
