@@ -29,6 +29,8 @@ from neurostorm.store.reader import FrameStore
 from neurostorm.tracking import Tracker, code_revision
 from neurostorm.train import checkpoint
 from neurostorm.train.engine import Engine
+from neurostorm.train.goodput import Account
+from neurostorm.train.lines import line
 from neurostorm.train.loop import Loop
 from neurostorm.train.ranks import gather
 from neurostorm.train.validate import Validation
@@ -96,6 +98,7 @@ def assemble(
     config: Config,
     corpus: Corpus,
     tracker: Tracker,
+    account: Account,
     feed: Callable[..., Iterator[ClipBatch]],
     *,
     rank: int,
@@ -123,6 +126,7 @@ def assemble(
         batches=feed(first_step=first_step),
         validation=Validation(config, engine, model, unpack, corpus.reader, corpus.validation, tracker, rank),
         tracker=tracker,
+        account=account,
         runs=corpus.runs,
         trainer={
             "config": config.model_dump(mode="json"),
@@ -145,7 +149,7 @@ def resume(config: Config, engine: Engine, rank: int) -> int:
     if found is None:
         return 0
     if rank == 0:
-        logger.info("resuming after step %d from %s", found.step, found.path)
+        logger.info(line("resume", step=found.step, checkpoint=found.path))
     return found.step
 
 
