@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = JOB.parse(argv)
     print(config.to_yaml(*JOB.sections), flush=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    from neurostorm.train.goodput import in_words
     from neurostorm.train.launch import pretrain
 
     try:
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"\n{config.run.name}: {summary['steps']} steps done. Held-out masked loss {summary['loss/validation']:.4f}, "
         f"{better} the {summary['loss/validation_predicting_mean']:.4f} of predicting each voxel's mean.\n"
         f"  model   {summary['model']} (model.safetensors, config.json)\n"
+        f"  time    {in_words(summary)}\n"
         f"  MLflow  {summary['mlflow_uri']}, run {summary['mlflow_run_id']}\n"
         f"Next: mlflow server --backend-store-uri {summary['mlflow_uri']} --host 127.0.0.1"
     )

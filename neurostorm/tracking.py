@@ -1,6 +1,7 @@
 """MLflow for one run: parameters once, metrics and pictures by step, artifacts at the end. Rank 0 only.
 
     open_run()  ->  Tracker.metrics / image / artifact  ->  close()
+                       └─> observers, which see the metrics too
 
 Where to: an HTTP server by URI, or SQLite, by default in the output folder if that is a local one. A run that resumes
 goes on in the MLflow run whose id it kept. Ranks other than 0 hold a `Tracker` without a run, which does nothing: the
@@ -11,6 +12,7 @@ import hashlib
 import json
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +74,16 @@ class Tracker:
 
     def __init__(self, client: Any = None, run_id: str = "") -> None:
         self._client, self.run_id = client, run_id
+        self._observers: list[Callable[[dict[str, float], int], None]] = []
+
+    def observe(self, observer: Callable[[dict[str, float], int], None]) -> None:
+        """Calls `observer(values, step)` with all metrics from now on."""
+        self._observers.append(observer)
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         """Logs `values` at `step`; names carry their unit, as `speed/clips_per_s`."""
+        for observer in self._observers:
+            observer(values, step)
         if self._client is None or not values:
             return
         import time

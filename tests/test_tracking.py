@@ -221,3 +221,12 @@ def test_in_a_repository_the_revision_is_the_commit_and_says_when_it_was_changed
     assert code_revision() == commit
     (package / "loop.py").write_text("two = 3\n")
     assert code_revision() == f"{commit}-dirty"
+
+
+def test_observers_see_all_metrics_with_an_mlflow_run_or_without(place):
+    for tracker in (Tracker(), begin(place)):
+        seen = []
+        tracker.observe(lambda values, step, seen=seen: seen.append((values, step)))
+        tracker.metrics({"loss/train": 1.0}, 3)
+        tracker.metrics({"loss/train": 0.5}, 4)
+        assert seen == [({"loss/train": 1.0}, 3), ({"loss/train": 0.5}, 4)]

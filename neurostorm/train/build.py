@@ -29,6 +29,8 @@ from neurostorm.store.reader import FrameStore
 from neurostorm.tracking import Tracker, code_revision
 from neurostorm.train import checkpoint
 from neurostorm.train.engine import Engine
+from neurostorm.train.goodput import Account
+from neurostorm.train.lines import line
 from neurostorm.train.loop import Loop
 from neurostorm.train.ranks import gather
 from neurostorm.train.validate import Validation
@@ -96,6 +98,7 @@ def assemble(
     config: Config,
     corpus: Corpus,
     tracker: Tracker,
+    account: Account,
     feed: Callable[..., Iterator[ClipBatch]],
     *,
     rank: int,
@@ -125,6 +128,7 @@ def assemble(
         batches=feed(first_step=first_step),
         validation=Validation(config, engine, model, unpack, corpus.reader, corpus.validation, tracker, rank),
         tracker=tracker,
+        account=account,
         runs=corpus.runs,
         trainer={
             "config": config.model_dump(mode="json"),
@@ -145,9 +149,8 @@ def resume(found: checkpoint.Checkpoint, engine: Engine, rank: int) -> int:
     """Loads a checkpoint and returns its number of finished steps; a collective call."""
     checkpoint.restore(found, engine.load, gather=gather, rank=rank)
     if rank == 0:
-        workers = dist.get_world_size()
-        regrouped = "" if found.workers == workers else f", of {found.workers} workers, now {workers}"
-        logger.info("resuming after step %d from %s%s", found.step, found.path, regrouped)
+        workers = {"saved_by": found.workers, "workers": dist.get_world_size()}
+        logger.info(line("resume", "", step=found.step, checkpoint=found.path, **workers))
     return found.step
 
 

@@ -27,6 +27,7 @@ from neurostorm.session import ensure_ray
 from neurostorm.tracking import tracking_uri
 from neurostorm.train import checkpoint, planned
 from neurostorm.train.build import swin_config
+from neurostorm.train.goodput import now_ns
 from neurostorm.train.worker import SUMMARY, train_worker
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ def pretrain(config: Config) -> dict[str, Any]:
     Raises ConfigError, StoreError or PlaceError before anything starts, and Ray Train's error when the run fails for
     good.
     """
+    started_ns = now_ns()
     corpus = planned.choose(config)
     plan = check(config, corpus)
     folder = config.run.folder
@@ -106,22 +108,23 @@ def pretrain(config: Config) -> dict[str, Any]:
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         ensure_ray()
         with tempfile.TemporaryDirectory(prefix="neurostorm-ray-") as storage:
-            trainer(config, corpus, storage).fit()
+            trainer(config, corpus, storage, started_ns).fit()
     summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
     return {**summary, "mlflow_uri": tracking_uri(config.tracking.uri, config.run.output)}
 
 
-def trainer(config: Config, corpus: Corpus, storage: str) -> Any:
+def trainer(config: Config, corpus: Corpus, storage: str, started_ns: int) -> Any:
     """The Ray Train V2 trainer of a run.
 
-    storage  a local folder for Ray Train's own notes. Workers report no checkpoints through Ray, so its controller,
-             which runs on the driver's machine, is the only one to use it.
+    storage     a local folder for Ray Train's own notes. Workers report no checkpoints through Ray, so its controller,
+                which runs on the driver's machine, is the only one to use it.
+    started_ns  when this driver began, in Unix time
     """
     scale = config.scale
     resources = {"CPU": scale.cpus_per_worker} | ({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})
     return TorchTrainer(
         train_worker,
-        train_loop_config={"config": config.model_dump(mode="json")},
+        train_loop_config={"config": config.model_dump(mode="json"), "started_ns": started_ns},
         torch_config=TorchConfig(
             backend="nccl" if scale.gpus_per_worker else "gloo", timeout_s=scale.collective_timeout_s
         ),

@@ -26,8 +26,10 @@ from neurostorm.model.mae import MaskedAutoencoder
 from neurostorm.tracking import Tracker
 from neurostorm.train import checkpoint
 from neurostorm.train.engine import Engine
+from neurostorm.train.goodput import Account
 from neurostorm.train.health import BadClips, SkipGuard, clip_names
 from neurostorm.train.journal import Journal
+from neurostorm.train.lines import line, percent
 from neurostorm.train.ranks import gather, mean_over_ranks, sum_over_ranks
 from neurostorm.train.schedule import DROPOUT, MASK, draw_masks, draw_views, learning_rate, seed_for
 from neurostorm.train.validate import Validation
@@ -82,6 +84,7 @@ class Loop:
     batches      this worker's ClipBatch of each step from `first_step` on
     unpack_view  unpacks training clips through a view of their own; None trains on clips as they are
     runs         the manifest's run paths, for naming clips
+    account      where the time goes; the loop charges every part of a step to it
     trainer      what every checkpoint keeps beside the step
     clip_flops   operations of one clip's forward and backward pass (model/cost.py)
     """
@@ -94,6 +97,7 @@ class Loop:
     batches: Iterator[ClipBatch]
     validation: Validation
     tracker: Tracker
+    account: Account
     runs: Sequence[str]
     trainer: dict[str, Any]
     rank: int
@@ -116,12 +120,14 @@ class Loop:
     def run(self) -> dict[str, float]:
         """Trains to the last step; returns the final validation's metrics."""
         result: dict[str, float] = {}
+        self.account.charge("startup")
         for step in range(self.first_step, self.total_steps):
             waiting_s = time.perf_counter()
             batch = next(self.batches, None)
             if batch is None:
                 raise RuntimeError(f"the feed ended before step {step} of {self.total_steps}: start the job again")
             wait_s = time.perf_counter() - waiting_s
+            self.account.charge("startup" if step == self.first_step else "wait")  # the feed starts, too
             self.bad_clips.note(batch, self.runs, step)
             sums, micro_batches = self.forward_backward(batch, step)
             outcome = self.engine.step(self.learning_rate(step))
@@ -130,15 +136,14 @@ class Loop:
             done = step + 1
             if self.config.tracking.clip_ledger:
                 self.write_ledger(step, batch, sums / micro_batches)
+            self.account.stepped(done)
             if done % self.config.train.log_every == 0 or done == self.total_steps:
                 self.log(done, outcome.gradient_norm)
             if done % self.config.train.validate_every == 0 or done == self.total_steps:
-                with self.window.aside():
-                    result = self.validation.run(done)
+                result = self.validate(done)
             if done % self.config.checkpoint.every == 0 or done == self.total_steps:
-                with self.window.aside():
-                    self.save(done)
-        return result or self.validation.run(self.total_steps)
+                self.save(done)
+        return result or self.validate(self.total_steps)
 
     def forward_backward(self, batch: ClipBatch, step: int) -> tuple[torch.Tensor, int]:
         """Gradients of one step; returns the sums over micro-batches of loss, baseline, masked fraction, STRD rates."""
@@ -186,26 +191,43 @@ class Loop:
             "optim/lr": self.learning_rate(done - 1), "optim/gradient_norm": gradient_norm,
             "data/bad_clips": bad, "health/skipped_steps": float(self.guard.total),
             "progress/epoch": done * self.config.train.global_batch / self.clips_per_epoch,
-            **speeds, **memory(self.device),
+            **speeds, **memory(self.device), **self.account.metrics(),
         }  # fmt: skip
         self.tracker.metrics({name: value for name, value in values.items() if value == value}, done)
-        if self.rank == 0:
-            speed, wait = values["speed/clips_per_s"], values["data/wait_fraction"]
-            left_s = (self.total_steps - done) * values["speed/step_s"]
-            logger.info(
-                "step %d/%d  loss %.4f (predicting the mean %.4f)  %.1f clips/s  waiting %.0f %%  %.0f s left",
-                done, self.total_steps, loss, baseline, speed, 100 * wait, left_s,
-            )  # fmt: skip
+        self.say(
+            "step", f"{done}/{self.total_steps}", loss=loss, predicting_mean=baseline,
+            clips_per_s=values["speed/clips_per_s"], wait=percent(values["data/wait_fraction"]),
+            gradient_norm=gradient_norm, skipped_steps=self.guard.total, goodput=percent(values["time/goodput"]),
+            left_s=round((self.total_steps - done) * values["speed/step_s"]),
+        )  # fmt: skip
+        self.account.keep("log")
         self.window.restart()
+
+    def validate(self, done: int) -> dict[str, float]:
+        """The validation's metrics after `done` finished steps; a collective call."""
+        with self.window.aside():
+            result = self.validation.run(done)
+            self.account.charge("validation")
+        loss, baseline = result["loss/validation"], result["loss/validation_predicting_mean"]
+        self.say("validation", step=done, loss=loss, predicting_mean=baseline)
+        return result
 
     def save(self, done: int) -> None:
         """Commits a checkpoint of `done` finished steps, and what was noted down to there; a collective call."""
-        self.ledger.keep(done)
-        self.bad_clips.keep(done)
-        checkpoint.save(
-            self.folder / "checkpoints", done, write_shards=self.engine.save, gather=gather, rank=self.rank,
-            trainer=self.trainer, keep=self.config.checkpoint.keep,
-        )  # fmt: skip
+        with self.window.aside():
+            self.ledger.keep(done)
+            self.bad_clips.keep(done)
+            checkpoint.save(
+                self.folder / "checkpoints", done, write_shards=self.engine.save, gather=gather, rank=self.rank,
+                trainer=self.trainer, keep=self.config.checkpoint.keep,
+            )  # fmt: skip
+            self.account.saved()
+        self.say("checkpoint", step=done)
+
+    def say(self, event: str, about: str = "", **values: object) -> None:
+        """Prints an event's line on rank 0."""
+        if self.rank == 0:
+            logger.info(line(event, about, **values))
 
     def write_ledger(self, step: int, batch: ClipBatch, means: torch.Tensor) -> None:
         """Appends this worker's clips of one step, and the step's mean loss over all workers, to RUN/ledger."""

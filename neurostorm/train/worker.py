@@ -2,7 +2,7 @@
 
     config -> corpus, model, engine -> newest checkpoint -> Loop.run -> export -> summary.json (rank 0)
 
-This module and `launch` are the only ones of training that know Ray; `build.assemble` is the same for all callers.
+Of training, only this module, `launch` and `gauges` know Ray; `build.assemble` is the same for all callers.
 """
 
 import json
@@ -21,6 +21,8 @@ from neurostorm.places import replace
 from neurostorm.tracking import Tracker, code_revision, open_run, tracking_uri
 from neurostorm.train import checkpoint
 from neurostorm.train.build import assemble, export
+from neurostorm.train.gauges import Gauges
+from neurostorm.train.goodput import Account
 from neurostorm.train.planned import planned
 
 logger = logging.getLogger(__name__)
@@ -29,12 +31,16 @@ SUMMARY = "summary.json"
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """One worker's part of a pretraining run; `settings` holds the configuration tree under `config`."""
+    """One worker's part of a pretraining run.
+
+    settings  `config`: the configuration tree; `started_ns`: when the driver started, in Unix time
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated", category=FutureWarning)  # DeepSpeed's
     context = ray.train.get_context()
     config = Config.model_validate(settings["config"]).for_workers(context.get_world_size())
     rank, device = context.get_world_rank(), ray.train.torch.get_device()
+    account = Account(config.run.folder if rank == 0 else None, settings["started_ns"])
     torch.set_num_threads(config.scale.threads_per_worker)
     corpus = planned(config)
     tracker = open_tracker(config, corpus) if rank == 0 else Tracker()
@@ -43,18 +49,18 @@ def train_worker(settings: dict[str, Any]) -> None:
             batches, ray.train.get_dataset_shard("train"), corpus.reader, rank=rank, clips=config.clips_per_worker,
             threads=config.data.read_threads, steps_ahead=config.data.steps_ahead,
         )  # fmt: skip
-        loop = assemble(config, corpus, tracker, feed, rank=rank, device=device)
+        loop = assemble(config, corpus, tracker, account, feed, rank=rank, device=device)
         final = loop.run()
         export(loop, corpus, config.run.folder / "model")
         if rank == 0:
-            finish(config, tracker, final, loop.total_steps)
+            finish(config, tracker, account, final, loop.total_steps)
     except BaseException:
         tracker.close("FAILED")
         raise
 
 
 def open_tracker(config: Config, corpus: Corpus) -> Tracker:
-    """The run's MLflow run with its parameters, tags and resolved configuration."""
+    """The run's MLflow run with its parameters, tags and resolved configuration; Prometheus sees its metrics too."""
     folder = config.run.folder
     tracker = open_run(
         folder,
@@ -65,17 +71,26 @@ def open_tracker(config: Config, corpus: Corpus) -> Tracker:
         tags={"code_revision": code_revision(), "store_sha256": corpus.content_sha256, "split": corpus.split},
     )
     tracker.artifact(folder / "config.yaml")
+    tracker.observe(Gauges(config.run.name))
     return tracker
 
 
-def finish(config: Config, tracker: Tracker, final: dict[str, float], steps: int) -> None:
-    """Stores the exported model and the last checkpoint with the MLflow run, and writes the summary."""
+def finish(config: Config, tracker: Tracker, account: Account, final: dict[str, float], steps: int) -> None:
+    """Stores the exported model and the last checkpoint with the MLflow run, closes the account, writes the summary."""
     folder = config.run.folder
     tracker.artifact(folder / "model", "model")
     newest = checkpoint.newest(folder / "checkpoints")
     if newest is not None:
         tracker.artifact(newest.path, f"checkpoints/{newest.path.name}")
-    summary = {"steps": steps, **final, "mlflow_run_id": tracker.run_id, "model": str(folder / "model")}
+    account.keep("checkpoint")
+    tracker.metrics(account.metrics(), steps)
+    summary = {
+        "steps": steps,
+        **final,
+        **account.metrics(),
+        "mlflow_run_id": tracker.run_id,
+        "model": str(folder / "model"),
+    }
     replace(folder / SUMMARY, json.dumps(summary, indent=1).encode())
     tracker.artifact(folder / SUMMARY)
     tracker.close()

@@ -107,7 +107,7 @@ def test_a_run_in_an_object_store_is_killed_and_resumed(
     assert not (victim.run.folder / "model").exists(), "it was killed too late to matter"
 
     output = finish(start(ROOT / "jobs" / "pretrain.py", "--config", tmp_path / "victim.yaml"))
-    assert "resuming after step" in output and f"model   {victim.run.folder}/model" in output
+    assert "resume step=" in output and f"model   {victim.run.folder}/model" in output
     expected, found = losses(twin.run.folder), losses(victim.run.folder)
     assert sorted(found) == sorted(expected) == list(range(STEPS))
     for step in range(STEPS):

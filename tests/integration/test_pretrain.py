@@ -6,6 +6,7 @@ victim:  start --- SIGKILL of a worker --- SIGKILL of the driver   start --> end
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -114,7 +115,7 @@ def test_killed_and_started_again_it_ends_like_its_uninterrupted_twin(ball_confi
     assert before < steps + 12, "the driver died too late to matter"
     again = start(victim)
     resumed = again.finish()
-    assert "resuming after step" in resumed
+    assert "resume step=" in resumed
 
     expected, found = ledger(twin), ledger(victim)
     assert sorted(found) == sorted(expected) == list(range(steps))
@@ -130,6 +131,7 @@ def test_killed_and_started_again_it_ends_like_its_uninterrupted_twin(ball_confi
     assert all(value.allclose(weights[1][name], rtol=1e-5, atol=1e-7) for name, value in weights[0].items())
     assert "predicting each voxel's mean" in shown
     check_mlflow(victim, steps)
+    check_account(victim, shown, resumed)
 
 
 def test_the_scan_pretrains_on_visible_brain_tokens_from_store_to_saved_model(ball_config, start):
@@ -166,6 +168,21 @@ def last_metrics(config: Config) -> dict[str, float]:
     experiment = client.get_experiment_by_name("neurostorm")
     (run,) = [r for r in client.search_runs([experiment.experiment_id]) if r.info.run_name == config.run.name]
     return run.data.metrics
+
+
+def check_account(config: Config, shown: str, resumed: str) -> None:
+    """The victim's time adds up over its three starts, its twin lost none; both say so, line by line."""
+    metrics = last_metrics(config)
+    parts_s = {name: value for name, value in metrics.items() if name.startswith("time/") and name.endswith("_s")}
+    wall_s = parts_s.pop("time/wall_s")
+    assert len(parts_s) == 8 and all(value > 0 for value in parts_s.values()), parts_s
+    assert sum(parts_s.values()) == pytest.approx(wall_s)
+    assert metrics["time/goodput"] == pytest.approx(parts_s["time/step_s"] / wall_s)
+    step = r"step \d+/48 loss=\d\S* predicting_mean=\S+ clips_per_s=\S+ wait=\S+% .*left_s=\d+\n"
+    for line in (step, r"validation step=48 loss=\d", r"checkpoint step=6\n", r"  time    \d+ s, goodput \d+%: "):
+        assert re.search(line, shown), line
+    assert re.search(r"  time .* repeated [1-9]", resumed) or re.search(r"  time .* down [1-9]", resumed)
+    assert "resume step=" not in shown and "repeated 0 s" in shown and "down 0 s" in shown
 
 
 def check_mlflow(config: Config, steps: int) -> None:

@@ -18,6 +18,7 @@ from neurostorm.data.clips import ClipBatch
 from neurostorm.data.corpus import open_corpus
 from neurostorm.tracking import Tracker
 from neurostorm.train.build import assemble, export
+from neurostorm.train.goodput import Account
 
 
 def main(path: str, rank: int, workers: int, port: int, poison: int, last: int | None = None) -> None:
@@ -25,13 +26,14 @@ def main(path: str, rank: int, workers: int, port: int, poison: int, last: int |
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers)
+    account = Account(config.run.folder if rank == 0 else None)
     corpus = open_corpus(config)
 
     def feed(first_step: int) -> Iterator[ClipBatch]:
         for step in range(first_step, corpus.plan.total_steps(config.train.epochs, config.train.max_steps)):
             yield corpus.reader.batch(corpus.plan.step_rows(step, rank, workers))
 
-    loop = assemble(config, corpus, Tracker(), feed, rank=rank, device=torch.device("cpu"))
+    loop = assemble(config, corpus, Tracker(), account, feed, rank=rank, device=torch.device("cpu"))
     if poison >= 0:
         poison_step(loop, poison)
     if last is not None and last < loop.total_steps:

@@ -211,12 +211,13 @@ def test_the_feed_of_a_run_whose_steps_are_all_done_is_not_empty(asked, ball_con
 
 def test_the_trainer_asks_for_the_plans_order_and_for_what_the_configuration_says(ball_config):
     config = ball_config(scale={"cpus_per_worker": 0.5, "max_failures": 5})
-    trainer = launch.trainer(config, open_corpus(config), "/scratch/of-ray")
+    trainer = launch.trainer(config, open_corpus(config), "/scratch/of-ray", started_ns=12)
     assert trainer.data_config._resolve_execution_options("train").preserve_order
     assert trainer.scaling_config.num_workers == 2
     assert trainer.scaling_config.resources_per_worker == {"CPU": 0.5}
     assert trainer.run_config.failure_config.max_failures == 5
     assert trainer.run_config.storage_path == "/scratch/of-ray"
+    assert trainer.train_loop_config["started_ns"] == 12
 
 
 def test_the_trainer_may_shrink_to_the_fewest_workers_and_the_feed_follows(asked, ball_config, monkeypatch):
