@@ -1,0 +1,68 @@
+"""Three nodes, as a cluster has them: a submitted job trains on two of them from one store, and learns the same.
+
+The nodes are three `ray start` on 127.0.0.1, .2 and .3, each with room for one training worker, behind a token.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from neurostorm.config import Config
+from tests.ray_nodes import ROOT, RayNodes
+
+pytestmark = pytest.mark.integration
+
+PRETRAIN = ROOT / "jobs" / "pretrain.py"
+
+
+@pytest.fixture
+def nodes() -> Iterator[RayNodes]:
+    folder = Path(tempfile.mkdtemp(prefix="rn-"))  # short: sockets lie below it
+    try:
+        with RayNodes(folder) as cluster:
+            yield cluster
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def losses(config: Config) -> dict[int, float]:
+    """step -> mean loss over all workers."""
+    lines = (config.run.folder / "ledger" / "rank-0.jsonl").read_text().splitlines()
+    return {entry["step"]: entry["loss"] for entry in map(json.loads, lines)}
+
+
+def test_a_submitted_job_trains_on_two_nodes_as_on_one(ball_config, nodes: RayNodes) -> None:
+    settings = {
+        "train": {"global_batch": 4, "micro_batch": 2, "max_steps": 4}, "scale": {"workers": 2, "cpus_per_worker": 1.5},
+        "tracking": {"clip_ledger": True, "pictures": False},
+    }  # fmt: skip
+    configs = {name: ball_config(run={"name": name}, **settings) for name in ("three", "one")}
+    for name, config in configs.items():
+        (nodes.folder / f"{name}.yaml").write_text(config.to_yaml())
+    for _ in range(2):
+        nodes.add(cpus=2)
+
+    refused = nodes.submit("echo", "let in", RAY_AUTH_TOKEN="0" * 64, RAY_AUTH_TOKEN_PATH="")
+    assert refused.returncode and "let in" not in refused.stdout, refused.stdout
+
+    done = nodes.submit(sys.executable, PRETRAIN, "--config", nodes.folder / "three.yaml")
+    assert done.returncode == 0, done.stdout[-4000:]
+    places = re.findall(r"ip=([\d.]+), pid=\d+\) world_rank", done.stdout)
+    assert sorted(places) == ["127.0.0.2", "127.0.0.3"], done.stdout[-4000:]
+
+    single = subprocess.run(
+        [sys.executable, str(PRETRAIN), "--config", str(nodes.folder / "one.yaml")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert single.returncode == 0, single.stdout[-2000:] + single.stderr[-2000:]
+    expected, found = losses(configs["one"]), losses(configs["three"])
+    assert sorted(found) == sorted(expected) == list(range(4))
+    assert found == pytest.approx(expected, rel=1e-6)
