@@ -177,6 +177,15 @@ def test_a_store_from_elsewhere_whose_tables_lead_out_is_not_merged(store: Path,
     assert {path.name for path in store.parent.iterdir()} == {"store", "whole"}
 
 
+def test_labels_of_a_store_from_elsewhere_that_lead_out_are_not_merged(store: Path, ball_store: Path) -> None:
+    row = {"dataset": "balls", "participant_id": "../../x", "age": 20.0}
+    pq.write_table(pa.Table.from_pylist([row]), store / "participants.parquet")
+    whole = store.parent / "whole"
+    with pytest.raises(StoreError, match=r"store/participants\.parquet cannot be merged: .*'\.\./\.\./x'"):
+        merge(whole, [store])
+    assert not (whole / "participants.parquet").exists()
+
+
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", "a//x", ""])
 def test_files_are_copied_into_their_folder_only(tmp_path: Path, name: str) -> None:
     (tmp_path / "from" / "a").mkdir(parents=True)

@@ -67,7 +67,8 @@ def merge(path: StorePath, others: Sequence[StorePath], *, progress: Progress = 
         progress: gets the bytes to copy, and is told of them as they are.
 
     Raises:
-        StoreError: a store is missing, has an unknown format, or differs from the first in what makes runs comparable.
+        StoreError: a store is missing, has an unknown format, differs from the first in what makes runs comparable, or
+            has tables with names that cannot be of a participant.
         OSError: the store cannot be written; start again.
     """
     root, sources = store_place(path), [store_place(other) for other in others]
@@ -181,7 +182,10 @@ def _merge_labels(root: Place, source: Place) -> list[Problem]:
         return []
     rows = {_person(row): row for row in (ours.to_pylist() if ours is not None else [])}
     found = theirs.to_pylist()
-    write_participants(root, theirs.filter(pa.array([_person(row) not in rows for row in found], pa.bool_())))
+    try:
+        write_participants(root, theirs.filter(pa.array([_person(row) not in rows for row in found], pa.bool_())))
+    except ValueError as error:
+        raise StoreError(f"{source / PARTICIPANTS} cannot be merged: {error}") from error
     return [
         Problem(PARTICIPANTS, f"{'/'.join(_person(row))} has other labels in {source}; those of {root} stay", "compare")
         for row in found
