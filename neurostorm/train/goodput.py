@@ -123,7 +123,12 @@ class Account:
 
 
 def in_words(metrics: Mapping[str, float]) -> str:
-    """One line for people: wall time, goodput, and the parts from the largest down."""
+    """One line for people: wall time, goodput, and the parts from the largest down.
+
+    A run that ended under a version that kept no account has a summary without these metrics.
+    """
+    if "time/wall_s" not in metrics:
+        return "not known, no account was kept"
     parts: list[tuple[str, float]] = [(part, metrics[f"time/{part}_s"]) for part in PARTS]
     named = [f"{part} {spent_s:.0f} s" for part, spent_s in sorted(parts, key=lambda each: -each[1])]
     return f"{metrics['time/wall_s']:.0f} s, goodput {metrics['time/goodput']:.0%}: {', '.join(named)}"

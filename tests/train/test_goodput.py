@@ -207,3 +207,7 @@ def test_the_line_for_people_begins_with_the_largest_part(clock):
     shown = in_words(account.metrics())
     assert shown.startswith("33 s, goodput 91%: step 30 s, wait 3 s, ")
     assert all(part in shown for part in PARTS)
+
+
+def test_a_summary_from_before_there_were_accounts_can_be_told():
+    assert in_words({"loss/validation": 0.5}) == "not known, no account was kept"
