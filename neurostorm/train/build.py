@@ -149,8 +149,8 @@ def resume(found: checkpoint.Checkpoint, engine: Engine, rank: int) -> int:
     """Loads a checkpoint and returns its number of finished steps; a collective call."""
     checkpoint.restore(found, engine.load, gather=gather, rank=rank)
     if rank == 0:
-        workers = {"saved_by": found.workers, "workers": dist.get_world_size()}
-        logger.info(line("resume", "", step=found.step, checkpoint=found.path, **workers))
+        workers = dist.get_world_size()
+        logger.info(line("resume", step=found.step, checkpoint=found.path, saved_by=found.workers, workers=workers))
     return found.step
 
 
