@@ -1,6 +1,7 @@
 """Who has no token neither submits a job nor joins a real Ray; the token of a local Ray is private from the first.
 
-`ray start --head --block`, own ports, home and temporary folder  <-  submissions by HTTP, `ray job submit`, a driver
+`ray start --head --block`, own ports, home and temporary folder  <-  submissions by HTTP, a driver
+`session.start_local` in a process of its own, started at the same time
 """
 
 import json
@@ -63,8 +64,37 @@ class Head:
             return error.code
 
 
+@dataclass(frozen=True)
+class Local:
+    """A process that starts a local Ray and says whether it asks for a token, and how a task of it would."""
+
+    home: Path
+    process: subprocess.Popen[str]
+
+
 @pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
+def local() -> Iterator[Local]:
+    home = Path(tempfile.mkdtemp(prefix="ns-", dir="/tmp"))
+    program = (
+        "from neurostorm.session import start_local, asks_for_token\n"
+        f"start_local(num_cpus=1, include_dashboard=False, _temp_dir='{home / 'ray'}', log_to_driver=False)\n"
+        "import ray, os\n"
+        "print(asks_for_token(), ray.get(ray.remote(num_cpus=1)(lambda: os.environ['RAY_AUTH_MODE']).remote()))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], env=environment(home), text=True, cwd=home,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        yield Local(home, process)
+    finally:
+        process.terminate()
+        process.wait(60)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def head(local: Local) -> Iterator[Head]:  # the local Ray starts meanwhile
     folder = Path(tempfile.mkdtemp(prefix="ns-", dir="/tmp"))  # short: Ray's sockets lie below it
     (folder / "token").write_text(TOKEN)
     names = ("port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port",
@@ -107,11 +137,8 @@ def until(condition, log: Path) -> None:
 
 def test_a_job_is_refused_without_the_token_and_accepted_with_it(head: Head) -> None:
     assert [head.submit(token, f"owned-{token}") for token in (None, "", OTHER)] == [401, 401, 403]
-    variables = environment(head.folder, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN)
-    command = [str(RAY), "job", "submit", "--address", head.dashboard, "--", "touch", str(head.folder / "accepted")]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, cwd=head.folder)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (head.folder / "accepted").exists()
+    assert head.submit(TOKEN, "accepted") == 200
+    until((head.folder / "accepted").exists, head.folder / "log")
     assert not list(head.folder.glob("owned-*"))
 
 
@@ -131,24 +158,7 @@ def test_a_driver_with_another_token_does_not_get_in(head: Head) -> None:
     assert "authentication" in tried.stderr.lower() or "token" in tried.stderr.lower(), tried.stderr[-2000:]
 
 
-def test_a_real_local_ray_asks_for_a_token_that_only_its_user_can_read() -> None:
-    home = Path(tempfile.mkdtemp(prefix="ns-", dir="/tmp"))
-    program = (
-        "from neurostorm.session import start_local, asks_for_token\n"
-        f"start_local(num_cpus=1, _temp_dir='{home / 'ray'}', log_to_driver=False)\n"
-        "import ray, os\n"
-        "print(asks_for_token(), ray.get(ray.remote(num_cpus=1)(lambda: os.environ['RAY_AUTH_MODE']).remote()))\n"
-    )
-    try:
-        ran = subprocess.run(
-            [sys.executable, "-c", program],
-            env=environment(home),
-            capture_output=True,
-            text=True,
-            timeout=120,
-            cwd=home,
-        )
-        assert ran.stdout.split() == ["True", "token"], ran.stderr[-2000:]
-        assert stat.S_IMODE((home / ".ray" / "auth_token").stat().st_mode) == 0o600
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
+def test_a_real_local_ray_asks_for_a_token_that_only_its_user_can_read(local: Local) -> None:
+    output = local.process.communicate(timeout=120)[0]
+    assert output.split()[-2:] == ["True", "token"], output[-2000:]
+    assert stat.S_IMODE((local.home / ".ray" / "auth_token").stat().st_mode) == 0o600
