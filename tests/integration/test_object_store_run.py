@@ -6,7 +6,6 @@ victim:  two ranks on S3 --- SIGKILL after a checkpoint   jobs/pretrain.py --> e
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -55,10 +54,8 @@ def ranks(start: Start, config: Config, folder: Path) -> list[subprocess.Popen[s
     """Both ranks of a run, without Ray."""
     file = folder / f"{config.run.name}.yaml"
     file.write_text(config.to_yaml())
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
     program = ROOT / "tests" / "train" / "rank_program.py"
-    return [start(program, file, rank, 2, port, -1) for rank in range(2)]
+    return [start(program, file, rank, 2, file.with_suffix(".meeting"), -1) for rank in range(2)]
 
 
 def finish(process: subprocess.Popen[str]) -> str:

@@ -3,14 +3,14 @@
 import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -19,11 +19,40 @@ from neurostorm.config import Config
 
 PROGRAM = Path(__file__).with_name("rank_program.py")
 ROOT = PROGRAM.parents[2]
+LIMIT_S = 600  # of a rank, on a machine that has other work
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+def run_together(program: Path, arguments: Sequence[Sequence[object]]) -> list[tuple[int, str]]:
+    """(exit status, output) of a program's ranks, a line of arguments each; when one fails the others are ended.
+
+    They meet through the file MEETING, put in for `None`: a port could be taken by others before rank 0 listens to it.
+    """
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    with TemporaryDirectory() as folder, ThreadPoolExecutor(len(arguments)) as pool:
+        meeting = Path(folder, "meeting")
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(program), *(str(meeting if word is None else word) for word in words)],
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+            )
+            for words in arguments
+        ]  # fmt: skip
+
+        def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+            try:
+                output = process.communicate(timeout=LIMIT_S)[0]
+            except subprocess.TimeoutExpired:
+                process.kill()
+                output = f"{process.communicate()[0]}\nended after {LIMIT_S} s"
+            if process.returncode:
+                for other in processes:
+                    other.kill()
+            return process.returncode, output
+
+        return list(pool.map(finish, processes))
 
 
 @pytest.fixture
@@ -72,21 +101,12 @@ def run_ranks() -> Callable[..., None]:
         folder = config.run.folder
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(config.to_yaml())
-        workers, port = config.scale.workers, free_port()
-        environment = {
-            **os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu",
-            "PYTHONPATH": str(ROOT),
-        }  # fmt: skip
-        command = [sys.executable, str(PROGRAM), str(folder / "config.yaml")]
-        processes = [
-            subprocess.Popen(
-                [*command, str(rank), str(workers), str(port), *map(str, options)],
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-            )
-            for rank in range(workers)
-        ]  # fmt: skip
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-        assert [process.returncode for process in processes] == [0] * workers, "\n".join(outputs)[-4000:]
+        workers = config.scale.workers
+        results = run_together(
+            PROGRAM, [[folder / "config.yaml", rank, workers, None, *options] for rank in range(workers)]
+        )
+        outputs = "\n".join(output for _, output in results)
+        assert [status for status, _ in results] == [0] * workers, outputs[-4000:]
 
     return run
 

@@ -1,8 +1,8 @@
-"""One rank that saves and loads an engine: `python load_program.py FOLDER STAGE DTYPE RANK WORKERS PORT TRAP REGROUP`.
+"""One rank that saves and loads an engine: `load_program.py FOLDER STAGE DTYPE RANK WORKERS MEETING TRAP REGROUP`.
 
 Saves after two steps, takes a third, loads, takes the third again; weights and norms must come out the same. With a
 TRAP, part of a file's name, rank 0 puts code into such files before, and loading must be refused. With REGROUP=1 it
-loads as if another number of workers had saved.
+loads as if another number of workers had saved. MEETING is a file, not there yet, through which ranks find each other.
 """
 
 import os
@@ -34,10 +34,10 @@ def spring(folder: Path, name: str) -> None:
         torch.save(content | {"trap": Trap(folder / "owned")}, file)
 
 
-def main(folder: Path, stage: int, dtype: str, rank: int, workers: int, port: int, trap: str, regroup: bool) -> None:
+def main(folder: Path, stage: int, dtype: str, rank: int, workers: int, meeting: str, trap: str, regroup: bool) -> None:
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers)
+    dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=workers)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3))
     train = TrainConfig(zero_stage=stage, dtype=dtype, micro_batch=2, global_batch=4)
@@ -66,5 +66,5 @@ def main(folder: Path, stage: int, dtype: str, rank: int, workers: int, port: in
 
 
 if __name__ == "__main__":
-    home, zero_stage, precision, own, count, address, where, again = sys.argv[1:]
-    main(Path(home), int(zero_stage), precision, int(own), int(count), int(address), where, again == "1")
+    home, zero_stage, precision, own, count, place, where, again = sys.argv[1:]
+    main(Path(home), int(zero_stage), precision, int(own), int(count), place, where, again == "1")

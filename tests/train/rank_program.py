@@ -1,7 +1,7 @@
-"""One rank of a pretraining run without Ray: `rank_program.py CONFIG.yaml RANK WORKERS PORT POISONED_STEP [LAST]`.
+"""One rank of a pretraining run without Ray: `rank_program.py CONFIG.yaml RANK WORKERS MEETING POISONED_STEP [LAST]`.
 
-The clips of the poisoned step hold infinite values on rank 0; -1 poisons none. With LAST it ends with the checkpoint
-of as many steps.
+MEETING is a file, not there yet, through which the ranks find each other. The clips of the poisoned step hold infinite
+values on rank 0; -1 poisons none. With LAST it ends with the checkpoint of as many steps.
 """
 
 import os
@@ -21,11 +21,11 @@ from neurostorm.train.build import assemble, export
 from neurostorm.train.goodput import Account
 
 
-def main(path: str, rank: int, workers: int, port: int, poison: int, last: int | None = None) -> None:
+def main(path: str, rank: int, workers: int, meeting: str, poison: int, last: int | None = None) -> None:
     config = Config.model_validate(yaml.safe_load(Path(path).read_text()))
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers)
+    dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=workers)
     account = Account(config.run.folder if rank == 0 else None)
     corpus = open_corpus(config)
 
@@ -84,4 +84,5 @@ def poison_step(loop, step: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    file, own, count, place, *steps = sys.argv[1:]
+    main(file, int(own), int(count), place, *map(int, steps))

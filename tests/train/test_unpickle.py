@@ -4,8 +4,6 @@ may have been put into them.
 
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ from deepspeed.checkpoint.constants import AUTOEP_LAYERS_KEY
 
 from neurostorm.train.universal import make_universal
 from neurostorm.train.unpickle import tensors_only
-from tests.train.conftest import ROOT, free_port
+from tests.train.conftest import run_together
 from tests.train.load_program import Trap
 
 PROGRAM = Path(__file__).with_name("load_program.py")
@@ -22,25 +20,9 @@ FORCED = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
 
 
 def run(folder: Path, stage: int, dtype: str, workers: int, trap: str, regroup: bool = False) -> list[tuple[int, str]]:
-    """(exit status, output) of each rank; those whose partner has failed are ended."""
-    port = free_port()
-    environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": str(ROOT),
-    }  # fmt: skip
-    commands = [
-        [str(word) for word in (folder, stage, dtype, rank, workers, port, trap, int(regroup))]
-        for rank in range(workers)
-    ]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(PROGRAM), *command],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-        )
-        for command in commands
-    ]  # fmt: skip
-    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
-    return [(rank.returncode, output) for rank, output in zip(ranks, outputs, strict=True)]
+    """(exit status, output) of each rank."""
+    ranks = range(workers)
+    return run_together(PROGRAM, [[folder, stage, dtype, rank, workers, None, trap, int(regroup)] for rank in ranks])
 
 
 @pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16")])
