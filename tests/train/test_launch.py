@@ -222,7 +222,7 @@ def test_the_trainer_asks_for_the_plans_order_and_for_what_the_configuration_say
 
 def test_the_trainer_may_shrink_to_the_fewest_workers_and_the_feed_follows(asked, ball_config, monkeypatch):
     config = ball_config(scale={"workers": 2, "min_workers": 1})
-    trainer = launch.trainer(config, open_corpus(config), "/scratch/of-ray")
+    trainer = launch.trainer(config, open_corpus(config), "/scratch/of-ray", started_ns=12)
     assert trainer.scaling_config.num_workers == (1, 2)
     given = []
     monkeypatch.setattr(
