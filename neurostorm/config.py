@@ -211,6 +211,7 @@ class CheckpointConfig(Section):
 
     every: Positive = Field(500, description="steps between checkpoints")
     keep: Positive = Field(3, description="newest checkpoints that stay on disk")
+    notice_every: Positive = Field(10, description="steps between looks for the notice that a node will be taken away")
     resume: Literal["auto", "never", "must"] = Field(
         "auto", description="auto: go on from the newest checkpoint if any; never: refuse a used folder; must: need one"
     )
@@ -227,7 +228,12 @@ class ScaleConfig(Section):
     cpus_per_worker: float = Field(1.0, gt=0, description="CPU cores that Ray reserves for a worker")
     threads_per_worker: Positive = Field(1, description="torch threads of a worker on the CPU")
     max_failures: int = Field(3, ge=-1, description="worker-group failures that are retried; -1: without end")
-    collective_timeout_s: Positive = Field(1800, description="seconds before a collective counts as hung")
+    collective_timeout_s: Positive = Field(
+        1800, description="seconds before a collective counts as hung, until steps were measured, and at most"
+    )
+    min_collective_timeout_s: Positive = Field(
+        60, description="the same at least; between the two it is 20 times the longest step, or checkpoint, so far"
+    )
 
 
 class TrackingConfig(Section):

@@ -1,7 +1,8 @@
 """MLflow for one run: parameters once, metrics and pictures by step, artifacts at the end. Rank 0 only.
 
     open_run()  ->  Tracker.metrics / image / artifact  ->  close()
-                       └─> observers, which see the metrics too
+                       ├─> observers, which see the metrics too
+                       └─> in_background(): sent by a thread, which waits for a server that is away
 
 Where to: an HTTP server by URI, or SQLite, by default in the output folder if that is a local one. A run that resumes
 goes on in the MLflow run whose id it kept. Ranks other than 0 hold a `Tracker` without a run, which does nothing: the
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from neurostorm.outbox import Outbox
 from neurostorm.places import Place, no_secret, replace
 from neurostorm.staging import fetched
 
@@ -75,6 +77,12 @@ class Tracker:
     def __init__(self, client: Any = None, run_id: str = "") -> None:
         self._client, self.run_id = client, run_id
         self._observers: list[Callable[[dict[str, float], int], None]] = []
+        self._outbox: Outbox | None = None
+
+    def in_background(self) -> None:
+        """From now on metrics and pictures are sent by a thread; artifacts, tags and the end wait until they are."""
+        if self._client is not None and self._outbox is None:
+            self._outbox = Outbox("the MLflow server", _is_away)
 
     def observe(self, observer: Callable[[dict[str, float], int], None]) -> None:
         """Calls `observer(values, step)` with all metrics from now on."""
@@ -91,17 +99,19 @@ class Tracker:
         from mlflow.entities import Metric
 
         now_ms = int(time.time() * 1000)
-        self._client.log_batch(self.run_id, metrics=[Metric(k, float(v), now_ms, step) for k, v in values.items()])
+        metrics = [Metric(name, float(value), now_ms, step) for name, value in values.items()]
+        self._send(lambda: self._client.log_batch(self.run_id, metrics=metrics))
 
     def image(self, key: str, picture: NDArray[np.uint8], step: int) -> None:
         """Logs an RGB picture (H, W, 3) under `key`; the dashboard shows all steps of a key with a slider."""
         if self._client is not None:
-            self._client.log_image(self.run_id, picture, key=key, step=step)
+            self._send(lambda: self._client.log_image(self.run_id, picture, key=key, step=step))
 
     def artifact(self, place: Place, folder: str | None = None) -> None:
         """Stores a file, or a folder with all it holds, with the run."""
         if self._client is None:
             return
+        self._catch_up()
         with fetched(place) as path:
             if path.is_dir():
                 self._client.log_artifacts(self.run_id, str(path), folder)
@@ -111,12 +121,42 @@ class Tracker:
     def tag(self, name: str, value: str) -> None:
         """Sets a tag of the run."""
         if self._client is not None:
+            self._catch_up()
             self._client.set_tag(self.run_id, name, value)
 
     def close(self, status: str = "FINISHED") -> None:
         """Ends the run as FINISHED, FAILED or KILLED."""
-        if self._client is not None:
+        if self._client is None:
+            return
+        if status == "FINISHED":
+            self._catch_up()
             self._client.set_terminated(self.run_id, status)
+        else:  # a run that failed is to start again soon, whether or not the server hears of it
+            self._send(lambda: self._client.set_terminated(self.run_id, status))
+            if self._outbox is not None:
+                self._outbox.flush(patience_s=0.0)
+
+    def _send(self, call: Callable[[], object]) -> None:
+        if self._outbox is None:
+            call()
+        else:
+            self._outbox.put(call)
+
+    def _catch_up(self) -> None:
+        if self._outbox is not None and (left := self._outbox.flush()):
+            raise ConnectionError(
+                f"the MLflow server is away, and {left} entries of run {self.run_id} are not sent: start it, and then "
+                "the same command again"
+            )
+
+
+def _is_away(error: Exception) -> bool:
+    """Whether a call failed because the server, or the way to it, is down; not because of what was asked."""
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        return error.error_code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
+    return isinstance(error, OSError)  # as are the errors of requests
 
 
 def open_run(

@@ -103,10 +103,12 @@ def assemble(
     *,
     rank: int,
     device: torch.device,
+    notice: Callable[[], bool] = lambda: False,
 ) -> Loop:
     """The loop of one rank, at the step that the newest checkpoint reached.
 
-    feed  called with `first_step=`, gives this rank's batches from that step on
+    feed    called with `first_step=`, gives this rank's batches from that step on
+    notice  see `Loop`
     Needs an initialised process group; a collective call.
     """
     model = build_model(config, corpus.store)
@@ -129,6 +131,7 @@ def assemble(
         validation=Validation(config, engine, model, unpack, corpus.reader, corpus.validation, tracker, rank),
         tracker=tracker,
         account=account,
+        notice=notice,
         runs=corpus.runs,
         trainer={
             "config": config.model_dump(mode="json"),

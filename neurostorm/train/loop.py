@@ -10,7 +10,7 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,12 +25,13 @@ from neurostorm.model.cost import measured_peak
 from neurostorm.model.mae import MaskedAutoencoder
 from neurostorm.tracking import Tracker
 from neurostorm.train import checkpoint
-from neurostorm.train.engine import Engine
+from neurostorm.train.engine import Engine, StepOutcome
 from neurostorm.train.goodput import Account
 from neurostorm.train.health import BadClips, SkipGuard, clip_names
 from neurostorm.train.journal import Journal
 from neurostorm.train.lines import line, percent
-from neurostorm.train.ranks import gather, mean_over_ranks, sum_over_ranks
+from neurostorm.train.patience import Patience
+from neurostorm.train.ranks import gather, mean_over_ranks, set_collective_timeout, sum_over_ranks
 from neurostorm.train.schedule import DROPOUT, MASK, draw_masks, draw_views, learning_rate, seed_for
 from neurostorm.train.validate import Validation
 
@@ -85,6 +86,7 @@ class Loop:
     unpack_view  unpacks training clips through a view of their own; None trains on clips as they are
     runs         the manifest's run paths, for naming clips
     account      where the time goes; the loop charges every part of a step to it
+    notice       whether a node of this run will be taken away; every rank asks after the same steps and hears the same
     trainer      what every checkpoint keeps beside the step
     clip_flops   operations of one clip's forward and backward pass (model/cost.py)
     """
@@ -98,6 +100,7 @@ class Loop:
     validation: Validation
     tracker: Tracker
     account: Account
+    notice: Callable[[], bool]
     runs: Sequence[str]
     trainer: dict[str, Any]
     rank: int
@@ -116,10 +119,13 @@ class Loop:
         self.bad_clips = BadClips(self.folder, self.rank, self.config.data.max_bad_fraction)
         self.ledger = Journal(self.folder / "ledger", f"rank-{self.rank}")
         self.window = Window(len(self.config.model.depths), self.device)
+        scale = self.config.scale
+        self.patience = Patience(scale.min_collective_timeout_s, scale.collective_timeout_s, set_collective_timeout)
 
     def run(self) -> dict[str, float]:
         """Trains to the last step; returns the final validation's metrics."""
         result: dict[str, float] = {}
+        told = False
         self.account.charge("startup")
         for step in range(self.first_step, self.total_steps):
             waiting_s = time.perf_counter()
@@ -129,8 +135,8 @@ class Loop:
             wait_s = time.perf_counter() - waiting_s
             self.account.charge("startup" if step == self.first_step else "wait")  # the feed starts, too
             self.bad_clips.note(batch, self.runs, step)
-            sums, micro_batches = self.forward_backward(batch, step)
-            outcome = self.engine.step(self.learning_rate(step))
+            with self.patience.during("step"):
+                sums, micro_batches, outcome = self.step(batch, step)
             self.guard.check(outcome.applied, step=step, clips=clip_names(batch, self.runs))
             self.window.add(sums, micro_batches, wait_s)
             done = step + 1
@@ -141,9 +147,27 @@ class Loop:
                 self.log(done, outcome.gradient_norm)
             if done % self.config.train.validate_every == 0 or done == self.total_steps:
                 result = self.validate(done)
-            if done % self.config.checkpoint.every == 0 or done == self.total_steps:
+            notice = not told and done % self.config.checkpoint.notice_every == 0 and self.notice()
+            if notice:
+                told = True
+                self.say("preemption", step=done)
+            if notice or done % self.config.checkpoint.every == 0 or done == self.total_steps:
                 self.save(done)
         return result or self.validate(self.total_steps)
+
+    def step(self, batch: ClipBatch, step: int) -> tuple[torch.Tensor, int, StepOutcome]:
+        """What `forward_backward` gives, and the optimiser's step.
+
+        One that is not finite is computed once more, from the same seeds: a fault that is none of the clips or weights
+        does not come again, and then nothing happened.
+        """
+        sums, micro_batches = self.forward_backward(batch, step)
+        outcome = self.engine.step(self.learning_rate(step))
+        if not outcome.applied:
+            self.say("repeating", step=step)
+            sums, micro_batches = self.forward_backward(batch, step)
+            outcome = self.engine.step(self.learning_rate(step))
+        return sums, micro_batches, outcome
 
     def forward_backward(self, batch: ClipBatch, step: int) -> tuple[torch.Tensor, int]:
         """Gradients of one step; returns the sums over micro-batches of loss, baseline, masked fraction, STRD rates."""
@@ -205,7 +229,7 @@ class Loop:
 
     def validate(self, done: int) -> dict[str, float]:
         """The validation's metrics after `done` finished steps; a collective call."""
-        with self.window.aside():
+        with self.window.aside(), self.patience.during("validation"):
             result = self.validation.run(done)
             self.account.charge("validation")
         loss, baseline = result["loss/validation"], result["loss/validation_predicting_mean"]
@@ -214,7 +238,7 @@ class Loop:
 
     def save(self, done: int) -> None:
         """Commits a checkpoint of `done` finished steps, and what was noted down to there; a collective call."""
-        with self.window.aside():
+        with self.window.aside(), self.patience.during("checkpoint"):
             self.ledger.keep(done)
             self.bad_clips.keep(done)
             checkpoint.save(

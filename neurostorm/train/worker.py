@@ -49,7 +49,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             batches, ray.train.get_dataset_shard("train"), corpus.reader, rank=rank, clips=config.clips_per_worker,
             threads=config.data.read_threads, steps_ahead=config.data.steps_ahead,
         )  # fmt: skip
-        loop = assemble(config, corpus, tracker, account, feed, rank=rank, device=device)
+        loop = assemble(config, corpus, tracker, account, feed, rank=rank, device=device, notice=will_be_taken)
         final = loop.run()
         export(loop, corpus, config.run.folder / "model")
         if rank == 0:
@@ -57,6 +57,11 @@ def train_worker(settings: dict[str, Any]) -> None:
     except BaseException:
         tracker.close("FAILED")
         raise
+
+
+def will_be_taken() -> bool:
+    """Whether a node with a worker of this run is about to be taken away; all workers wait for each other here."""
+    return ray.train.get_preemption_info() is not None
 
 
 def open_tracker(config: Config, corpus: Corpus) -> Tracker:
@@ -72,6 +77,7 @@ def open_tracker(config: Config, corpus: Corpus) -> Tracker:
     )
     tracker.artifact(folder / "config.yaml")
     tracker.observe(Gauges(config.run.name))
+    tracker.in_background()
     return tracker
 
 

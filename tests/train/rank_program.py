@@ -1,7 +1,8 @@
 """One rank of a pretraining run without Ray: `rank_program.py CONFIG.yaml RANK WORKERS MEETING POISONED_STEP [LAST]`.
 
 MEETING is a file, not there yet, through which the ranks find each other. The clips of the poisoned step hold infinite
-values on rank 0; -1 poisons none. With LAST it ends with the checkpoint of as many steps.
+values on rank 0, and those of two steps before it do so at the first try alone; -1 poisons none. With LAST it ends with
+the checkpoint of as many steps.
 """
 
 import os
@@ -55,8 +56,9 @@ def leave_after(loop, step: int) -> None:
 
 
 def poison_step(loop, step: int) -> None:
-    """Makes the loss of one step infinite on rank 0, and records what the step did to the parameters."""
+    """Makes the loss of one step infinite on rank 0, that of another once, and records what steps did to parameters."""
     forward_backward, engine_step, now = loop.forward_backward, loop.engine.step, {}
+    passing = [step - 2]
 
     def unpack_infinite(batch):
         patches = type(loop.unpack).forward(loop.unpack, batch)
@@ -64,7 +66,8 @@ def poison_step(loop, step: int) -> None:
 
     def poisoned(batch, at):
         now["step"] = at
-        if at == step and loop.rank == 0:
+        if loop.rank == 0 and (at == step or at in passing):
+            passing.clear()
             loop.unpack.forward = unpack_infinite
         try:
             return forward_backward(batch, at)

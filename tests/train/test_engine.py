@@ -11,24 +11,25 @@ from neurostorm.model.hub import load_pretrained
 from neurostorm.train.engine import deepspeed_settings, parameter_groups
 
 STEPS = {"max_steps": 7, "global_batch": 4, "micro_batch": 1, "validate_every": 100, "log_every": 100}
-POISONED = 5
+POISONED, PASSING = 5, 3
 
 
 @pytest.fixture(scope="module")
 def trained(ball_config_in, run_ranks, read_ledger, tmp_path_factory):
-    """Trains seven steps on two ranks, step 5 with infinite values on rank 0; once for each setting.
+    """Trains seven steps on two ranks, step 5 with infinite values on rank 0, step 3 too but at the first try alone.
 
-    Gives the losses by step, what each step did on each rank, and the exported weights.
+    Once for each setting; gives the losses by step, what each step did on each rank, and the exported weights.
     """
 
     @cache
-    def train(zero_stage, dtype="fp32", mixer="attention", decoder="paper"):
+    def train(zero_stage, dtype="fp32", mixer="attention", decoder="paper", poisoned=True):
         folder = tmp_path_factory.mktemp(f"stage{zero_stage}-{dtype}-{mixer}-{decoder}")
         model = {"embed_dim": 8, "depths": (2, 1), "heads": (1, 2), "mixer": mixer, "decoder": decoder}
         config = ball_config_in(folder, train={**STEPS, "zero_stage": zero_stage, "dtype": dtype}, model=model)
-        run_ranks(config, POISONED)
+        run_ranks(config, POISONED if poisoned else -1)
         losses = [entry["loss"] for _, entry in sorted(read_ledger(config).items())]
-        steps = [(config.run.folder / f"steps-{rank}.txt").read_text().splitlines() for rank in range(2)]
+        notes = [config.run.folder / f"steps-{rank}.txt" for rank in range(2)]
+        steps = [note.read_text().splitlines() if poisoned else [] for note in notes]
         return losses, steps, load_pretrained(config.run.folder / "model").state_dict()
 
     return train
@@ -58,8 +59,16 @@ def test_partitioned_parameters_reach_the_scan_the_light_decoder_and_their_backw
 
 @pytest.mark.parametrize("stage", range(4))
 def test_a_step_that_is_not_finite_on_one_rank_changes_no_parameter_on_any(stage, trained):
-    expected = [f"{step} applied={step != POISONED} changed={step != POISONED}" for step in range(7)]
+    tries = [(0, True), (1, True), (2, True), (PASSING, False), (PASSING, True), (4, True)]
+    tries += [(POISONED, False), (POISONED, False), (6, True)]
+    expected = [f"{step} applied={done} changed={done}" for step, done in tries]
     assert trained(stage)[1] == [expected, expected]
+
+
+def test_a_fault_that_passes_leaves_no_trace(trained):
+    expected = trained(1, poisoned=False)[0]
+    for stage in range(4):
+        assert trained(stage)[0][:POISONED] == pytest.approx(expected[:POISONED], rel=1e-5 if stage == 3 else 1e-6)
 
 
 def test_bf16_trains_close_to_fp32_and_is_not_fp32(trained):
