@@ -145,7 +145,8 @@ def flex(qkv: Tensor, present: Tensor) -> Callable[[], Tensor]:
         return (query // tokens == key // tokens) & exists[key]
 
     length = windows * tokens
-    mask = create_block_mask(same_window, None, None, length, length, device=str(qkv.device))
+    # Compiled, as otherwise it writes out the whole mask, of all windows with all others.
+    mask = torch.compile(create_block_mask)(same_window, None, None, length, length, device=str(qkv.device))
     call = torch.compile(flex_attention)
 
     def whole() -> Tensor:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from neurostorm.model.geometry import Geometry, Level
-from neurostorm.model.windows import Axes, Bucket, WindowTable, effective_window
+from neurostorm.model.windows import Axes, Bucket, WindowTable, effective_window, take_rows
 
 _SMALLEST_WINDOW = 16  # slots of the smallest bucket: below, another launch costs more than empty slots
 
@@ -177,7 +177,8 @@ class DrawnLevel:
 
     def positions(self, space: Tensor, time: Tensor) -> Tensor:
         """As ``TokenLevel`` says."""
-        return (space[self.level.space_of_token[self.token]] + time[self.level.time_of_token[self.token]])[None]
+        of_space, of_time = self.level.space_of_token[self.token], self.level.time_of_token[self.token]
+        return (take_rows(space, of_space) + take_rows(time, of_time))[None]
 
     def windows(self, window: Axes, shifted: bool) -> WindowTable:
         """As ``TokenLevel`` says, of the windows that ``Whole`` was made for."""

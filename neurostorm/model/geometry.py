@@ -39,6 +39,7 @@ from neurostorm.model.windows import (
     raster_coords,
     split_windows,
     table_of,
+    take_rows,
     window_key,
     window_table,
 )
@@ -155,8 +156,8 @@ class Level:
     def positions(self, space: Tensor, time: Tensor) -> Tensor:
         """As ``TokenLevel`` says."""
         if self._patches is None:
-            return (space[self.space_of_token] + time[self.time_of_token])[None]
-        return self.pack((space[self._patches].unsqueeze(1) + time[: self.grid[3]]).flatten(0, 1)[None])
+            return (take_rows(space, self.space_of_token) + take_rows(time, self.time_of_token))[None]
+        return self.pack((take_rows(space, self._patches).unsqueeze(1) + time[: self.grid[3]]).flatten(0, 1)[None])
 
     def pack(self, x: Tensor) -> Tensor:
         """The tokens in raster order, (B, P, C), samples one after another where they share a list -> packed."""

@@ -31,7 +31,7 @@ from torch.nn.functional import conv1d, linear, silu, softplus
 
 from neurostorm.model import scan_kernel
 from neurostorm.model.mixer import Mixer
-from neurostorm.model.scan import ScanInputs, empty_states, scan_backward, scan_forward
+from neurostorm.model.scan import ScanInputs, empty_states, scan_backward, scan_forward, triton_applies_to
 from neurostorm.model.strd import StageDropout
 from neurostorm.model.windows import Bucket
 
@@ -42,8 +42,8 @@ _DELTA_RANGE = (1e-3, 1e-1)  # of the initial step sizes
 _DELTA_FLOOR = 1e-4
 
 # States of one block (windows x 2C x 16): the scan's three chunk buffers fit a CPU's cache, or keep a GPU busy; the
-# kernel in C has none, so that only the tensors round it count.
-_BLOCK_STATES = {"cpu": 2**15, "cpu kernel": 2**17, "cuda": 2**22}
+# kernel in C has none, so that only the tensors round it count; the one on a GPU keeps 16 tokens' (1 GiB here).
+_BLOCK_STATES = {"cpu": 2**15, "cpu kernel": 2**17, "cuda": 2**22, "cuda kernel": 2**24}
 
 _log = logging.getLogger(__name__)
 
@@ -246,8 +246,10 @@ def _tokens_first(x: Tensor) -> Tensor:
 
 def _parts(x: Tensor, weights: MambaWeights) -> Iterator[slice]:
     """Slices of windows, equal but for one, each with a working set that suits the device."""
-    kernel = x.dtype != torch.float64 and scan_kernel.applies_to(weights.A_log, STATES)
-    states = _BLOCK_STATES.get("cpu kernel" if kernel else x.device.type, _BLOCK_STATES["cuda"])
+    scanned = weights.A_log.to(torch.promote_types(x.dtype, torch.float32))
+    kernel = scan_kernel.applies_to(scanned, STATES) or triton_applies_to(scanned, STATES)
+    device = "cpu" if x.device.type == "cpu" else "cuda"
+    states = _BLOCK_STATES[f"{device} kernel" if kernel else device]
     most = max(1, states // weights.A_log.numel())
     size = max(1, math.ceil(len(x) / max(1, math.ceil(len(x) / most))))
     return (slice(start, min(start + size, len(x))) for start in range(0, max(1, len(x)), size))

@@ -13,14 +13,18 @@ Tokens are the slowest axis, (L, W, ...): one token of all windows is contiguous
 sum over n or d is a batched product with a contiguous matrix. Nothing is divided by a product of decays, which is what
 overflows in scans that work with cumulative sums of logarithms: a decay of exp(-1e6) is simply 0.
 
-On a CPU, float32 with 16 states is scanned by the same recurrence in C where a compiler is found (``scan_kernel.py``),
-which keeps no states at all.
+Float32 is scanned by the same recurrence in one pass where it can be: on a CPU in C (``scan_kernel.py``; 16 states, a
+compiler is found), which keeps no states at all, and on a GPU in Triton (``scan_triton.py``), which comes with torch
+there. NEUROSTORM_SCAN=torch in the environment switches both off.
 
 Recurrence: Gu and Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", equation 2 with the
 simplified discretisation of B of the released models.
 """
 
+import importlib.util
 import math
+import os
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -50,6 +54,16 @@ def empty_states(tokens: int, windows: int, A: Tensor, chunk: int = CHUNK_TOKENS
     return A.new_empty(chunks, windows, A.shape[1], A.shape[0])
 
 
+def triton_applies_to(u: Tensor, states: int) -> bool:
+    """Whether the scan in Triton takes tensors like ``u``: float32 on a GPU, a power of two states."""
+    return u.is_cuda and u.dtype == torch.float32 and states & (states - 1) == 0 and _triton_is_there()
+
+
+@lru_cache(maxsize=1)
+def _triton_is_there() -> bool:
+    return os.environ.get(scan_kernel.SWITCH) != "torch" and importlib.util.find_spec("triton") is not None
+
+
 def scan_forward(inputs: ScanInputs, states: Tensor | None = None, chunk: int = CHUNK_TOKENS) -> Tensor:
     """y (L, W, D) of a block of windows.
 
@@ -60,6 +74,10 @@ def scan_forward(inputs: ScanInputs, states: Tensor | None = None, chunk: int = 
     """
     if scan_kernel.applies_to(inputs.u, inputs.A.shape[1]):
         return scan_kernel.forward(*inputs)
+    if triton_applies_to(inputs.u, inputs.A.shape[1]):
+        from neurostorm.model import scan_triton
+
+        return scan_triton.forward(*inputs, states, chunk)
     work = _Chunk(inputs, chunk)
     y = torch.empty_like(work.step)
     state = torch.zeros_like(work.decay[0])
@@ -84,6 +102,11 @@ def scan_backward(
     """
     if scan_kernel.applies_to(inputs.u, inputs.A.shape[1]):
         y, gradients_of_all = scan_kernel.backward(*inputs, dy)
+        return y, ScanInputs(*gradients_of_all)
+    if triton_applies_to(inputs.u, inputs.A.shape[1]):
+        from neurostorm.model import scan_triton
+
+        y, gradients_of_all = scan_triton.backward(*inputs, states, dy, chunk)
         return y, ScanInputs(*gradients_of_all)
     u, delta, _, B, C = inputs
     work = _Chunk(inputs, chunk)

@@ -25,6 +25,7 @@ from torch import Tensor
 Axes = tuple[int, int, int, int]  # patches along d, h, w and frames
 
 _NOWHERE = 32000  # coordinate of an absent slot: no neighbour of anything
+_SHORT_TABLE = 64  # rows
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,31 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _rows_of(grad, ctx.table), None, None
+
+
+def take_rows(table: Tensor, index: Tensor) -> Tensor:
+    """``table[index]`` for long (R,) into (K, C), where many rows of the result are the same row of the table.
+
+    Autograd's gradient sorts the index, which takes a GPU longer than a block's attention; adding up in place is wrong
+    for few rows, as all threads wait for them. So a short table's gradient is a product with zeros and ones.
+    """
+    return _Take.apply(table, index)
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.rows = len(table)
+        return table.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        if grad.is_cuda and ctx.rows <= _SHORT_TABLE:
+            chosen = index[None, :] == torch.arange(ctx.rows, device=index.device)[:, None]
+            return chosen.to(grad.dtype) @ grad, None
+        return grad.new_zeros(ctx.rows, grad.shape[1]).index_add_(0, index, grad), None
 
 
 def effective_window(grid: Axes, window: Axes, shifted: bool) -> tuple[Axes, Axes]:
