@@ -1,4 +1,4 @@
-"""Small collectives of the loop: sums and means over all ranks, in float64; every rank's word; when to give up on one."""
+"""Small collectives of the loop: sums and means over all ranks, in float64; every rank's word; when to give up."""
 
 from collections.abc import Sequence
 from datetime import timedelta

@@ -95,16 +95,19 @@ def ranks() -> Callable[..., list[Any]]:
 
 @pytest.fixture(scope="session")
 def run_ranks() -> Callable[..., None]:
-    """Runs all ranks of a configuration to their end; their output is the assertion's message if one fails."""
+    """Runs all ranks of one or more configurations to their end; if one fails its output is the assertion's message.
 
-    def run(config: Config, *options: int) -> None:
-        folder = config.run.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(config.to_yaml())
-        workers = config.scale.workers
-        results = run_together(
-            PROGRAM, [[folder / "config.yaml", rank, workers, None, *options] for rank in range(workers)]
-        )
+    `run([config, ...], [poisoned step, ...], last)`: see rank_program.py.
+    """
+
+    def run(configs: Sequence[Config], poisoned: Sequence[int], *last: int) -> None:
+        for config in configs:
+            config.run.folder.mkdir(parents=True, exist_ok=True)
+            (config.run.folder / "config.yaml").write_text(config.to_yaml())
+        workers = configs[0].scale.workers
+        files = ":".join(str(config.run.folder / "config.yaml") for config in configs)
+        steps = ":".join(map(str, poisoned))
+        results = run_together(PROGRAM, [[files, rank, workers, None, steps, *last] for rank in range(workers)])
         outputs = "\n".join(output for _, output in results)
         assert [status for status, _ in results] == [0] * workers, outputs[-4000:]
 

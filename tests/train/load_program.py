@@ -1,12 +1,16 @@
-"""One rank that saves and loads an engine: `load_program.py FOLDER STAGE DTYPE RANK WORKERS MEETING TRAP REGROUP`.
+"""One rank that saves and loads engines: `load_program.py FOLDER RANK WORKERS MEETING CASES`.
 
-Saves after two steps, takes a third, loads, takes the third again; weights and norms must come out the same. With a
-TRAP, part of a file's name, rank 0 puts code into such files before, and loading must be refused. With REGROUP=1 it
-loads as if another number of workers had saved. MEETING is a file, not there yet, through which ranks find each other.
+CASES is JSON, a list of [stage, dtype, trap, regroup]. Each has a folder of its own, FOLDER/0, FOLDER/1, ..., where
+this rank writes how it went to outcome-RANK.txt. A case saves after two steps, takes a third, loads, takes the third
+again; weights and norms must come out the same. With a trap, part of a file's name, rank 0 puts code into such files
+before, and loading must be refused. With regroup it loads as if another number of workers had saved. MEETING is a
+file, not there yet, through which the ranks find each other.
 """
 
+import json
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -34,10 +38,22 @@ def spring(folder: Path, name: str) -> None:
         torch.save(content | {"trap": Trap(folder / "owned")}, file)
 
 
-def main(folder: Path, stage: int, dtype: str, rank: int, workers: int, meeting: str, trap: str, regroup: bool) -> None:
+def main(folder: Path, rank: int, workers: int, meeting: str, cases: list[tuple[int, str, str, bool]]) -> None:
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
     dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=workers)
+    for number, case in enumerate(cases):
+        place = folder / str(number)
+        place.mkdir(exist_ok=True)
+        try:
+            save_and_load(place, rank, *case)
+            said = "well"
+        except Exception:
+            said = traceback.format_exc()
+        (place / f"outcome-{rank}.txt").write_text(said)
+
+
+def save_and_load(folder: Path, rank: int, stage: int, dtype: str, trap: str | None, regroup: bool) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3))
     train = TrainConfig(zero_stage=stage, dtype=dtype, micro_batch=2, global_batch=4)
@@ -51,7 +67,7 @@ def main(folder: Path, stage: int, dtype: str, rank: int, workers: int, meeting:
     saved = [step(0), step(1)][-1]
     engine.save(folder)
     dist.barrier()
-    if trap != "none":
+    if trap is not None:
         if rank == 0:
             spring(folder, trap)
         dist.barrier()
@@ -66,5 +82,5 @@ def main(folder: Path, stage: int, dtype: str, rank: int, workers: int, meeting:
 
 
 if __name__ == "__main__":
-    home, zero_stage, precision, own, count, place, where, again = sys.argv[1:]
-    main(Path(home), int(zero_stage), precision, int(own), int(count), place, where, again == "1")
+    home, own, count, place, what = sys.argv[1:]
+    main(Path(home), int(own), int(count), place, json.loads(what))

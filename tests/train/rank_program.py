@@ -1,8 +1,8 @@
-"""One rank of a pretraining run without Ray: `rank_program.py CONFIG.yaml RANK WORKERS MEETING POISONED_STEP [LAST]`.
+"""One rank of runs without Ray: `rank_program.py CONFIG.yaml[:...] RANK WORKERS MEETING POISONED_STEP[:...] [LAST]`.
 
-MEETING is a file, not there yet, through which the ranks find each other. The clips of the poisoned step hold infinite
-values on rank 0, and those of two steps before it do so at the first try alone; -1 poisons none. With LAST it ends with
-the checkpoint of as many steps.
+Several runs follow one another. MEETING is a file, not there yet, through which the ranks find each other. The clips of
+a run's poisoned step hold infinite values on rank 0, and those of two steps before it do so at the first try alone; -1
+poisons none. With LAST a run ends with the checkpoint of as many steps.
 """
 
 import os
@@ -22,11 +22,16 @@ from neurostorm.train.build import assemble, export
 from neurostorm.train.goodput import Account
 
 
-def main(path: str, rank: int, workers: int, meeting: str, poison: int, last: int | None = None) -> None:
-    config = Config.model_validate(yaml.safe_load(Path(path).read_text()))
+def main(paths: str, rank: int, workers: int, meeting: str, poisons: str, last: int | None = None) -> None:
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
     dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=workers)
+    for path, poison in zip(paths.split(":"), poisons.split(":"), strict=True):
+        train(Config.model_validate(yaml.safe_load(Path(path).read_text())), rank, workers, int(poison), last)
+
+
+def train(config: Config, rank: int, workers: int, poison: int, last: int | None) -> None:
+    config.run.folder.mkdir(parents=True, exist_ok=True)
     account = Account(config.run.folder if rank == 0 else None)
     corpus = open_corpus(config)
 
@@ -87,5 +92,5 @@ def poison_step(loop, step: int) -> None:
 
 
 if __name__ == "__main__":
-    file, own, count, place, *steps = sys.argv[1:]
-    main(file, int(own), int(count), place, *map(int, steps))
+    files, own, count, place, steps, *end = sys.argv[1:]
+    main(files, int(own), int(count), place, steps, *map(int, end))

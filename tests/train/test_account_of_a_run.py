@@ -18,14 +18,14 @@ def account(config):
 
 def test_steps_that_a_resumed_run_does_again_are_no_useful_ones(ball_config, run_ranks):
     config = ball_config(**SETTINGS)
-    run_ranks(config, -1)
+    run_ranks([config], [-1])
     first = account(config)
     assert first["reached"] == STEPS
     done = {"step", "wait", "checkpoint", "validation", "startup", "log"}
     assert {part for part, spent_ns in first["spent_ns"].items() if spent_ns} == done
 
     shutil.rmtree(config.run.folder / "checkpoints" / "step-00000006")  # as if it had been killed before this was saved
-    run_ranks(config, -1)
+    run_ranks([config], [-1])
     second = account(config)
     assert second["reached"] == STEPS
     assert second["spent_ns"]["step"] == first["spent_ns"]["step"], "all its steps had been done before"

@@ -1,7 +1,5 @@
 """DeepSpeed behind the engine: all ZeRO stages train alike, and a step that is not finite changes nothing."""
 
-from functools import cache
-
 import pytest
 import torch
 from torch import nn
@@ -14,25 +12,35 @@ STEPS = {"max_steps": 7, "global_batch": 4, "micro_batch": 1, "validate_every": 
 POISONED, PASSING = 5, 3
 
 
+SETTINGS = (  # zero_stage, dtype, mixer, decoder, poisoned
+    *((stage, "fp32", "attention", "paper", True) for stage in range(4)),
+    (1, "fp32", "attention", "paper", False), (1, "bf16", "attention", "paper", True),
+    (1, "fp32", "mamba", "light", True), (3, "fp32", "mamba", "light", True),
+)  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def trained(ball_config_in, run_ranks, read_ledger, tmp_path_factory):
     """Trains seven steps on two ranks, step 5 with infinite values on rank 0, step 3 too but at the first try alone.
 
-    Once for each setting; gives the losses by step, what each step did on each rank, and the exported weights.
+    Gives, for each of SETTINGS, the losses by step, what each step did on each rank, and the exported weights.
     """
-
-    @cache
-    def train(zero_stage, dtype="fp32", mixer="attention", decoder="paper", poisoned=True):
-        folder = tmp_path_factory.mktemp(f"stage{zero_stage}-{dtype}-{mixer}-{decoder}")
+    output, configs = tmp_path_factory.mktemp("engine"), {}
+    for number, setting in enumerate(SETTINGS):
+        stage, dtype, mixer, decoder, _ = setting
         model = {"embed_dim": 8, "depths": (2, 1), "heads": (1, 2), "mixer": mixer, "decoder": decoder}
-        config = ball_config_in(folder, train={**STEPS, "zero_stage": zero_stage, "dtype": dtype}, model=model)
-        run_ranks(config, POISONED if poisoned else -1)
+        train = {**STEPS, "zero_stage": stage, "dtype": dtype}
+        configs[setting] = ball_config_in(output, run={"name": f"run-{number}"}, train=train, model=model)
+    run_ranks(list(configs.values()), [POISONED if setting[-1] else -1 for setting in SETTINGS])
+
+    def find(zero_stage, dtype="fp32", mixer="attention", decoder="paper", poisoned=True):
+        config = configs[zero_stage, dtype, mixer, decoder, poisoned]
         losses = [entry["loss"] for _, entry in sorted(read_ledger(config).items())]
         notes = [config.run.folder / f"steps-{rank}.txt" for rank in range(2)]
         steps = [note.read_text().splitlines() if poisoned else [] for note in notes]
         return losses, steps, load_pretrained(config.run.folder / "model").state_dict()
 
-    return train
+    return find
 
 
 def test_all_zero_stages_give_the_same_losses_and_weights(trained):

@@ -17,10 +17,10 @@ def test_two_workers_become_one(ball_config_in, run_ranks, read_ledger, tmp_path
     twin = ball_config_in(
         tmp_path, run={"name": "twin"}, model=MODEL, strd={"enabled": False}, train=TRAIN, checkpoint={"every": 2}
     )
-    run_ranks(twin, -1)
+    run_ranks([twin], [-1])
     changed = Config.model_validate({**twin.model_dump(), "run": {**twin.run.model_dump(), "name": "changed"}})
     for workers, until in ((2, 2), (1, STEPS)):
-        run_ranks(changed.for_workers(workers), -1, until)
+        run_ranks([changed.for_workers(workers)], [-1], until)
         found = checkpoint.newest(changed.run.folder / "checkpoints")
         assert (found.step, found.workers) == (until, workers)
     expected, steps = read_ledger(twin), read_ledger(changed)

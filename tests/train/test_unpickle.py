@@ -2,8 +2,10 @@
 may have been put into them.
 """
 
+import json
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,38 +21,53 @@ PROGRAM = Path(__file__).with_name("load_program.py")
 FORCED = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
 
 
-def run(folder: Path, stage: int, dtype: str, workers: int, trap: str, regroup: bool = False) -> list[tuple[int, str]]:
-    """(exit status, output) of each rank."""
-    ranks = range(workers)
-    return run_together(PROGRAM, [[folder, stage, dtype, rank, workers, None, trap, int(regroup)] for rank in ranks])
+# stage, dtype, trap, regroup
+ALIKE = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16")]
+REGROUPED = [(2, "fp32"), (1, "bf16")]
+TRAPPED = [
+    (0, "model_states", False), (1, "model_states", False), (1, "optim_states", False), (3, "optim_states", False),
+    (1, "model_states", True), (1, "optim_states", True),
+]  # fmt: skip
+OF_TWO = [(*case, None, False) for case in ALIKE] + [(*case, None, True) for case in REGROUPED]
+OF_ONE = [(stage, "fp32", trap, regroup) for stage, trap, regroup in TRAPPED]
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16")])
-def test_every_stage_loads_what_it_saved_and_goes_on_alike(stage: int, dtype: str, tmp_path: Path) -> None:
-    results = run(tmp_path, stage, dtype, 2, "none")
-    assert [status for status, _ in results] == [0, 0], results[0][1][-3000:]
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[object, ...]], tuple[Path, set[str]]]:
+    """The folder of a case and what its ranks said of it; all cases of as many ranks run in the same processes."""
+    homes = {}
+    for workers, cases in ((2, OF_TWO), (1, OF_ONE)):
+        homes[workers] = tmp_path_factory.mktemp(f"{workers}-ranks")
+        results = run_together(
+            PROGRAM, [[homes[workers], rank, workers, None, json.dumps(cases)] for rank in range(workers)]
+        )
+        assert [status for status, _ in results] == [0] * workers, results[0][1][-3000:]
+
+    def find(case: tuple[object, ...]) -> tuple[Path, set[str]]:
+        workers, cases = (2, OF_TWO) if case in OF_TWO else (1, OF_ONE)
+        folder = homes[workers] / str(cases.index(case))
+        return folder, {(folder / f"outcome-{rank}.txt").read_text() for rank in range(workers)}
+
+    return find
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [(2, "fp32"), (1, "bf16")])
-def test_what_was_regrouped_goes_on_alike(stage: int, dtype: str, tmp_path: Path) -> None:
-    results = run(tmp_path, stage, dtype, 2, "none", regroup=True)
-    assert [status for status, _ in results] == [0, 0], results[0][1][-3000:]
+@pytest.mark.parametrize(("stage", "dtype"), ALIKE)
+def test_every_stage_loads_what_it_saved_and_goes_on_alike(stage: int, dtype: str, outcome) -> None:
+    assert outcome((stage, dtype, None, False))[1] == {"well"}
 
 
-@pytest.mark.parametrize(
-    ("stage", "file", "regroup"),
-    [
-        (0, "model_states", False), (1, "model_states", False), (1, "optim_states", False), (3, "optim_states", False),
-        (1, "model_states", True), (1, "optim_states", True),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("stage", "dtype"), REGROUPED)
+def test_what_was_regrouped_goes_on_alike(stage: int, dtype: str, outcome) -> None:
+    assert outcome((stage, dtype, None, True))[1] == {"well"}
+
+
+@pytest.mark.parametrize(("stage", "file", "regroup"), TRAPPED)
 def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_does_not_run(
-    stage: int, file: str, regroup: bool, tmp_path: Path
+    stage: int, file: str, regroup: bool, outcome
 ) -> None:
-    ((status, output),) = run(tmp_path, stage, "fp32", 1, file, regroup)
-    assert status != 0
-    assert f"RuntimeError: {tmp_path}: refused, a file holds more than tensors and plain values" in output
-    assert not (tmp_path / "owned").exists()
+    folder, (said,) = outcome((stage, "fp32", file, regroup))
+    assert f"RuntimeError: {folder}: refused, a file holds more than tensors and plain values" in said
+    assert not (folder / "owned").exists()
 
 
 @pytest.mark.parametrize("where", ["key", "deep", "experts"])
