@@ -128,7 +128,8 @@ def check_folder(config: Config) -> None:
     """All that a run leaves lies in the object store, and the last two checkpoints."""
     folder = config.run.folder
     assert {path.name for path in folder.iterdir()} == {
-        "checkpoints", "config.yaml", "goodput.json", "ledger", "manifest.parquet", "mlflow.json", "model", "summary.json",
+        "checkpoints", "config.yaml", "goodput.json", "ledger", "manifest.parquet", "mlflow.json", "model",
+        "summary.json",
     }  # fmt: skip
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step-00000016", f"step-{STEPS:08d}"}
     assert json.loads((folder / "summary.json").read_text())["steps"] == STEPS

@@ -1,13 +1,12 @@
 """Three nodes, as a cluster has them: a submitted job trains on two of them from one store, and learns the same.
 
-The nodes are three `ray start` on 127.0.0.1, .2 and .3, each with room for one training worker, behind a token.
+The nodes are three `ray start` on 127.0.0.1, .2 and .3, behind a token; on the last two there is room for one training
+worker each. The run on one node is two ranks without Ray.
 """
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -17,10 +16,11 @@ import pytest
 
 from neurostorm.config import Config
 from tests.ray_nodes import ROOT, RayNodes
+from tests.train.conftest import run_together
 
 pytestmark = pytest.mark.integration
 
-PRETRAIN = ROOT / "jobs" / "pretrain.py"
+PRETRAIN, RANK = ROOT / "jobs" / "pretrain.py", ROOT / "tests" / "train" / "rank_program.py"
 
 
 @pytest.fixture
@@ -58,11 +58,8 @@ def test_a_submitted_job_trains_on_two_nodes_as_on_one(ball_config, nodes: RayNo
     places = re.findall(r"ip=([\d.]+), pid=\d+\) world_rank", done.stdout)
     assert sorted(places) == ["127.0.0.2", "127.0.0.3"], done.stdout[-4000:]
 
-    single = subprocess.run(
-        [sys.executable, str(PRETRAIN), "--config", str(nodes.folder / "one.yaml")],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert single.returncode == 0, single.stdout[-2000:] + single.stderr[-2000:]
+    single = run_together(RANK, [[nodes.folder / "one.yaml", rank, 2, None, -1] for rank in range(2)])
+    assert [status for status, _ in single] == [0, 0], single[0][1][-3000:]
     expected, found = losses(configs["one"]), losses(configs["three"])
     assert sorted(found) == sorted(expected) == list(range(4))
     assert found == pytest.approx(expected, rel=1e-6)
