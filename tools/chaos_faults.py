@@ -1,0 +1,181 @@
+"""Faults that strike a run on one machine: lost and stopped processes, damaged files, losses that are not finite.
+
+    worker           SIGKILL of a training worker                    Ray Train starts the workers again
+    driver           SIGKILL of the driver and its Ray               the same command again
+    hang             SIGSTOP of a training worker                    the collective times out, workers start again
+    mid-checkpoint   SIGKILL while a checkpoint is not committed     resumed from the one before
+    corrupt          driver killed, newest checkpoint damaged        the same command resumes from the one before
+    shard            frames of the store damaged                     the job stops and names the run; mended, again
+    nan              a loss that is not finite, once, on one rank    the step is computed once more
+
+A fault is a function of a Scene: it strikes, calls `struck`, and starts the job again where a person would have to.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from chaos_job import ROOT, JobError, entries
+from chaos_scene import EVERY, Scene, end
+
+HOOK = Path(__file__).resolve().parent / "chaos_hook"
+
+
+def fine(scene: Scene) -> None:
+    """No more to be checked at the end."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault and what a run needs for it.
+
+    strike     what it does, every round
+    overrides  of the configuration
+    allowed    steps that may be done again
+    fresh      every round wants a run of its own
+    prepare    before the run starts; returns what ends what it began, and may say that the fault cannot be tried
+    check      after the run's end
+    """
+
+    strike: Callable[[Scene], None]
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    allowed: int = EVERY
+    fresh: bool = False
+    scene: type[Scene] = Scene
+    prepare: Callable[[Scene], Callable[[], None]] = lambda scene: lambda: None
+    check: Callable[[Scene], None] = fine
+
+
+class CannotTry(RuntimeError):
+    """This machine or user cannot have this fault; the message says why."""
+
+
+def kill_worker(scene: Scene) -> None:
+    workers = two_workers(scene)
+    scene.random.choice(workers).kill()
+    scene.struck()
+
+
+def kill_driver(scene: Scene) -> None:
+    scene.job.kill()
+    scene.struck()
+    scene.start()
+
+
+def stop_worker(scene: Scene) -> None:
+    stopped = scene.random.choice(two_workers(scene))
+    stopped.suspend()
+    scene.struck()
+    scene.back()
+    end([stopped])
+
+
+def kill_in_checkpoint(scene: Scene) -> None:
+    """Everything is stopped while a checkpoint is being written, so that the kill is sure to fall into it."""
+    workers = two_workers(scene)
+    while True:
+        scene.job.wait_for(lambda: bool(begun(scene)), "a checkpoint that is being written", pause_s=0.001)
+        for worker in workers:
+            worker.suspend()
+        if begun(scene):
+            break
+        for worker in workers:
+            worker.resume()
+    if scene.random.random() < 0.5:
+        victim = scene.random.choice(workers)
+        victim.kill()
+        scene.struck_s = time.monotonic()
+        for worker in workers:
+            if worker is not victim:
+                worker.resume()
+        scene.struck()
+    else:
+        kill_driver(scene)
+
+
+def begun(scene: Scene) -> list[Path]:
+    """Checkpoints without a marker."""
+    found = [path for path in scene.checkpoints.glob("step-*") if not (path / "COMMITTED").exists()]
+    return [path for path in found if path.is_dir()]
+
+
+def damage_checkpoint(scene: Scene) -> None:
+    scene.job.wait_for(lambda: len(scene.committed()) >= 2, "two checkpoints")
+    scene.job.kill()
+    scene.struck()
+    newest = scene.committed()[-1]
+    flip(max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size))
+    scene.start()
+    scene.back()
+    said = scene.job.output()
+    scene.note("passing over checkpoint" in said and newest.name in said, f"{newest.name} was not passed over aloud")
+
+
+def damage_shard(scene: Scene) -> None:
+    """The run whose clips come next is damaged from its first frame to its last."""
+    last = entries(scene.job.folder / "ledger" / "rank-0.jsonl")[-1]
+    run = last["clips"][0].partition("[")[0]
+    shard = Path(str(scene.config.data.store), run, "0.0")
+    whole = shard.read_bytes()
+    with shard.open("r+b") as file:
+        file.write(bytes(byte ^ 0xFF for byte in whole))
+    try:
+        scene.struck()
+        scene.job.wait_for_end()
+    finally:
+        with shard.open("r+b") as file:
+            file.write(whole)
+    said = scene.job.output()
+    scene.note(scene.job.process.returncode != 0, "the job ended well with a damaged store")
+    scene.note("clips could not be read" in said and run in said, f"the job did not name {run}")
+    scene.job.kill()
+    scene.start()
+
+
+def poison(scene: Scene) -> None:
+    file = Path(scene.environment["CHAOS_POISON"])
+    file.touch()
+    scene.job.wait_for(lambda: not file.exists(), "a poisoned step", pause_s=0.001)
+    scene.struck(goes_on=True)
+
+
+def may_be_poisoned(scene: Scene) -> Callable[[], None]:
+    scene.environment |= {
+        "CHAOS_POISON": str(scene.setting.folder / f"{scene.config.run.name}.poison"), "PYTHONPATH": f"{HOOK}:{ROOT}",
+    }  # fmt: skip
+    return lambda: None
+
+
+def was_repeated(scene: Scene) -> None:
+    said = scene.job.output()
+    scene.note("repeating step=" in said, "no step was said to be repeated")
+
+
+def two_workers(scene: Scene) -> list[psutil.Process]:
+    """The training workers that train now."""
+    workers = [worker for worker in scene.job.workers() if worker.status() != psutil.STATUS_ZOMBIE]
+    if len(workers) < 2:
+        raise JobError(f"found {len(workers)} training workers instead of 2")
+    return workers[-2:]
+
+
+def flip(file: Path) -> None:
+    """One bit of the byte in the middle."""
+    with file.open("r+b") as opened:
+        opened.seek(file.stat().st_size // 2)
+        byte = opened.read(1)[0]
+        opened.seek(-1, 1)
+        opened.write(bytes([byte ^ 1]))
+
+
+LOCAL: dict[str, Fault] = {
+    "worker": Fault(kill_worker),
+    "driver": Fault(kill_driver),
+    "hang": Fault(stop_worker),
+    "mid-checkpoint": Fault(kill_in_checkpoint),
+    "corrupt": Fault(damage_checkpoint, allowed=2 * EVERY),
+    "shard": Fault(damage_shard, {"data": {"max_bad_fraction": 0.0, "verify": "always"}, "scale": {"max_failures": 0}}),
+    "nan": Fault(poison, allowed=0, prepare=may_be_poisoned, check=was_repeated),
+}

@@ -1,0 +1,152 @@
+"""Faults of what a run leans on: the tracking server goes away for a while, the disk under its output fills up.
+
+mlflow   a real server on loopback is stopped for 30 s    the run goes on; afterwards no metric is missing
+disk     the output's file system, a small tmpfs, is full  an error that names it; room is made, the same command
+
+"""
+
+import errno
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+from chaos_faults import CannotTry, Fault
+from chaos_job import JobError
+from chaos_scene import LOG_EVERY, Scene
+from ray_nodes import free_port
+
+AWAY_S = 30.0
+TMPFS_MIB = 64
+
+
+class TrackingServer:
+    """`mlflow server` with SQLite on loopback, in a process group of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._port = folder, free_port()
+        self.uri = f"http://127.0.0.1:{self._port}"
+        folder.mkdir()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Starts it and waits until it answers."""
+        with (self._folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [
+                    Path(sys.executable).with_name("mlflow"), "server", "--host", "127.0.0.1", "--port",
+                    str(self._port), "--workers", "1", "--backend-store-uri", f"sqlite:///{self._folder / 'server.db'}",
+                    "--artifacts-destination", str(self._folder / "artifacts"),
+                ],
+                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
+                stdout=log, stderr=log, start_new_session=True, cwd=self._folder,
+            )  # fmt: skip
+        end_s = time.monotonic() + 120
+        while time.monotonic() < end_s and self._process.poll() is None:
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=5)
+                return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.2)
+        raise JobError(f"the MLflow server did not start:\n{(self._folder / 'server.log').read_text()[-3000:]}")
+
+    def stop(self) -> None:
+        """Kills it."""
+        if self._process is not None and self._process.poll() is None:
+            os.killpg(self._process.pid, 9)
+            self._process.wait(30)
+
+
+def with_server(scene: Scene) -> Callable[[], None]:
+    """A run that logs to a server of its own."""
+    server = TrackingServer(scene.setting.folder / f"{scene.config.run.name}-server")
+    server.start()
+    scene.server = server
+    scene.config = scene.config.model_copy(
+        update={"tracking": scene.config.tracking.model_copy(update={"uri": server.uri})}
+    )
+    return server.stop
+
+
+def stop_server(scene: Scene) -> None:
+    scene.server.stop()
+    scene.struck(goes_on=True)
+    gone_s = time.monotonic()
+    scene.back()
+    scene.job.wait_for(lambda: scene.job.reached() > scene.reached + 2 * LOG_EVERY, "steps without the server")
+    took_s = time.monotonic() - gone_s
+    scene.note(took_s < AWAY_S, f"the run waited for the server: {took_s:.0f} s for {2 * LOG_EVERY} steps")
+    time.sleep(max(0.0, gone_s + AWAY_S - time.monotonic()))
+    scene.server.start()
+
+
+def all_is_logged(scene: Scene) -> None:
+    """Metrics of every log line, in one run that is finished."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=scene.server.uri)
+    experiment = client.get_experiment_by_name(scene.config.tracking.experiment)
+    runs = client.search_runs([experiment.experiment_id])
+    scene.note([run.info.status for run in runs] == ["FINISHED"], f"runs: {[run.info.status for run in runs]}")
+    for metric in ("loss/train", "time/goodput"):
+        logged = [point.step for point in client.get_metric_history(runs[0].info.run_id, metric)]
+        wanted = list(range(LOG_EVERY, scene.setting.steps + 1, LOG_EVERY))
+        missing = sorted(set(wanted) - set(logged))
+        scene.note(not missing, f"MLflow has no {metric} of steps {missing}")
+
+
+def on_small_disk(scene: Scene) -> Callable[[], None]:
+    """The run's output on a file system of its own."""
+    if os.geteuid():
+        raise CannotTry("a file system of its own takes root")
+    disk = scene.setting.folder / f"{scene.config.run.name}-disk"
+    disk.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={TMPFS_MIB}m", "tmpfs", str(disk)], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise CannotTry(done.stderr.strip())
+    scene.config = scene.config.model_copy(update={"run": scene.config.run.model_copy(update={"output": disk})})
+    return lambda: unmount(disk)
+
+
+def unmount(disk: Path) -> None:
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def fill_disk(scene: Scene) -> None:
+    disk = Path(str(scene.config.run.output))
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(1 << 12))
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+        scene.struck_s = time.monotonic()
+        scene.job.wait_for_end()
+    struck_s = scene.struck_s
+    scene.struck()
+    scene.struck_s = struck_s
+    filler.unlink()
+    said = scene.job.output()
+    scene.note(scene.job.process.returncode != 0, "the job ended well on a full disk")
+    last = said[-6000:]
+    named = re.search(
+        rf"No space left on device[^\n]*{re.escape(str(disk))}|{re.escape(str(disk))}[^\n]*No space left", last
+    )
+    scene.note(named is not None, f"the job's end does not say that there is no space left in {disk}")
+    scene.job.kill()
+    scene.start()
+
+
+OF_SERVICES: dict[str, Fault] = {
+    "mlflow": Fault(stop_server, allowed=0, fresh=True, prepare=with_server, check=all_is_logged),
+    "disk": Fault(fill_disk, {"scale": {"max_failures": 0}}, prepare=on_small_disk),
+}
