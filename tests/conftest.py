@@ -7,7 +7,6 @@ import secrets
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 # For every Ray that a test starts, here or in another process: a token of ours, nobody else's cluster, no reports. Ray
 # reads these when it is imported and keeps the token for the life of a process, so no fixture can set them.
@@ -15,18 +14,15 @@ os.environ.pop("RAY_ADDRESS", None)
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
 
 import boto3
-import numpy as np
 import pytest
 import ray
+from chaos_job import make_config, make_store
 from moto.server import ThreadedMotoServer
-from scipy.ndimage import gaussian_filter
 
 from neurostorm.config import Config
 from neurostorm.session import start_local
-from neurostorm.store import Grid, create_store, quantise, run_path, write_manifest, write_run
 from tests.people_store import write_people
 
-SHAPE = (24, 24, 24)
 _BUCKETS = itertools.count(1)
 
 
@@ -70,29 +66,7 @@ def local_ray() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def ball_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of 24^3 voxels (4 x 4 x 4 patches of 6) with one run of 48 frames for each of six subjects."""
-    path = tmp_path_factory.mktemp("corpus") / "ball.zarr"
-    axes = np.meshgrid(*[np.linspace(-1, 1, n) for n in SHAPE], indexing="ij")
-    mask = sum(axis**2 for axis in axes) < 0.9
-    create_store(path, grid=Grid("ball", SHAPE, 8.0, (-92.0, -92.0, -92.0)), mask=mask, tr_s=0.8, recipe="test")
-    for subject in range(6):
-        rng = np.random.default_rng(subject)
-        signal = gaussian_filter(rng.standard_normal((48, *SHAPE)), (2, 3, 3, 3))[:, mask]
-        mean, std = signal.mean(0), signal.std(0)
-        write_run(
-            path,
-            run_path("balls", f"sub-{subject}", "task-rest"),
-            frames=quantise((signal - mean) / std),
-            mean=(100 + mean).astype(np.float32),
-            std=std.astype(np.float32),
-            attributes={
-                "session": "", "task": "rest", "run_label": "", "entities": {"task": "rest"},
-                "source": f"sub-{subject}.nii", "source_sha256": f"{subject:064x}", "source_tr_s": 0.8,
-                "source_frames": 48, "tsnr_median": 50.0, "clipped_fraction": 0.0, "coverage": 1.0,
-                "global_mean": 100.0, "global_std": float(signal.std()),
-            },
-        )  # fmt: skip
-    write_manifest(path)
-    return path
+    return make_store(tmp_path_factory.mktemp("corpus") / "ball.zarr")
 
 
 @pytest.fixture(scope="session")
@@ -105,22 +79,7 @@ def people_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ball_config_in(ball_store: Path) -> Callable[..., Config]:
     """Builds a small configuration on the ball store; sections are overridden by keyword, `train={"lr": 1}`."""
 
-    def make(output: Path, **overrides: dict[str, Any]) -> Config:
-        tree: dict[str, dict[str, Any]] = {
-            "run": {"output": output, "name": "test"},
-            "data": {"store": ball_store, "clip_frames": 4, "held_out": 0.34, "val_clips": 6},
-            "model": {"embed_dim": 8, "depths": (2, 1), "heads": (1, 2)},
-            "mask": {"window": (2, 2, 2, 2)},
-            "strd": {"enabled": True},
-            "train": {"global_batch": 4, "micro_batch": 1, "lr": 3e-3, "epochs": 1, "log_every": 2},
-            "scale": {"workers": 2, "cpus_per_worker": 0.5},
-            "tracking": {"clip_ledger": True},
-        }
-        for section, fields in overrides.items():
-            tree.setdefault(section, {}).update(fields)
-        return Config.model_validate(tree)
-
-    return make
+    return partial(make_config, ball_store)
 
 
 @pytest.fixture

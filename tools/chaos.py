@@ -20,6 +20,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ FIRST = 2 * EVERY + 5  # no fault strikes before: two checkpoints are there
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 1 if a run is not as it should be."""
     options = parse(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     folder = Path(tempfile.mkdtemp(prefix="chaos-", dir=options.folder))
     try:
         setting = Setting(folder, make_store(folder / "store", FRAMES), options.steps)

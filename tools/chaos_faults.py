@@ -11,6 +11,7 @@
 A fault is a function of a Scene: it strikes, calls `struck`, and starts the job again where a person would have to.
 """
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ import psutil
 from chaos_job import ROOT, JobError, entries
 from chaos_scene import EVERY, Scene, end
 
+REPEATED = "repeating step="  # what a run says when it computes a step once more
 HOOK = Path(__file__).resolve().parent / "chaos_hook"
 
 
@@ -73,32 +75,36 @@ def stop_worker(scene: Scene) -> None:
 
 
 def kill_in_checkpoint(scene: Scene) -> None:
-    """Everything is stopped while a checkpoint is being written, so that the kill is sure to fall into it."""
+    workers = hold_in_checkpoint(scene)
+    if scene.random.random() < 0.5:
+        kill_driver(scene)
+        return
+    victim = scene.random.choice(workers)
+    victim.kill()
+    at_s = time.monotonic()
+    for worker in workers:
+        if worker is not victim:
+            worker.resume()
+    scene.struck(at_s=at_s)
+
+
+def hold_in_checkpoint(scene: Scene) -> list[psutil.Process]:
+    """Stops the workers while a checkpoint is being written, so that a kill is sure to fall into it; gives them."""
     workers = two_workers(scene)
     while True:
         scene.job.wait_for(lambda: bool(begun(scene)), "a checkpoint that is being written", pause_s=0.001)
         for worker in workers:
             worker.suspend()
         if begun(scene):
-            break
+            return workers
         for worker in workers:
             worker.resume()
-    if scene.random.random() < 0.5:
-        victim = scene.random.choice(workers)
-        victim.kill()
-        scene.struck_s = time.monotonic()
-        for worker in workers:
-            if worker is not victim:
-                worker.resume()
-        scene.struck()
-    else:
-        kill_driver(scene)
 
 
 def begun(scene: Scene) -> list[Path]:
-    """Checkpoints without a marker."""
-    found = [path for path in scene.checkpoints.glob("step-*") if not (path / "COMMITTED").exists()]
-    return [path for path in found if path.is_dir()]
+    """Folders of checkpoints after the newest whole one, which have no marker."""
+    newest = max((path.name for path in scene.committed()), default="")
+    return sorted(path for path in scene.checkpoints.glob("step-*") if path.name > newest)
 
 
 def damage_checkpoint(scene: Scene) -> None:
@@ -106,7 +112,7 @@ def damage_checkpoint(scene: Scene) -> None:
     scene.job.kill()
     scene.struck()
     newest = scene.committed()[-1]
-    flip(max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size))
+    damage(newest)
     scene.start()
     scene.back()
     said = scene.job.output()
@@ -150,7 +156,7 @@ def may_be_poisoned(scene: Scene) -> Callable[[], None]:
 
 def was_repeated(scene: Scene) -> None:
     said = scene.job.output()
-    scene.note("repeating step=" in said, "no step was said to be repeated")
+    scene.note(REPEATED in said, "no step was said to be repeated")
 
 
 def two_workers(scene: Scene) -> list[psutil.Process]:
@@ -159,6 +165,11 @@ def two_workers(scene: Scene) -> list[psutil.Process]:
     if len(workers) < 2:
         raise JobError(f"found {len(workers)} training workers instead of 2")
     return workers[-2:]
+
+
+def damage(checkpoint: Path) -> None:
+    """One bit of its largest file."""
+    flip(max((path for path in checkpoint.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size))
 
 
 def flip(file: Path) -> None:

@@ -104,9 +104,9 @@ class Scene:
         """Waits until so many steps are done."""
         self.job.wait_for(lambda: self.job.reached() >= step, f"step {step}")
 
-    def struck(self, goes_on: bool = False) -> None:
-        """Notes that the fault struck now; the run stands, unless it `goes_on`."""
-        self.struck_s, self.reached = time.monotonic(), self.job.reached()
+    def struck(self, goes_on: bool = False, at_s: float | None = None) -> None:
+        """Notes that the fault struck, now or `at_s`; the run stands, unless it `goes_on`."""
+        self.struck_s, self.reached = time.monotonic() if at_s is None else at_s, self.job.reached()
         while not goes_on:
             time.sleep(STILL_S)
             before, self.reached = self.reached, self.job.reached()

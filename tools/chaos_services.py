@@ -129,11 +129,9 @@ def fill_disk(scene: Scene) -> None:
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-        scene.struck_s = time.monotonic()
+        at_s = time.monotonic()
         scene.job.wait_for_end()
-    struck_s = scene.struck_s
-    scene.struck()
-    scene.struck_s = struck_s
+    scene.struck(at_s=at_s)
     filler.unlink()
     said = scene.job.output()
     scene.note(scene.job.process.returncode != 0, "the job ended well on a full disk")

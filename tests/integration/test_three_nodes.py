@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ray_nodes import ROOT, RayNodes
 
 from neurostorm.config import Config
-from tests.ray_nodes import ROOT, RayNodes
 from tests.train.conftest import run_together
 
 pytestmark = pytest.mark.integration

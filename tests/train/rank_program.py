@@ -5,6 +5,7 @@ a run's poisoned step hold infinite values on rank 0, and those of two steps bef
 poisons none. With LAST a run ends with the checkpoint of as many steps.
 """
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -44,7 +45,9 @@ def train(config: Config, rank: int, workers: int, poison: int, last: int | None
         poison_step(loop, poison)
     if last is not None and last < loop.total_steps:
         leave_after(loop, last)
-    loop.run()
+    final = loop.run()
+    if rank == 0:
+        (config.run.folder / "final.json").write_text(json.dumps(final))
     export(loop, corpus, config.run.folder / "model")
 
 
