@@ -31,7 +31,8 @@ if [ ! -x .venv/bin/python ]; then
     say "making the virtual environment .venv"
     "$(find_python)" -m venv .venv || fail "python -m venv did not work; on Debian and Ubuntu: apt install python3-venv"
 fi
-pip() { .venv/bin/python -m pip "$@" --disable-pip-version-check --quiet; }
+# Not compiled: most of the files are never imported, and the others compile then.
+pip() { .venv/bin/python -m pip "$@" --no-compile --disable-pip-version-check --quiet; }
 
 torch=torch==2.13.0 install=$extras
 if nvidia-smi > /dev/null 2>&1; then

@@ -10,7 +10,14 @@ step() { printf '\n== %s\n' "$*"; "$@"; }
 
 step "$bin/ruff" check .
 step "$bin/ruff" format --check .
-step "$bin/mypy"
 step "$bin/lint-imports" --no-logo
+# Types are checked while the tests run, which wait for processes now and then; both must be well.
+types=$(mktemp)
+trap 'rm -f "$types"' EXIT
+"$bin/mypy" > "$types" 2>&1 &
 # By file: its tests share what they start, a Ray or a server. In the order of collection, so that no long one comes last.
-step "$bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+status=0
+step "$bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" || status=$?
+wait $! || status=1
+step cat "$types"
+exit "$status"

@@ -286,5 +286,5 @@ def _cuda_kernel() -> Callable[..., Tensor] | None:
     try:
         return importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        _log.warning("mamba_ssm is installed but cannot be used (%s): scanning in plain torch", error)
+        _log.warning("mamba_ssm is installed but cannot be used (%s): scanning without it", error)
         return None

@@ -8,19 +8,25 @@
 The neighbourhoods are those of the window a block really uses, so they shrink where a stage is smaller than its
 nominal window. The scores take no gradient: they only parameterise the Bernoulli draw. Absent slots of a window are
 nobody's keys and nobody's neighbours, and no element of theirs is dropped or counted.
+
+On a GPU the attention form with the scores as they are is one kernel (``strd_triton.py``), where Triton is found.
 """
 
+import importlib.util
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from neurostorm.model.windows import Bucket, Neighbours
 
 _EPSILON = 1e-8
 _CORRECTIONS = 4  # of the calibration
 _LARGEST_STEP = 4.0  # of a correction, in log c
+_FUSED_TOKENS, _FUSED_BYTES = 256, 128  # most tokens of a window, and bytes of a head's token, that the kernel takes
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,12 @@ class StageDropout:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bucket: Bucket) -> Tensor:
         """Attention form: q, k, v (windows, heads, N, d) -> (windows, heads, N, d). What absent slots get is finite."""
-        near = self.neighbours(bucket)
-        mixed, dropped = redundancy_attention(q, k, v, near, bucket.present, self._config.rate)
+        config = self._config
+        if config.rate is None and triton_applies_to(q, k, v):
+            reach = config.space // 2, config.time // 2
+            mixed, dropped = fused_attention(q, k, v, bucket.places(), reach, bucket.present)
+        else:
+            mixed, dropped = redundancy_attention(q, k, v, self.neighbours(bucket), bucket.present, config.rate)
         windows, heads, tokens, _ = q.shape
         if bucket.present is None:
             self.count(dropped, windows * heads * tokens**2)
@@ -236,6 +246,62 @@ class _RedundancyAttention(torch.autograd.Function):
             dq[part] = scores @ k[part]
             dk[part] = scores.mT @ q[part]
         return dq, dk, dv, None, None, None
+
+
+def triton_applies_to(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the kernel takes these: float32 or bfloat16 on a GPU, a window and a head small enough."""
+    return (
+        q.is_cuda
+        and q.dtype in (torch.float32, torch.bfloat16)
+        and q.dtype == k.dtype == v.dtype
+        and q.shape[2] <= _FUSED_TOKENS
+        and q.shape[3] * q.element_size() <= _FUSED_BYTES
+        and _triton_is_there()
+    )
+
+
+@lru_cache(maxsize=1)
+def _triton_is_there() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.disable
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, cells: Tensor, reach: tuple[int, int], present: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``redundancy_attention`` without a rate in one kernel, which finds neighbours by their coordinates.
+
+    Args:
+        q, k, v, present: as there.
+        cells: int16 (W, N, 4) of the bucket, on the device.
+        reach: of the neighbourhoods, in patches and in frames.
+
+    Returns:
+        As there, from other random numbers, and 0 where a window has no key. Two numbers for each query stay alive.
+    """
+    return _FusedAttention.apply(q, k, v, cells, reach, present)
+
+
+class _FusedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cells: Tensor, reach: tuple[int, int], present: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        from neurostorm.model import strd_triton
+
+        seed = torch.randint(2**63 - 1, (1,), device=q.device)  # drawn where it is read: nobody waits for it
+        out, dropped, kept = strd_triton.forward(q, k, v, cells, reach, present, seed)
+        ctx.save_for_backward(q, k, v, present, seed, *kept)
+        ctx.mark_non_differentiable(dropped)
+        return out, dropped
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        from neurostorm.model import strd_triton
+
+        q, k, v, present, seed, *kept = ctx.saved_tensors
+        return *strd_triton.backward(q, k, v, present, seed, strd_triton.Kept(*kept), grad), None, None, None
 
 
 def _affinity(q: Tensor, k: Tensor, keys: Tensor | None = None) -> Tensor:

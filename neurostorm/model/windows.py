@@ -83,6 +83,14 @@ class Bucket:
                 self._derived[space, time] = _neighbours(self.cells, space, time, self.index.device)
         return self._derived[space, time]
 
+    def places(self) -> Tensor:
+        """``cells`` on the device; made once."""
+        assert self.cells is not None  # a bucket with neighbours
+        if "places" not in self._derived:
+            cells = self.cells if isinstance(self.cells, Tensor) else torch.from_numpy(self.cells)
+            self._derived["places"] = cells.to(self.index.device)
+        return self._derived["places"]
+
     @property
     def keys(self) -> Tensor | None:
         """Bool (W, N), ``present`` as a softmax can take it: a window without any token has all its slots for keys."""

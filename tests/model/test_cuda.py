@@ -4,12 +4,14 @@ import pytest
 import torch
 from torch.optim import AdamW
 
-from neurostorm.model.scan import CHUNK_TOKENS, ScanInputs, triton_applies_to
-from neurostorm.model.strd import StrdConfig
+from neurostorm.model import scan, strd
+from neurostorm.model.scan import CHUNK_TOKENS, ScanInputs
+from neurostorm.model.strd import StageDropout, StrdConfig, drop_probability, fused_attention
 from neurostorm.model.swin4d import compile_blocks
-from neurostorm.model.windows import take_rows
+from neurostorm.model.windows import Bucket, take_rows
 from tests.model.test_light import FRAMES, MIXERS, build, patches_of
-from tests.model.test_scan import problem, scan
+from tests.model.test_scan import problem
+from tests.model.test_scan import scan as outcome_of_scan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -52,12 +54,93 @@ def test_cuda_computes_what_a_cpu_does(mixer, decoder):
 @pytest.mark.parametrize(("tokens", "windows", "channels"), [(256, 5, 96), (37, 3, 72), (16, 1, 384), (3, 2, 7)])
 def test_the_scan_in_triton_equals_the_one_in_torch(tokens, windows, channels):
     inputs, dy = problem(tokens, windows, channels, 16)
-    expected = scan(inputs, dy, CHUNK_TOKENS)
+    expected = outcome_of_scan(inputs, dy, CHUNK_TOKENS)
     narrow = ScanInputs(*(tensor.float().cuda() for tensor in inputs))
-    assert triton_applies_to(narrow.u, 16)
-    found = scan(narrow, dy.float().cuda(), CHUNK_TOKENS)
+    assert scan.triton_applies_to(narrow.u, 16)
+    found = outcome_of_scan(narrow, dy.float().cuda(), CHUNK_TOKENS)
     for one, other in zip((*found[:2], *found[2]), (*expected[:2], *expected[2]), strict=True):
         assert (one.cpu() - other).abs().max() < 1e-5 * other.abs().max()
+
+
+def attention_problem(tokens, width, absent, dtype=torch.float32, windows=6, batch=2, heads=3):
+    """q, k, v as views of one projection, and a bucket of windows with some of the cells of a box (8, 8, 8, 8)."""
+    generator = torch.Generator().manual_seed(0)
+    place = [torch.randperm(600, generator=generator)[:tokens].sort().values for _ in range(windows)]
+    cells = torch.stack(torch.unravel_index(torch.stack(place), (3, 5, 5, 8)), -1).short().cuda()
+    present = None
+    if absent:
+        count = torch.randint(0, tokens + 1, (windows, 1), generator=generator)
+        count[0] = 0
+        present = (torch.arange(tokens) < count).cuda()
+    qkv = 1.5 * torch.randn(batch * windows, tokens, 3, heads, width, generator=generator)
+    q, k, v = qkv.cuda().to(dtype).permute(2, 0, 3, 1, 4).unbind(0)
+    index = torch.zeros(windows, tokens, dtype=torch.long, device="cuda")
+    return q, k, v, Bucket(index, cells, present, may_be_empty=absent)
+
+
+def drawn_elements(q, k, bucket, reach, seed):
+    """A * keep of the kernel (windows, heads, N, N): what it makes of the columns of the identity."""
+    parts = []
+    for columns in torch.eye(q.shape[2], device="cuda").split(q.shape[3], 1):
+        v = torch.zeros_like(q)
+        v[..., : columns.shape[1]] = columns
+        torch.manual_seed(seed)
+        parts.append(fused_attention(q, k, v, bucket.places(), reach, bucket.present)[0][..., : columns.shape[1]])
+    return torch.cat(parts, -1)
+
+
+@pytest.mark.parametrize("absent", [False, True])
+@pytest.mark.parametrize(("tokens", "width"), [(256, 12), (256, 32), (100, 16), (37, 12), (16, 32), (5, 4)])
+def test_fused_redundancy_attention_equals_the_formula_with_the_same_drops(tokens, width, absent):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    q, k, v, bucket = attention_problem(tokens, width, absent)
+    assert strd.triton_applies_to(q, k, v)
+    everywhere = torch.ones(len(q), tokens, dtype=torch.bool, device="cuda")
+    present = everywhere if bucket.present is None else bucket.present.repeat(2, 1)
+    some = present.any(1)[:, None, None, None]
+    for reach in ((0, 0), (2, 2)):
+        near = bucket.neighbours(2 * reach[0] + 1, 2 * reach[1] + 1)
+        space, time = (table.unsqueeze(1) for table in strd._patterns(near, near.pattern.repeat(2), present))
+        wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+        affinity = strd._affinity(*wide[:2], present[:, None]) * some
+        chance = drop_probability(affinity.detach(), space, time)
+        live = affinity > 1e-30
+        keep = (drawn_elements(q, k, bucket, reach, 1) > 0) | ~live
+        count, expected = (~keep).sum(), chance[live].sum()
+        assert (count - expected).abs() <= 5 * (chance * (1 - chance))[live].sum().sqrt()
+        assert (chance[~keep] > 0).all()
+
+        narrow = [x.detach().requires_grad_() for x in (q, k, v)]
+        torch.manual_seed(1)
+        out, dropped = fused_attention(*narrow, bucket.places(), reach, bucket.present)
+        weight = torch.randn_like(out) * present[:, None, :, None]
+        grads = torch.autograd.grad((out * weight).sum(), narrow)
+        plain = (affinity * keep) @ wide[2]
+        expected = torch.autograd.grad((plain * weight).sum(), wide)
+        assert dropped == count and out.isfinite().all()
+        for ours, theirs in zip((out, *grads), (plain, *expected), strict=True):
+            assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_the_seed_decides_what_fused_redundancy_attention_drops():
+    q, k, _, bucket = attention_problem(64, 12, True)
+    one, same, other = (drawn_elements(q, k, bucket, (2, 2), seed) for seed in (1, 1, 2))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_fused_redundancy_attention_in_bfloat16_follows_float32():
+    q, k, v, bucket = attention_problem(256, 12, True, torch.bfloat16)
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        stage = StageDropout(StrdConfig(True))
+        torch.manual_seed(1)
+        out = stage.attend(*inputs, bucket)
+        out.float().square().sum().backward()
+        results.append([out.detach(), *(x.grad for x in inputs), stage.rate()])
+    for exact, rough in zip(*results, strict=True):
+        assert (rough - exact).norm() < 0.02 * exact.norm()
+    assert 0 < results[0][-1] < 0.2
 
 
 @pytest.mark.parametrize("rows", [5, 500])
@@ -81,10 +164,10 @@ def test_compiled_blocks_compute_the_same(mixer):
         assert distance(outcome(model, "cuda", mask), before) < 1e-3
 
 
-@pytest.mark.parametrize("strd", [False, True])
+@pytest.mark.parametrize(("drops", "rate"), [(False, None), (True, 0.1), (True, None)])
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_the_host_waits_for_nothing_in_a_step(mixer, strd):
-    model = build(mixer, strd=StrdConfig(strd, 3, 3, rate=0.1)).cuda().train()
+def test_the_host_waits_for_nothing_in_a_step(mixer, drops, rate):
+    model = build(mixer, strd=StrdConfig(drops, 3, 3, rate=rate)).cuda().train()
     optimizer = AdamW(model.parameters(), fused=True)
     patches = patches_of(model).cuda()
 

@@ -7,7 +7,7 @@ import importlib.util, pkgutil, sys
 import neurostorm.model as package
 names = {module.name for module in pkgutil.iter_modules(package.__path__)}
 if importlib.util.find_spec("triton") is None:  # comes with torch's builds for GPUs
-    names.remove("scan_triton")
+    names -= {"scan_triton", "strd_triton"}
 for name in names:
     importlib.import_module("neurostorm.model." + name)
 print(len(names), *{name.split(".")[0] for name in sys.modules})

@@ -1,4 +1,4 @@
-"""Two ranks train, stop and go on: what the loop charges to the account of the run's time."""
+"""A run trains, stops and goes on: what the loop charges to the account of its time."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ from neurostorm.train.goodput import ACCOUNT
 STEPS = 6
 SETTINGS = {
     "train": {"max_steps": STEPS, "log_every": 2, "validate_every": 100}, "checkpoint": {"every": 4},
-    "tracking": {"pictures": False},
+    "tracking": {"pictures": False}, "scale": {"workers": 1},
 }  # fmt: skip
 
 
