@@ -9,10 +9,12 @@ The neighbourhoods are those of the window a block really uses, so they shrink w
 nominal window. The scores take no gradient: they only parameterise the Bernoulli draw. Absent slots of a window are
 nobody's keys and nobody's neighbours, and no element of theirs is dropped or counted.
 
-On a GPU the attention form with the scores as they are is one kernel (``strd_triton.py``), where Triton is found.
+On a GPU the attention form with the scores as they are is one kernel (``strd_triton.py``), where Triton is found;
+NEUROSTORM_STRD=torch in the environment switches it off.
 """
 
 import importlib.util
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -26,6 +28,7 @@ from neurostorm.model.windows import Bucket, Neighbours
 _EPSILON = 1e-8
 _CORRECTIONS = 4  # of the calibration
 _LARGEST_STEP = 4.0  # of a correction, in log c
+SWITCH = "NEUROSTORM_STRD"
 _FUSED_TOKENS, _FUSED_BYTES = 256, 128  # most tokens of a window, and bytes of a head's token, that the kernel takes
 
 
@@ -262,7 +265,7 @@ def triton_applies_to(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 @lru_cache(maxsize=1)
 def _triton_is_there() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return os.environ.get(SWITCH) != "torch" and importlib.util.find_spec("triton") is not None
 
 
 @torch.compiler.disable
