@@ -2,7 +2,7 @@
 
 Several runs follow one another. MEETING is a file, not there yet, through which the ranks find each other. The clips of
 a run's poisoned step hold infinite values on rank 0, and those of two steps before it do so at the first try alone; -1
-poisons none. With LAST a run ends with the checkpoint of as many steps.
+poisons none. The last validation is kept in RUN/final.json. With LAST a run ends with the checkpoint of as many steps.
 """
 
 import json
@@ -18,6 +18,7 @@ import yaml
 from neurostorm.config import Config
 from neurostorm.data.clips import ClipBatch
 from neurostorm.data.corpus import open_corpus
+from neurostorm.places import replace
 from neurostorm.tracking import Tracker
 from neurostorm.train.build import assemble, export
 from neurostorm.train.goodput import Account
@@ -47,7 +48,7 @@ def train(config: Config, rank: int, workers: int, poison: int, last: int | None
         leave_after(loop, last)
     final = loop.run()
     if rank == 0:
-        (config.run.folder / "final.json").write_text(json.dumps(final))
+        replace(config.run.folder / "final.json", json.dumps(final).encode())
     export(loop, corpus, config.run.folder / "model")
 
 
