@@ -40,7 +40,7 @@ SETTINGS = {
     },
     "mask": {"kind": "window-tube", "window": (2, 2, 2, 2)},
     "strd": {"enabled": True, "rate": 0.1},
-    "train": {"global_batch": 2, "epochs": EPOCHS, "validate_every": 100, "lr": 1e-2},
+    "train": {"global_batch": 2, "epochs": EPOCHS, "validate_every": 100, "lr": 3e-3},
     "checkpoint": {"every": EVERY}, "augment": {"enabled": True},
     "scale": {"collective_timeout_s": 120, "min_collective_timeout_s": 20},
     "tracking": {"clip_ledger": True, "pictures": False},
@@ -113,8 +113,9 @@ def test_struck_by_many_faults_it_ends_like_its_untouched_twin(ball_config, scen
 
 
 def check_learning(config: Config, losses: list[float]) -> None:
-    """It learned, and what it saved is what was asked for."""
-    assert sum(losses[-12:]) < 0.9 * sum(losses[:12]), losses
+    """It learned, on the same clips in the first epoch and the last; what it saved is what was asked for."""
+    epoch = CLIPS // 2
+    assert sum(losses[-epoch:]) < 0.95 * sum(losses[:epoch]), losses
     saved = load_pretrained(config.run.folder / "model")
     assert (saved.config.mixer, saved.config.tokens, saved.decoder) == ("mamba", "brain", "light")
     assert saved.strd_config.rate == 0.1 and saved.mask_config.kind == "window-tube"
