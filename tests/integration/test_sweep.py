@@ -113,7 +113,7 @@ def children(sweep: Sweep) -> tuple[Any, list[Any]]:
 
 def test_a_killed_sweep_goes_on_and_failures_stay_with_their_trials(sweep: Sweep) -> None:
     process, log = sweep.start()
-    end_s = time.monotonic() + 200
+    end_s = time.monotonic() + 500
     while len(sweep.done()) < 4:
         assert process.poll() is None and time.monotonic() < end_s, log.read_text()[-4000:]
         time.sleep(0.05)
@@ -122,7 +122,7 @@ def test_a_killed_sweep_goes_on_and_failures_stay_with_their_trials(sweep: Sweep
     assert 4 <= len(before) < TRIALS
 
     process, log = sweep.start()
-    status, said = process.wait(timeout=300), log.read_text()
+    status, said = process.wait(timeout=600), log.read_text()
     assert status == 1, said[-4000:]
     assert f"{TRIALS} trials, {len(before)} done before, {TRIALS - len(before)} to run" in said
     after = sweep.done()
