@@ -15,8 +15,11 @@ checkpoint found damaged then is marked as such, so that all who look after that
 masks and dropout follow from (seed, step), so no generator state needs saving.
 """
 
+import errno
 import json
 import logging
+import os
+import shutil
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -32,6 +35,7 @@ logger = logging.getLogger(__name__)
 MARKER = "COMMITTED"
 TRAINER = "trainer.json"
 _PREFIX = "step-"
+_FULL_BYTES = 16 << 20  # free on a disk on which a shard found no room
 
 Fingerprint = list[int]  # size in bytes, CRC-32
 Gather = Callable[[Any], list[Any]]
@@ -94,13 +98,18 @@ def save(
 
     write_shards  saves this rank's part into the local folder it is given (a collective of the engine)
     gather        gives every rank's value, in order, once all ranks have called it
+
+    CheckpointError when there is no room for the shards: torch itself says only that a write failed.
     """
     path = folder / f"{_PREFIX}{step:08d}"
     if rank == 0:
         _remove(path)  # an uncommitted rest of a killed run
     gather(None)
     with outgoing(path) as own:
-        write_shards(own)
+        try:
+            write_shards(own)
+        except (OSError, RuntimeError) as error:
+            raise _unwritten(path, own, error) from error
         written = {name: _fingerprint(own / name) for name, _ in files_below(own)}
     of_ranks = gather(written)
     if rank == 0:
@@ -162,6 +171,17 @@ def _commit(path: Place, trainer: dict[str, Any], of_ranks: list[dict[str, Finge
     if problem:
         raise CheckpointError(f"{path}: {problem}: run.output must be one place for all workers")
     Marker(files, [sorted(written) for written in of_ranks]).write(path)
+
+
+def _unwritten(path: Place, own: Path, error: Exception) -> Exception:
+    """What to raise when shards could not be written: in words where the disk is full, else the error as it is."""
+    free_bytes = shutil.disk_usage(own).free
+    if free_bytes > _FULL_BYTES:
+        return error
+    return CheckpointError(
+        f"{path} cannot be written: {os.strerror(errno.ENOSPC)} at {own}, {free_bytes / 1e6:.1f} MB are free; make "
+        "room and start the same command again: it goes on from the newest committed checkpoint"
+    )
 
 
 def _problem(path: Place) -> str | None:

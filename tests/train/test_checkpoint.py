@@ -2,6 +2,7 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 
@@ -142,6 +143,21 @@ def test_a_save_that_fails_while_writing_commits_nothing(two):
     assert not list((two / "step-00000150").iterdir()), "half a shard is no file of the checkpoint"
     assert checkpoint.newest(two).step == 100
     assert len(steps_in(two)) == 3, "nothing is pruned for a checkpoint that is not there"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("file write failed")])
+def test_a_full_disk_is_named(error, two, monkeypatch):
+    """On a disk with room the error is the engine's own."""
+
+    def fail(_):
+        raise error
+
+    with pytest.raises(type(error), match=str(error.args[-1])):
+        save(two, 150, write_shards=fail)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=3 << 20))
+    with pytest.raises(CheckpointError, match=r"step-00000150 cannot be written: No space left on device.*3\.1 MB"):
+        save(two, 150, write_shards=fail)
+    assert checkpoint.newest(two).step == 100
 
 
 def test_nothing_is_committed_before_all_ranks_have_written(two):
