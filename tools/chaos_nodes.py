@@ -71,7 +71,7 @@ def family(node: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 
 def with_nodes(scene: Scene) -> Callable[[], None]:
-    """Three nodes."""
+    """Starts them."""
     assert isinstance(scene, NodesScene)
     scene.nodes = RayNodes(scene.setting.folder / f"n{len(list(scene.setting.folder.iterdir()))}")
     token = (scene.nodes.folder / "token").read_text()

@@ -77,6 +77,7 @@ class Scene:
     problems: list[str] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
     struck_s: float = 0.0
+    back_s: float | None = None
     reached: int = 0
     server: Any = None  # the tracking server, if the fault has one
 
@@ -106,7 +107,8 @@ class Scene:
 
     def struck(self, goes_on: bool = False, at_s: float | None = None) -> None:
         """Notes that the fault struck, now or `at_s`; the run stands, unless it `goes_on`."""
-        self.struck_s, self.reached = time.monotonic() if at_s is None else at_s, self.job.reached()
+        self.struck_s, self.back_s = time.monotonic() if at_s is None else at_s, None
+        self.reached = self.job.reached()
         while not goes_on:
             time.sleep(STILL_S)
             before, self.reached = self.reached, self.job.reached()
@@ -114,9 +116,11 @@ class Scene:
                 return
 
     def back(self) -> float:
-        """Seconds from the fault to the first step beyond those that were done when it struck."""
-        self.job.wait_for(lambda: self.job.reached() > self.reached, f"step {self.reached + 1}", timeout_s=400)
-        return time.monotonic() - self.struck_s
+        """Seconds from the fault to the first step beyond those that were done when it struck; waits for it once."""
+        if self.back_s is None:
+            self.job.wait_for(lambda: self.job.reached() > self.reached, f"step {self.reached + 1}", timeout_s=400)
+            self.back_s = time.monotonic() - self.struck_s
+        return self.back_s
 
     def note(self, holds: bool, problem: str) -> None:
         """Keeps `problem` unless what is expected holds."""

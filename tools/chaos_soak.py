@@ -3,7 +3,7 @@
     run:   start -- worker -- nan -- driver -- hang -- corrupt -- ... -- killed when the time is over, at step N
     twin:  start --------------------------------> killed at step N: the same losses? how fast is it?
 
-Useful steps are those that count in the end, however often they were done. `of the time` are the run's useful steps per
+Useful steps are those that count in the end, however often they were done. The share is the run's useful steps per
 second of wall time, first start-up included, over the twin's steps per second from its first step to its last.
 """
 
@@ -55,8 +55,9 @@ def soak(setting: Setting, minutes: float, seed: int, kinds: Sequence[str] | Non
         steps, wall_s = scene.job.steps(), time.monotonic() - began_s
     finally:
         scene.close()
-    words = {step: word for step, word in scene.words().items() if step <= max(steps)}
-    rate, expected = twin_of(scene, max(steps, default=0) + 1)
+    last = max(steps, default=0)  # of which the other rank may not have written yet
+    words = {step: word for step, word in scene.words().items() if step < last}
+    rate, expected = twin_of(scene, last)
     problems += scene.problems + clip_problems(expected, words) + loss_problems(expected, words)
     useful = len(set(steps))
     result = {

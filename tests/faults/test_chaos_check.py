@@ -5,6 +5,7 @@ import itertools
 import math
 import random
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from chaos_check import Outcome, clip_problems, loss_error, loss_problems, replays, table
 from chaos_faults import flip
-from chaos_scene import EVERY
+from chaos_scene import EVERY, Scene
 
 TWIN = {step: (1.0 / (step + 1), [2 * step, 2 * step + 1]) for step in range(6)}
 HOOK = Path(chaos.__file__).parent / "chaos_hook" / "sitecustomize.py"
@@ -130,3 +131,22 @@ def test_one_training_step_is_poisoned_and_only_one(tmp_path, monkeypatch):
     assert model.eval().forward_patches(one).loss == 1
     assert model.train().forward_patches(one).loss.isnan()
     assert model.forward_patches(one).loss == 1
+
+
+def test_the_way_back_is_timed_once_from_the_fault_to_a_step_that_was_not_done_before(monkeypatch):
+    class Job:
+        done = iter([[0, 1, 2], [0, 1, 2], [0, 1, 2, 1, 2], [0, 1, 2, 1, 2, 3]])
+
+        def reached(self):
+            return max(next(self.done)) + 1
+
+        def wait_for(self, condition, what, timeout_s):
+            while not condition():
+                pass
+
+    monkeypatch.setattr("chaos_scene.STILL_S", 0.0)
+    scene = Scene(None, None, random.Random(0), jobs=[Job()])
+    scene.struck(at_s=time.monotonic() - 5.0)
+    assert scene.reached == 3
+    first = scene.back()
+    assert 5.0 <= first < 6.0 and scene.back() == first and next(Job.done, None) is None
