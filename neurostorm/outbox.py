@@ -9,6 +9,7 @@ A call that the server refuses (a bad name, say) would be refused again: its err
 """
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -42,15 +43,18 @@ class Outbox:
             self._waiting.append(call)
             self._changed.notify_all()
 
-    def flush(self, patience_s: float | None = None) -> int:
+    def flush(self, within_s: float = math.inf) -> int:
         """Waits until all calls are made; returns how many are not, as the server was away for `patience_s`.
 
-        patience_s  for this time alone
+        within_s  it waits no longer, whether or not the server is known to be away: a call may try for minutes
         """
-        patience_s = self._patience_s if patience_s is None else patience_s
+        end_s = time.monotonic() + within_s
         with self._changed:
-            while self._waiting and not self._refused and self._away_s() <= patience_s:
-                self._changed.wait(self._pause_s)
+            while self._waiting and not self._refused and self._away_s() <= self._patience_s:
+                left_s = end_s - time.monotonic()
+                if left_s <= 0:
+                    break
+                self._changed.wait(min(self._pause_s, left_s))
             self._raise_refused()
             return len(self._waiting)
 

@@ -27,6 +27,7 @@ from neurostorm.staging import fetched
 _SQLITE = "sqlite:///"
 RUN_FILE = "mlflow.json"  # in a run's folder: the id of its MLflow run, and the server
 _PARAMETERS_PER_CALL = 100  # MLflow takes no more
+_FAREWELL_S = 5.0  # that a run which failed waits for its server
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
@@ -134,7 +135,7 @@ class Tracker:
         else:  # a run that failed is to start again soon, whether or not the server hears of it
             self._send(lambda: self._client.set_terminated(self.run_id, status))
             if self._outbox is not None:
-                self._outbox.flush(patience_s=0.0)
+                self._outbox.flush(within_s=_FAREWELL_S)
 
     def _send(self, call: Callable[[], object]) -> None:
         if self._outbox is None:

@@ -77,3 +77,13 @@ def test_what_the_server_refuses_is_raised_and_not_sent_again():
     outbox.put(server.call("good"))
     assert outbox.flush() == 0
     assert server.heard == ["good"]
+
+
+def test_flush_within_a_time_does_not_wait_for_a_call_that_tries_for_minutes():
+    server, outbox, answer = Server(), box(), threading.Event()
+    outbox.put(answer.wait)  # neither done nor failed
+    outbox.put(server.call("after"))
+    assert outbox.flush(within_s=0.05) == 2
+    answer.set()
+    assert outbox.flush() == 0
+    assert server.heard == ["after"]
