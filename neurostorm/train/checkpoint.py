@@ -3,15 +3,18 @@
     checkpoints/step-00000050/state/...      every rank's DeepSpeed shards
                               trainer.json   step, configuration, MLflow run, code revision, workers
                               COMMITTED      size and CRC-32 of every other file, and which rank wrote it; written last
+                copy-00000050/...            the same again, of the newest alone
 
     save:     each rank writes to a folder of its own, takes its files' sizes and CRCs, and puts them in their place
-              -> gathered -> rank 0: all there? -> trainer.json -> COMMITTED -> old ones removed
+              -> gathered -> rank 0: all there? -> trainer.json -> COMMITTED -> each rank copies its files -> COMMITTED
+              -> old ones removed
     restore:  rank 0 chooses the newest -> each rank fetches its own files and rank 0's, checks them -> loads
               (the files of all ranks, if there are more or fewer of them now)
 
 `newest` is the highest step whose marker is there and whose files are what the marker says; a broken one is passed
-over with a warning. In an object store it compares sizes only; CRCs are checked of what a rank has fetched, and a
-checkpoint found damaged then is marked as such, so that all who look after that agree on the one before. Clip order,
+over with a warning for its copy, or else for the one before. An object store holds several copies of its own and is
+given one. In an object store it compares sizes only; CRCs are checked of what a rank has fetched, and a
+checkpoint found damaged then is marked as such, so that all who look after that agree on what is next. Clip order,
 masks and dropout follow from (seed, step), so no generator state needs saving.
 """
 
@@ -27,14 +30,14 @@ from pathlib import Path
 from typing import Any
 
 from neurostorm.object_store import PlaceError
-from neurostorm.places import Place, files_below, inside, remove_tree, replace
+from neurostorm.places import Place, copy_files, files_below, inside, remove_tree, replace
 from neurostorm.staging import fetched, outgoing
 
 logger = logging.getLogger(__name__)
 
 MARKER = "COMMITTED"
 TRAINER = "trainer.json"
-_PREFIX = "step-"
+_PREFIX, _COPY = "step-", "copy-"
 _FULL_BYTES = 16 << 20  # free on a disk on which a shard found no room
 
 Fingerprint = list[int]  # size in bytes, CRC-32
@@ -114,6 +117,10 @@ def save(
     of_ranks = gather(written)
     if rank == 0:
         _commit(path, {"step": step, **trainer}, of_ranks)
+    gather(None)
+    if isinstance(path, Path):
+        _copy(path, [*written, *([TRAINER] if rank == 0 else [])], gather=gather, rank=rank)
+    if rank == 0:
         _prune(folder, path.name, keep)
     gather(None)
 
@@ -142,7 +149,7 @@ def restore(chosen: Checkpoint, load: Callable[[Path], None], *, gather: Gather,
 
     Raises:
         CheckpointError: on all ranks, when one of them found its files damaged. From then on the checkpoint is passed
-            over, so that the next start (Ray Train makes one by itself) resumes from the one before.
+            over, so that the next start (Ray Train makes one by itself) resumes from its copy or the one before.
     """
     workers, marker = len(gather(None)), Marker.read(chosen.path)
     parts = [marker.ranks[0], marker.ranks[rank]] if len(marker.ranks) == workers else marker.ranks
@@ -154,7 +161,7 @@ def restore(chosen: Checkpoint, load: Callable[[Path], None], *, gather: Gather,
             return
     if rank == 0:
         Marker(marker.files, marker.ranks, broken=problems[0]).write(chosen.path)
-    raise CheckpointError(f"{chosen.path}: {problems[0]}; start again to resume from the checkpoint before it")
+    raise CheckpointError(f"{chosen.path}: {problems[0]}; start again to resume from its copy or the one before it")
 
 
 def is_begun(folder: Place) -> bool:
@@ -171,6 +178,21 @@ def _commit(path: Place, trainer: dict[str, Any], of_ranks: list[dict[str, Finge
     if problem:
         raise CheckpointError(f"{path}: {problem}: run.output must be one place for all workers")
     Marker(files, [sorted(written) for written in of_ranks]).write(path)
+
+
+def _copy(path: Path, own: list[str], *, gather: Gather, rank: int) -> None:
+    """Writes the committed checkpoint at `path` once more, each rank its `own` files, and commits that."""
+    copy = path.with_name(path.name.replace(_PREFIX, _COPY))
+    if rank == 0:
+        _remove(copy)
+    gather(None)
+    try:
+        copy_files(path, copy, own)
+    except OSError as error:
+        raise _unwritten(copy, path, error) from error
+    gather(None)
+    if rank == 0:  # the marker of what was written first: a copy of a file damaged since then does not count either
+        Marker.read(path).write(copy)
 
 
 def _unwritten(path: Place, own: Path, error: Exception) -> Exception:
@@ -231,10 +253,11 @@ def _fingerprint(path: Path) -> Fingerprint:
     return [size_bytes, crc]
 
 
-def _steps(folder: Place) -> list[Place]:
-    """The checkpoints that are there, committed or not, by step."""
+def _steps(folder: Place, prefixes: tuple[str, ...] = (_COPY, _PREFIX)) -> list[Place]:
+    """The checkpoints that are there, committed or not, by step, each one after its copy."""
     found: Iterable[Place] = folder.iterdir() if folder.is_dir() else ()
-    return sorted((path for path in found if path.name.startswith(_PREFIX)), key=lambda path: path.name)
+    named = (path for path in found if path.name.startswith(prefixes))
+    return sorted(named, key=lambda path: (path.name.rpartition("-")[2], path.name))
 
 
 def _remove(path: Place) -> None:
@@ -244,7 +267,11 @@ def _remove(path: Place) -> None:
 
 
 def _prune(folder: Place, last: str, keep: int) -> None:
-    """Removes all but the `keep` newest committed checkpoints up to `last`; a later one can only be broken."""
-    committed = [path for path in _steps(folder) if path.name <= last and (path / MARKER).is_file()]
-    for path in committed[:-keep]:
+    """Removes all but the `keep` newest committed checkpoints up to `last`; a later one can only be broken.
+
+    Copies go, but for that of `last`.
+    """
+    steps, copies = _steps(folder, (_PREFIX,)), _steps(folder, (_COPY,))
+    committed = [path for path in steps if path.name <= last and (path / MARKER).is_file()]
+    for path in (*committed[:-keep], *(path for path in copies if path.name != last.replace(_PREFIX, _COPY))):
         _remove(path)

@@ -158,7 +158,7 @@ class Engine:
         except pickle.UnpicklingError as error:
             raise RuntimeError(
                 f"{folder}: refused, a file holds more than tensors and plain values, so this run did not write it; "
-                f"remove the checkpoint to resume from the one before. ({str(error).splitlines()[0]})"
+                f"remove the checkpoint and its copy to resume from the one before. ({str(error).splitlines()[0]})"
             ) from error
 
     def _load(self, folder: Path) -> None:

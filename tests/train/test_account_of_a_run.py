@@ -24,7 +24,8 @@ def test_steps_that_a_resumed_run_does_again_are_no_useful_ones(ball_config, run
     done = {"step", "wait", "checkpoint", "validation", "startup", "log"}
     assert {part for part, spent_ns in first["spent_ns"].items() if spent_ns} == done
 
-    shutil.rmtree(config.run.folder / "checkpoints" / "step-00000006")  # as if it had been killed before this was saved
+    for name in ("step-00000006", "copy-00000006"):  # as if it had been killed before this was saved
+        shutil.rmtree(config.run.folder / "checkpoints" / name)
     run_ranks([config], [-1])
     second = account(config)
     assert second["reached"] == STEPS

@@ -90,35 +90,37 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(("name", "damage", "words"), DAMAGES)
-def test_a_broken_checkpoint_is_passed_over_with_a_warning_for_the_next_older(name, damage, words, two, caplog):
-    damage(two / "step-00000100" / name)
+def test_a_broken_checkpoint_is_passed_over_with_a_warning_for_its_copy_and_then_for_the_next_older(name, damage, words, two, caplog):
+    whole = {file.name: file.read_bytes() for file in (two / "step-00000100").rglob("*") if file.is_file()}
     with caplog.at_level(logging.WARNING, "neurostorm.train.checkpoint"):
-        found = checkpoint.newest(two)
-    assert found.step == 50
-    (record,) = caplog.records
-    assert "step-00000100" in record.getMessage()
-    assert words in record.getMessage()
+        for path, then in (("step-00000100", (100, "copy-00000100")), ("copy-00000100", (50, "step-00000050"))):
+            damage(two / path / name)
+            found = checkpoint.newest(two)
+            assert (found.step, found.path.name) == then
+            assert path in caplog.messages[-1] and words in caplog.messages[-1]
+            if then[0] == 100:
+                assert {file.name: file.read_bytes() for file in found.path.rglob("*") if file.is_file()} == whole
 
 
 def test_when_all_are_broken_there_is_none(two, caplog):
-    for step in ("step-00000050", "step-00000100"):
+    for step in ("step-00000050", "step-00000100", "copy-00000100"):
         flip(two / step / "state" / "rank-0.bin")
     assert checkpoint.newest(two) is None
-    assert len(caplog.records) == 2
+    assert len(caplog.records) == 3
 
 
 def test_only_the_newest_committed_ones_stay(folder):
     for step in range(10, 60, 10):
         save(folder, step, keep=2)
         assert checkpoint.newest(folder).step == step
-    assert steps_in(folder) == ["step-00000040", "step-00000050"]
+    assert steps_in(folder) == ["copy-00000050", "step-00000040", "step-00000050"]
 
 
 def test_an_uncommitted_folder_neither_counts_as_kept_nor_is_it_removed(folder):
     save(folder, 10, keep=2)
     (folder / "step-00000015").mkdir()  # perhaps another start is writing it
     save(folder, 20, keep=2)
-    assert steps_in(folder) == ["step-00000010", "step-00000015", "step-00000020"]
+    assert steps_in(folder) == ["copy-00000020", "step-00000010", "step-00000015", "step-00000020"]
 
 
 def test_what_an_interrupted_save_of_the_same_step_left_is_replaced(folder):
@@ -142,7 +144,7 @@ def test_a_save_that_fails_while_writing_commits_nothing(two):
         save(two, 150, write_shards=full_disk, keep=1)
     assert not list((two / "step-00000150").iterdir()), "half a shard is no file of the checkpoint"
     assert checkpoint.newest(two).step == 100
-    assert len(steps_in(two)) == 3, "nothing is pruned for a checkpoint that is not there"
+    assert len(steps_in(two)) == 4, "nothing is pruned for a checkpoint that is not there"
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("file write failed")])
@@ -185,7 +187,48 @@ def test_the_marker_is_the_last_file_to_appear(folder, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "replace", watched)
     save(folder, 10)
-    assert appeared == [("trainer.json", ["rank-0.bin"]), ("COMMITTED", ["rank-0.bin", "trainer.json"])]
+    once = [("trainer.json", ["rank-0.bin"]), ("COMMITTED", ["rank-0.bin", "trainer.json"])]
+    assert appeared == [*once, ("COMMITTED", ["rank-0.bin", "trainer.json"])]  # the copy's files are not made by it
+
+
+def test_a_copy_counts_only_when_all_ranks_have_made_their_part(folder, ranks):
+    def work(rank, gather):
+        calls = iter(range(99))
+
+        def dies(value):
+            if rank == 1 and next(calls) == 4:  # its part of the copy is made, which the other rank never hears
+                raise RuntimeError("a rank died")
+            return gather(value)
+
+        save(folder, 10, write_shards=shard(f"rank {rank}", f"rank-{rank}.bin"), gather=dies, rank=rank)
+
+    assert "a rank died" in str(ranks(2, work)[1])
+    assert checkpoint.newest(folder).path.name == "step-00000010"
+    assert not (folder / "copy-00000010" / "COMMITTED").exists()
+
+
+def test_a_full_disk_under_the_copy_is_named_and_the_checkpoint_stays(two, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "copy_files", fail)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=3 << 20))
+    with pytest.raises(CheckpointError, match=r"copy-00000150 cannot be written: No space left on device"):
+        save(two, 150, keep=1)
+    assert checkpoint.newest(two).step == 150
+    assert steps_in(two)[:2] == ["copy-00000100", "step-00000050"]
+
+
+def test_a_file_damaged_before_it_was_copied_makes_no_good_copy(two, monkeypatch):
+    copy_files = checkpoint.copy_files
+
+    def late(source, target, names):
+        flip(source / "state" / "rank-0.bin")
+        copy_files(source, target, names)
+
+    monkeypatch.setattr(checkpoint, "copy_files", late)
+    save(two, 150)
+    assert checkpoint.newest(two).step == 100
 
 
 @pytest.fixture
@@ -223,7 +266,9 @@ def restore_two(ranks):
 def test_ranks_save_together_and_the_marker_covers_all_of_them(folder, save_two):
     save_two(folder, 10)
     assert checkpoint.newest(folder).step == 10
-    flip(folder / "step-00000010" / "state" / "rank-1.bin")
+    for path in ("step-00000010", "copy-00000010"):
+        assert len(list((folder / path / "state").iterdir())) == 2
+        flip(folder / path / "state" / "rank-1.bin")
     assert checkpoint.newest(folder) is None
 
 
@@ -234,6 +279,8 @@ def test_ranks_restore_together_what_they_saved(folder, save_two, restore_two):
     both = {"rank-0.bin": "rank 0", "rank-1.bin": "rank 1"}
     assert restore_two(folder) == [(20, both), (20, both)]
     flip(folder / "step-00000020" / "state" / "rank-1.bin")
+    assert restore_two(folder) == [(20, both), (20, both)]
+    flip(folder / "copy-00000020" / "state" / "rank-0.bin")
     assert restore_two(folder) == [(10, both), (10, both)]
 
 
@@ -264,14 +311,15 @@ def test_a_checkpoint_whose_files_other_ranks_do_not_see_is_not_committed(folder
 
 def test_ranks_above_zero_write_their_shard_only(folder):
     save(folder, 10, rank=1)
-    assert [path.name for path in (folder / "step-00000010").rglob("*") if path.is_file()] == ["rank-0.bin"]
+    for path in ("step-00000010", "copy-00000010"):
+        assert [file.name for file in (folder / path).rglob("*") if file.is_file()] == ["rank-0.bin"]
 
 
 def test_a_broken_later_checkpoint_costs_no_good_one_its_place(folder, caplog):
     for step in (10, 20, 30):
         save(folder, step)
-    flip(folder / "step-00000020" / "trainer.json")
-    flip(folder / "step-00000030" / "trainer.json")
+    for path in ("step-00000020", "step-00000030", "copy-00000030"):
+        flip(folder / path / "trainer.json")
     assert checkpoint.newest(folder).step == 10
     save(folder, 20, keep=1)
     assert checkpoint.newest(folder).step == 20, "the broken one of step 30 was kept in place of the new one"
