@@ -90,7 +90,7 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(("name", "damage", "words"), DAMAGES)
-def test_a_broken_checkpoint_is_passed_over_with_a_warning_for_its_copy_and_then_for_the_next_older(name, damage, words, two, caplog):
+def test_a_broken_checkpoint_is_passed_over_for_its_copy_and_then_the_next_older(name, damage, words, two, caplog):
     whole = {file.name: file.read_bytes() for file in (two / "step-00000100").rglob("*") if file.is_file()}
     with caplog.at_level(logging.WARNING, "neurostorm.train.checkpoint"):
         for path, then in (("step-00000100", (100, "copy-00000100")), ("copy-00000100", (50, "step-00000050"))):
