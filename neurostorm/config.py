@@ -301,10 +301,6 @@ class Config(Section):
         fewest = self.scale.min_workers or workers
         if fewest > workers:
             raise ValueError(f"scale.min_workers={fewest} is more than scale.workers={workers}")
-        if fewest < workers and self.train.zero_stage == 3:  # what DeepSpeed regroups of it trains on differently
-            raise ValueError(
-                "scale.min_workers: with train.zero_stage=3 the number of workers cannot change; use 1 or 2"
-            )
         unequal = [number for number in range(fewest, workers) if batch % number]
         if unequal:
             raise ValueError(

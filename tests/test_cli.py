@@ -50,10 +50,6 @@ def test_names_with_values_are_read_as_yaml(text):
         (["--train.micro_batch", "5"], ["train.micro_batch=5", "32"]),
         (["--workers", "4", "--scale.min_workers", "3"], ["train.global_batch=32", "3 workers", "a multiple of 12"]),
         (["--workers", "2", "--scale.min_workers", "4"], ["scale.min_workers=4", "scale.workers=2"]),
-        (
-            ["--workers", "2", "--scale.min_workers", "1", "--train.zero_stage", "3"],
-            ["scale.min_workers", "zero_stage=3"],
-        ),
         (["--model.heads", "5,6,12,24"], ["heads[0]=5", "36"]),
         (["--model.patch", "6,6,6,2"], ["patch[3]=2"]),
         (["--data.weights", "{hcp: -1}"], ["data.weights.hcp=-1", ">= 0"]),

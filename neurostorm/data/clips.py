@@ -7,6 +7,8 @@ Frames go from the file to their place in the batch and nowhere else. A clip tha
 data, of which the loss counts nothing, and is marked `bad`, so that the worker that gets it names and counts it.
 """
 
+from __future__ import annotations
+
 import logging
 import warnings
 from collections import deque
@@ -14,15 +16,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from neurostorm.data.reads import Read, plan_reads
 from neurostorm.store.layout import StoreError
 from neurostorm.store.reader import FrameStore
+
+if TYPE_CHECKING:  # Ray's reading tasks and its plan of them need no torch, which takes 2 s to load
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -48,15 +52,15 @@ class ClipBatch:
     shift: torch.Tensor | None = None
     fill: torch.Tensor | None = None
 
-    def part(self, first: int, count: int) -> "ClipBatch":
+    def part(self, first: int, count: int) -> ClipBatch:
         """Clips [first, first + count) as views."""
         return self.map(lambda values: values[first : first + count])
 
-    def to(self, device: torch.device) -> "ClipBatch":
+    def to(self, device: torch.device) -> ClipBatch:
         """The same clips on `device`, copied asynchronously where that is possible."""
         return self.map(lambda values: values.to(device, non_blocking=True))
 
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "ClipBatch":
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> ClipBatch:
         """`function` of every column that is there."""
         columns: dict[str, Any] = {name: function(values) for name, values in vars(self).items() if values is not None}
         return ClipBatch(**columns)
@@ -172,6 +176,8 @@ class ClipReader:
 
 def as_batch(columns: Columns) -> ClipBatch:
     """Columns as tensors that share their memory, which may be read-only (Ray's); nothing writes into a batch."""
+    import torch
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable.*")
         return ClipBatch(**{name: torch.from_numpy(values) for name, values in columns.items()})

@@ -18,9 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from nilearn.connectome import ConnectivityMeasure
 from numpy.typing import NDArray
-from sklearn.covariance import EmpiricalCovariance, LedoitWolf
 
 from neurostorm.downstream.parcels import Parcels, parcels_from_atlas, parcels_from_mask, region_means
 from neurostorm.places import Place, replace
@@ -39,7 +37,7 @@ class Connectivity:
     """A fitted measure, made by `fit_connectivity`."""
 
     kind: Kind
-    _measure: ConnectivityMeasure
+    _measure: Any  # ConnectivityMeasure of nilearn
 
     def transform(self, series: Sequence[Series]) -> NDArray[np.float32]:
         """Series (T_i, R) of N runs -> float32 (N, R, R), symmetric.
@@ -74,6 +72,9 @@ def fit_connectivity(train: Sequence[Series], kind: Kind) -> Connectivity:
     Raises:
         ValueError: an unknown kind; series as `Connectivity.transform` refuses them.
     """
+    from nilearn.connectome import ConnectivityMeasure  # here, as trials that look at no regions start 1 s earlier so
+    from sklearn.covariance import EmpiricalCovariance, LedoitWolf
+
     if kind not in get_args(Kind):
         raise ValueError(f"kind = {kind!r}: one of {', '.join(get_args(Kind))}")
     # Series come standardised, so their covariance is the correlation; nilearn's own would divide by the 0 of a region

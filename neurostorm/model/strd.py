@@ -268,7 +268,7 @@ def _triton_is_there() -> bool:
     return os.environ.get(SWITCH) != "torch" and importlib.util.find_spec("triton") is not None
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # torch.compiler.disable, which would import the compiler here and now, for everybody
 def fused_attention(
     q: Tensor, k: Tensor, v: Tensor, cells: Tensor, reach: tuple[int, int], present: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ autocast at every stage: bf16 parameters with stage 0 train wrongly in this Deep
 import math
 import os
 import pickle
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -60,10 +61,19 @@ def deepspeed_settings(train: TrainConfig, clips_per_worker: int, regroup: bool 
 
 
 def import_deepspeed() -> Any:
-    """deepspeed, prepared for the device: on the CPU its shared-memory op is not compiled (only inference needs it)."""
+    """deepspeed, prepared for the device: on the CPU its shared-memory op is not compiled (only inference needs it).
+
+    It would load MLflow, for an autotuner that nobody here starts: 2 s of every worker's start.
+    """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
+    modules: dict[str, Any] = sys.modules
+    hidden = modules.setdefault("mlflow", None) is None
+    try:
+        import deepspeed
+    finally:
+        if hidden:
+            del modules["mlflow"]
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
@@ -162,9 +172,22 @@ class Engine:
             ) from error
 
     def _load(self, folder: Path) -> None:
+        decays = [group["weight_decay"] for group in self._engine.optimizer.param_groups]
         path, _ = self._engine.load_checkpoint(str(folder), tag="state")
         if path is None:
             raise RuntimeError(f"{folder}: DeepSpeed found no state of this rank; was it saved with as many workers?")
+        if self._regroup and self._stage == 3:
+            self._part_groups(decays)
+
+    def _part_groups(self, decays: list[float]) -> None:
+        """Undoes what DeepSpeed does to groups that it regroups at stage 3.
+
+        It gives all of them the first one's weight decay, and one step counter, which each of them then advances.
+        """
+        for group, decay in zip(self._engine.optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+        for state in self._engine.optimizer.optimizer.state.values():
+            state["step"] = state["step"].clone()
 
     def full_weights(self) -> dict[str, torch.Tensor]:
         """The model's state dict with whole fp32 tensors on the CPU, at every stage; a collective call."""

@@ -72,11 +72,6 @@ def check(config: Config, corpus: Corpus) -> Plan:
             f"{newest.path} was trained with other settings: {'; '.join(different)}; "
             "take those settings again, or another run.name"
         )
-    if config.train.zero_stage == 3 and newest.workers != config.scale.workers:
-        raise ConfigError(
-            f"{newest.path} was saved by {newest.workers} workers and scale.workers={config.scale.workers}: with "
-            f"train.zero_stage=3 a run goes on with as many as before; use --scale.workers {newest.workers}"
-        )
     if newest.trainer["store_sha256"] != corpus.content_sha256:
         raise ConfigError(
             f"{newest.path} was trained on another content of {corpus.store.path}: runs were added or removed since, "

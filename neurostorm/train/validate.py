@@ -16,7 +16,6 @@ from neurostorm.config import Config
 from neurostorm.data.clips import ClipReader
 from neurostorm.data.device import ClipUnpacker, Patches
 from neurostorm.model.mae import MaeOutput, MaskedAutoencoder
-from neurostorm.pictures import reconstruction_figure
 from neurostorm.tracking import Tracker
 from neurostorm.train.engine import Engine
 from neurostorm.train.ranks import sum_over_ranks
@@ -83,6 +82,8 @@ class Validation:
         seen, masked, predicted, unseen = [self.model.to_volume(box)[0, 0, ..., frame].cpu().numpy() for box in boxes]
         store = self.reader.store
         unit = "z over time" if self.config.data.normalise == "voxel" else "z over the run"
+        from neurostorm.pictures import reconstruction_figure  # and with it matplotlib, which other ranks do not need
+
         return reconstruction_figure(
             seen,
             masked,

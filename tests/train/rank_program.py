@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -24,12 +25,17 @@ from neurostorm.train.build import assemble, export
 from neurostorm.train.goodput import Account
 
 
+class Left(Exception):
+    """A run that ended before its last step, as was asked for."""
+
+
 def main(paths: str, rank: int, workers: int, meeting: str, poisons: str, last: int | None = None) -> None:
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
     dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=workers)
     for path, poison in zip(paths.split(":"), poisons.split(":"), strict=True):
-        train(Config.model_validate(yaml.safe_load(Path(path).read_text())), rank, workers, int(poison), last)
+        with suppress(Left):
+            train(Config.model_validate(yaml.safe_load(Path(path).read_text())), rank, workers, int(poison), last)
 
 
 def train(config: Config, rank: int, workers: int, poison: int, last: int | None) -> None:
@@ -53,13 +59,13 @@ def train(config: Config, rank: int, workers: int, poison: int, last: int | None
 
 
 def leave_after(loop, step: int) -> None:
-    """Ends this process once the checkpoint of these finished steps is saved."""
+    """Ends the run once the checkpoint of these finished steps is saved."""
     save = loop.save
 
     def saved(done):
         save(done)
         if done == step:
-            raise SystemExit
+            raise Left
 
     loop.save = saved
 

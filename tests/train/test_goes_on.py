@@ -1,0 +1,97 @@
+"""Runs that stop and go on, without Ray: with another number of workers, and after steps that have to be done again.
+
+one worker:   whole, to its end      account, to its end, then without its last checkpoint
+two workers:  stage 1, stage 3, to step 2
+one worker:   stage 1, stage 3, from there to their end      account, once more
+
+The runs of a line share their processes, which take longer to start than to train.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from neurostorm.config import Config
+from neurostorm.model.hub import load_pretrained
+from neurostorm.train import checkpoint
+from neurostorm.train.goodput import ACCOUNT
+
+STEPS, CHANGED = 4, 2
+ACCOUNT_STEPS = 6
+SETTINGS = {
+    "model": {"embed_dim": 8, "depths": (2, 1), "heads": (1, 2), "tokens": "brain", "decoder": "light"},
+    "strd": {"enabled": False},  # its dropout is drawn by each worker for its own clips
+    "train": {"max_steps": STEPS, "global_batch": 4, "micro_batch": 2, "validate_every": 100, "log_every": 100},
+    "checkpoint": {"every": CHANGED}, "tracking": {"clip_ledger": True, "pictures": False}, "scale": {"workers": 1},
+}  # fmt: skip
+
+
+class Runs(NamedTuple):
+    """Configurations of runs that have ended, and the account's run after its first and second end."""
+
+    whole: Config
+    changed: dict[int, Config]
+    accounts: tuple[dict, dict]
+
+
+@pytest.fixture(scope="module")
+def runs(ball_config_in, run_ranks, tmp_path_factory) -> Runs:
+    made = tmp_path_factory.mktemp("goes_on")
+
+    def config(name: str, **train: object) -> Config:
+        settings = {**SETTINGS, "train": {**SETTINGS["train"], **train}}
+        return ball_config_in(made, run={"name": name}, **settings)
+
+    whole = config("whole")
+    counted = config("account", max_steps=ACCOUNT_STEPS, log_every=2)
+    counted = counted.model_copy(update={"checkpoint": counted.checkpoint.model_copy(update={"every": 4})})
+    changed = {stage: config(f"stage{stage}", zero_stage=stage) for stage in (1, 3)}
+
+    run_ranks([whole, counted], [-1, -1])
+    first = account(counted)
+    for name in ("step-00000006", "copy-00000006"):  # as if it had been killed before this was saved
+        shutil.rmtree(counted.run.folder / "checkpoints" / name)
+    two = [run.for_workers(2) for run in changed.values()]
+    run_ranks(two, [-1, -1], CHANGED)
+    for run in two:
+        found = checkpoint.newest(run.run.folder / "checkpoints")
+        assert (found.step, found.workers) == (CHANGED, 2)
+    run_ranks([*changed.values(), counted], [-1, -1, -1])
+    return Runs(whole, changed, (first, account(counted)))
+
+
+def account(config: Config) -> dict:
+    return json.loads(Path(config.run.folder / ACCOUNT).read_text())
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_two_workers_become_one(stage, runs, read_ledger):
+    """The same clips, the same losses, the same weights."""
+    changed = runs.changed[stage]
+    found = checkpoint.newest(changed.run.folder / "checkpoints")
+    assert (found.step, found.workers) == (STEPS, 1)
+    expected, steps = read_ledger(runs.whole), read_ledger(changed)
+    assert sorted(steps) == sorted(expected) == list(range(STEPS))
+    for step in range(STEPS):
+        assert sorted(steps[step]["rows"]) == sorted(expected[step]["rows"])
+        assert steps[step]["loss"] == pytest.approx(expected[step]["loss"], rel=1e-6), f"step {step}"
+    one, other = (load_pretrained(config.run.folder / "model").state_dict() for config in (runs.whole, changed))
+    for name, value in one.items():
+        if not name.endswith("qkv.bias"):  # the softmax does not feel the keys' bias, see test_engine.py
+            torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_steps_that_a_resumed_run_does_again_are_no_useful_ones(runs):
+    first, second = runs.accounts
+    assert first["reached"] == second["reached"] == ACCOUNT_STEPS
+    done = {"step", "wait", "checkpoint", "validation", "startup", "log"}
+    assert {part for part, spent_ns in first["spent_ns"].items() if spent_ns} == done
+    assert second["spent_ns"]["step"] == first["spent_ns"]["step"], "all its steps had been done before"
+    more = {part for part, spent_ns in second["spent_ns"].items() if spent_ns > first["spent_ns"][part]}
+    assert more == done - {"step"} | {"repeated", "down"}
+    assert first["alive_ns"] - first["started_ns"] == sum(first["spent_ns"].values())
+    assert second["alive_ns"] - first["started_ns"] == sum(second["spent_ns"].values())
