@@ -57,7 +57,7 @@ def make_bucket(s3_server: str) -> Callable[[], str]:
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
     """A local Ray with two cores, for one module."""
-    start_local(num_cpus=2, logging_level=logging.ERROR, log_to_driver=False)
+    start_local(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     yield
     ray.shutdown()

@@ -156,13 +156,19 @@ def in_fresh_process(name: str, shape: Shape, threads: int) -> float:
 
 
 def peak_mib(name: str, shape: Shape, threads: int) -> float:
-    """Peak resident MiB of one forward and backward pass over what was resident before it."""
+    """Peak resident MiB of one forward and backward pass over what was resident before it.
+
+    RuntimeError for a shape so small that the allocator had room for all of it.
+    """
     torch.set_num_threads(threads)
     run(SIDES[name], *problem_of((2, 4, 16)))  # the libraries load what they need
     problem = problem_of(shape)
     base = resident_kib("VmRSS")
     run(SIDES[name], *problem)
-    return (resident_kib("VmHWM") - base) / 1024
+    peak = (resident_kib("VmHWM") - base) / 1024
+    if peak <= 0:
+        raise RuntimeError(f"{name}, {shape}: too small for its memory to be seen; take a larger shape")
+    return peak
 
 
 def resident_kib(field: str) -> int:

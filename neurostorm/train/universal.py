@@ -45,6 +45,9 @@ def make_universal(state: Path, universal: Path) -> None:
 
 def main() -> int:
     """DeepSpeed's converter with its own options; when a file is refused, the last line says why."""
+    from neurostorm.train.engine import import_deepspeed
+
+    import_deepspeed()
     from deepspeed.checkpoint import ds_to_universal
 
     options = ds_to_universal.parse_arguments()
