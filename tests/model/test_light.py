@@ -36,11 +36,11 @@ def brain_of(seed=0):
     return torch.from_numpy(voxels)
 
 
-def build(mixer="attention", kind="window", ratio=0.5, *, strd=NO_STRD, **keywords):
+def build(mixer="attention", kind="window", ratio=0.5, *, strd=NO_STRD, shape=SHAPE, **keywords):
     torch.manual_seed(0)
     atlas = torch.arange(128).view(4, 8, 4) % 5 if kind == "atlas" else None
     return MaskedAutoencoder(
-        dataclasses.replace(SHAPE, mixer=mixer), MaskConfig(kind, ratio, (2, 2, 2, 2)), strd, brain=brain_of(),
+        dataclasses.replace(shape, mixer=mixer), MaskConfig(kind, ratio, (2, 2, 2, 2)), strd, brain=brain_of(),
         atlas=atlas, **{"decoder": "light", **keywords},
     )  # fmt: skip
 
@@ -208,7 +208,8 @@ def test_every_parameter_learns_with_dropout_of_redundancy_and_with_blocks_made_
 
 
 def test_compiled_blocks_compute_the_same_under_the_same_names():
-    plain, compiled = build(), build()
+    two_blocks = dataclasses.replace(SHAPE, depths=(1, 1), heads=(1, 2))  # each takes ten seconds to be traced
+    plain, compiled = build(shape=two_blocks), build(shape=two_blocks)
     patches, mask = patches_of(plain), plain.draw_mask(2, FRAMES)
     compile_blocks(compiled, backend="eager")
     blocks = [module for module in compiled.modules() if isinstance(module, Block)]
