@@ -224,6 +224,9 @@ class ScaleConfig(Section):
     min_workers: Positive | None = Field(
         None, description="go on with as few as this while others are lost, and grow again; default: scale.workers"
     )
+    resize_every_s: Positive = Field(
+        60, description="seconds between looks for room to grow in, with scale.min_workers"
+    )
     gpus_per_worker: int = Field(0, ge=0, le=1, description="GPUs per worker; 0 trains on the CPU")
     cpus_per_worker: float = Field(1.0, gt=0, description="CPU cores that Ray reserves for a worker")
     threads_per_worker: Positive = Field(1, description="torch threads of a worker on the CPU")

@@ -34,7 +34,8 @@ class Fault:
     """A fault and what a run needs for it.
 
     strike     what it does, every round
-    overrides  of the configuration
+    overrides  of the configuration, on which no loss depends
+    alters     of the configuration, for a fault with a twin of its own
     allowed    steps that may be done again
     fresh      every round wants a run of its own
     prepare    before the run starts; returns what ends what it began, and may say that the fault cannot be tried
@@ -43,6 +44,7 @@ class Fault:
 
     strike: Callable[[Scene], None]
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    alters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     allowed: int = EVERY
     fresh: bool = False
     scene: type[Scene] = Scene

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHAPE = (24, 24, 24)
 # A token for every Ray that is started here: without one Ray would make it in the home folder.
 TOKEN = os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)
-Ledger = dict[int, tuple[float, list[int]]]  # step -> (mean loss, rows of all ranks)
+Ledger = dict[int, tuple[float, list[int]]]  # step -> (mean loss, rows of all ranks, sorted)
 
 
 class JobError(RuntimeError):
@@ -197,11 +197,15 @@ def entries(file: Path) -> list[dict[str, Any]]:
 
 
 def last_words(config: Config) -> Ledger:
-    """step -> (mean loss, rows of all ranks), of every step as it was done last."""
+    """Every step as it was done last, by as many workers as there were then; those that all of them wrote down."""
     folder = Path(str(config.run.folder)) / "ledger"
     ranks = [
         {entry["step"]: entry for entry in entries(folder / f"rank-{rank}.jsonl")}
         for rank in range(config.scale.workers)
     ]
-    whole = set.intersection(*(set(rank) for rank in ranks))
-    return {step: (ranks[0][step]["loss"], [row for rank in ranks for row in rank[step]["rows"]]) for step in whole}
+    words: Ledger = {}
+    for step, first in ranks[0].items():
+        those = ranks[: first["workers"]]
+        if all(step in rank for rank in those):
+            words[step] = first["loss"], sorted(row for rank in those for row in rank[step]["rows"])
+    return words

@@ -2,6 +2,7 @@
 
     node         the power of a node with a worker fails             another node comes, the run goes on there
     preemption   a notice that it will be taken away, then it is     saved upon the notice; another node comes
+    elastic      the power of a node fails, no other comes           goes on with one worker; with two when one comes
 
 The nodes are those of ray_nodes.py, the job is submitted to them as on any cluster.
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import psutil
 from chaos_faults import Fault
-from chaos_job import JobError, kill_all, training_workers
+from chaos_job import JobError, entries, kill_all, training_workers
 from chaos_scene import EVERY, Scene
 from ray_nodes import RAY, RayNodes
 
@@ -123,11 +124,33 @@ def take_node(scene: Scene) -> None:
     scene.cluster.add(CPUS)
 
 
+def shrink_and_grow(scene: Scene) -> None:
+    """The node that comes later makes the group start again, by itself."""
+    assert isinstance(scene, NodesScene)
+    scene.power_off(scene.node_with_worker())
+    scene.struck()
+    scene.back()
+    scene.note(workers_now(scene) == 1, f"went on with {workers_now(scene)} workers when a node was lost")
+    scene.cluster.add(CPUS)
+    scene.job.wait_for(lambda: workers_now(scene) == 2, "a step of two workers again", timeout_s=400)
+
+
+def workers_now(scene: Scene) -> int:
+    """Of the latest step."""
+    return int(entries(scene.job.folder / "ledger" / "rank-0.jsonl")[-1]["workers"])
+
+
 PLACES = {"cpus_per_worker": WORKER_CPUS}
 ON_NODES: dict[str, Fault] = {
     "node": Fault(lose_node, {"scale": PLACES}, fresh=True, scene=NodesScene, prepare=with_nodes),
     "preemption": Fault(
         take_node, {"scale": PLACES, "checkpoint": {"every": 10**6}}, allowed=EVERY, fresh=True, scene=NodesScene,
         prepare=with_notice,
+    ),
+    "elastic": Fault(
+        shrink_and_grow, {"scale": PLACES | {"min_workers": 1, "resize_every_s": 5}}, fresh=True, scene=NodesScene,
+        prepare=with_nodes,
+        # Workers draw their own dropout of redundancy; and there must be steps left when the node has come.
+        alters={"strd": {"enabled": False}, "train": {"epochs": 10}},
     ),
 }  # fmt: skip

@@ -36,8 +36,8 @@ class Setting:
     store: Path
     steps: int
 
-    def config(self, name: str, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> Config:
-        """A run's configuration. What a fault overrides is nothing that the losses depend on."""
+    def config(self, name: str, *overrides: Mapping[str, Mapping[str, Any]]) -> Config:
+        """A run's configuration; the last word counts."""
         sections: dict[str, dict[str, Any]] = {
             "run": {"name": name, "output": self.folder / "runs"},
             "train": {
@@ -48,7 +48,7 @@ class Setting:
             "scale": {"max_failures": 20, "collective_timeout_s": 120, "min_collective_timeout_s": 5},
             "tracking": {"pictures": False, "uri": f"sqlite:///{self.folder / 'mlflow.db'}"},
         }  # fmt: skip
-        for section, fields in (overrides or {}).items():
+        for section, fields in (change for changes in overrides for change in changes.items()):
             sections.setdefault(section, {}).update(fields)
         return make_config(sections.get("data", {}).get("store", self.store), self.folder / "runs", **sections)
 

@@ -127,6 +127,7 @@ def trainer(config: Config, corpus: Corpus, storage: str, started_ns: int) -> An
             num_workers=(scale.min_workers, scale.workers) if scale.min_workers else scale.workers,
             use_gpu=bool(scale.gpus_per_worker),
             resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=scale.resize_every_s,
         ),
         run_config=ray.train.RunConfig(
             name=config.run.name,
