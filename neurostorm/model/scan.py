@@ -21,16 +21,14 @@ Recurrence: Gu and Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selectiv
 simplified discretisation of B of the released models.
 """
 
-import importlib.util
 import math
-import os
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from neurostorm.model import scan_kernel
+from neurostorm.model.switches import SCAN, triton_may
 
 CHUNK_TOKENS = 16  # a state is kept every so many tokens; the working set of a chunk should fit a cache
 
@@ -56,12 +54,7 @@ def empty_states(tokens: int, windows: int, A: Tensor, chunk: int = CHUNK_TOKENS
 
 def triton_applies_to(u: Tensor, states: int) -> bool:
     """Whether the scan in Triton takes tensors like ``u``: float32 on a GPU, a power of two states."""
-    return u.is_cuda and u.dtype == torch.float32 and states & (states - 1) == 0 and _triton_is_there()
-
-
-@lru_cache(maxsize=1)
-def _triton_is_there() -> bool:
-    return os.environ.get(scan_kernel.SWITCH) != "torch" and importlib.util.find_spec("triton") is not None
+    return u.is_cuda and u.dtype == torch.float32 and states & (states - 1) == 0 and triton_may(SCAN)
 
 
 def scan_forward(inputs: ScanInputs, states: Tensor | None = None, chunk: int = CHUNK_TOKENS) -> Tensor:

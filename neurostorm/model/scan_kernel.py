@@ -23,8 +23,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from neurostorm.model.switches import SCAN, on
+
 STATES = 16  # per channel, fixed in scan.c
-SWITCH = "NEUROSTORM_SCAN"
 _SOURCE = Path(__file__).with_name("scan.c")
 _FLAGS = ("-O3", "-march=native", "-shared", "-fPIC", "-w")
 _COMPILE_S = 120
@@ -81,7 +82,7 @@ def _threads(_process: int) -> ThreadPoolExecutor:
 @lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL | None:
     """The compiled kernel, or None: switched off, no compiler, or it failed (said once)."""
-    if os.environ.get(SWITCH) == "torch":
+    if not on(SCAN):
         return None
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:

@@ -13,22 +13,19 @@ On a GPU the attention form with the scores as they are is one kernel (``strd_tr
 NEUROSTORM_STRD=torch in the environment switches it off.
 """
 
-import importlib.util
-import os
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from neurostorm.model.switches import STRD, triton_may
 from neurostorm.model.windows import Bucket, Neighbours
 
 _EPSILON = 1e-8
 _CORRECTIONS = 4  # of the calibration
 _LARGEST_STEP = 4.0  # of a correction, in log c
-SWITCH = "NEUROSTORM_STRD"
 _FUSED_TOKENS, _FUSED_BYTES = 256, 128  # most tokens of a window, and bytes of a head's token, that the kernel takes
 
 
@@ -259,13 +256,8 @@ def triton_applies_to(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and q.dtype == k.dtype == v.dtype
         and q.shape[2] <= _FUSED_TOKENS
         and q.shape[3] * q.element_size() <= _FUSED_BYTES
-        and _triton_is_there()
+        and triton_may(STRD)
     )
-
-
-@lru_cache(maxsize=1)
-def _triton_is_there() -> bool:
-    return os.environ.get(SWITCH) != "torch" and importlib.util.find_spec("triton") is not None
 
 
 @torch._disable_dynamo  # torch.compiler.disable, which would import the compiler here and now, for everybody

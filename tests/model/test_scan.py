@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from neurostorm.model import scan_kernel
 from neurostorm.model.scan import CHUNK_TOKENS, ScanInputs, empty_states, scan_backward, scan_forward
+from neurostorm.model.switches import SCAN
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_scan.py"
 
@@ -86,7 +87,7 @@ def test_extreme_steps_and_decays_stay_finite(step, decay):
 @pytest.fixture
 def kernel(monkeypatch):
     """The kernel as a new process finds it: each test's environment decides, and nothing is kept after it."""
-    monkeypatch.delenv(scan_kernel.SWITCH, raising=False)
+    monkeypatch.delenv(SCAN, raising=False)
     scan_kernel._library.cache_clear()
     yield scan_kernel
     scan_kernel._library.cache_clear()
@@ -144,7 +145,7 @@ def test_a_diverged_value_shows_in_what_the_kernel_makes_of_it(kernel, name):
 def test_torch_scans_where_the_kernel_is_switched_off(kernel, monkeypatch):
     inputs, _ = narrow_problem(20, 2, 8)
     fast = scan_forward(inputs)
-    monkeypatch.setenv(kernel.SWITCH, "torch")
+    monkeypatch.setenv(SCAN, "torch")
     kernel._library.cache_clear()
     assert not kernel.applies_to(inputs.u, kernel.STATES)
     torch.testing.assert_close(scan_forward(inputs), fast, rtol=1e-5, atol=1e-5)
