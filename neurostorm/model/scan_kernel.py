@@ -7,6 +7,7 @@ times; here states stay in registers and a scan is one pass. Without a compiler,
 environment, ``scan.py`` does the same in torch, in about four times as long.
 """
 
+import atexit
 import ctypes
 import hashlib
 import logging
@@ -111,6 +112,7 @@ def _compiled(compiler: str) -> Path:
         writable = False
     if not writable:
         folder = Path(tempfile.mkdtemp(prefix="neurostorm-"))  # this process's alone
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     library = folder / name
     if not library.exists():
         unfinished = library.with_suffix(f".{os.getpid()}")
