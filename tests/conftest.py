@@ -54,13 +54,21 @@ def make_bucket(s3_server: str) -> Callable[[], str]:
     return make
 
 
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    """A local Ray with two cores, for one module."""
-    start_local(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+@pytest.fixture(scope="session")
+def _ray_ends() -> Iterator[None]:
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def local_ray(s3_server: str, _ray_ends: None) -> None:
+    """A local Ray with two cores, which modules share; one that needs its own shuts it down.
+
+    Its workers inherit where the S3 server is.
+    """
+    if not ray.is_initialized():
+        start_local(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 @pytest.fixture(scope="session")

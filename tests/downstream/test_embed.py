@@ -158,7 +158,7 @@ def job() -> ModuleType:
 
 
 @pytest.mark.integration
-@pytest.mark.usefixtures("s3_server", "local_ray")  # in this order: Ray's workers inherit the server's address
+@pytest.mark.usefixtures("local_ray")
 def test_the_job_makes_the_same_tables_however_often_it_is_interrupted(
     tmp_path: Path, ball_store: Path, model: Path, job: ModuleType, capsys: pytest.CaptureFixture[str], make_bucket: Any
 ) -> None:

@@ -23,6 +23,7 @@ RUNS = 5
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
+    ray.shutdown()  # that of other modules
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         ray.init(address=made.address, logging_level=logging.ERROR, log_to_driver=False)

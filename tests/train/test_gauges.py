@@ -57,6 +57,7 @@ def scrape():
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
+    ray.shutdown()  # that of other modules
     ray.init(
         address="local", num_cpus=1, log_to_driver=False, logging_level="ERROR", _metrics_export_port=port,
         _system_config={"metrics_report_interval_ms": 500},
