@@ -25,6 +25,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bench_step import refuse_missing_folder
 from chaos_check import Outcome, table
@@ -44,19 +45,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     folder = Path(tempfile.mkdtemp(prefix="chaos-", dir=options.folder))
+    outcomes: list[Outcome] = []
+    result: dict[str, Any] = {}
     try:
         setting = Setting(folder, make_store(folder / "store", FRAMES), options.steps)
         if options.what == "soak":
             result, failed = soak(setting, options.minutes, options.seed, options.faults)
         else:
-            outcomes = strike_all(setting, options)
-            print(f"\n{options.rounds} rounds, {options.steps} steps, a checkpoint every {EVERY}\n{table(outcomes)}")
+            strike_all(setting, options, outcomes)
             failed = any(outcome.problems for outcome in outcomes)
+    finally:
+        if outcomes:  # of as many faults as there was time for
+            print(f"\n{options.rounds} rounds, {options.steps} steps, a checkpoint every {EVERY}\n{table(outcomes)}")
             result = {outcome.fault: outcome.as_json() for outcome in outcomes}
-        if options.json:
+        if options.json and result:
             shape = {"steps": options.steps, "every": EVERY, "rounds": options.rounds, "cores": os.cpu_count()}
             options.json.write_text(json.dumps(shape | {options.what: result}, indent=2) + "\n")
-    finally:
         if options.keep:
             print(f"logs: {folder}/notes", file=sys.stderr)
         else:
@@ -93,9 +97,8 @@ def moments(rounds: int, draw: random.Random) -> list[int]:
     return [FIRST + 2 * EVERY * nth + draw.randrange(EVERY) for nth in range(rounds)]
 
 
-def strike_all(setting: Setting, options: argparse.Namespace) -> list[Outcome]:
-    """Runs every fault, after its twin."""
-    outcomes: list[Outcome] = []
+def strike_all(setting: Setting, options: argparse.Namespace, outcomes: list[Outcome]) -> None:
+    """Runs every fault, after its twin; `outcomes` grows with each."""
     twins: dict[str, Ledger] = {}
     for name in options.faults or FAULTS:
         fault = FAULTS[name]
@@ -104,7 +107,6 @@ def strike_all(setting: Setting, options: argparse.Namespace) -> list[Outcome]:
             twins[like] = unstruck(setting, f"twin-{len(twins)}", fault)
         outcomes.append(try_fault(name, fault, setting, twins[like], options))
         say(f"{name}: {outcomes[-1].status}, back after {[round(s, 1) for s in outcomes[-1].recovery_s]} s")
-    return outcomes
 
 
 def unstruck(setting: Setting, name: str, fault: Fault) -> Ledger:
