@@ -153,22 +153,29 @@ def copy_files(source: Place, target: Place, names: Iterable[str]) -> None:
         except ValueError as error:
             raise PlaceError(f"{source}: {error}") from error
         here, there = source / name, target / name
-        try:
-            with here.open("rb") as reader:
-                pieces = iter(lambda: reader.read(STREAM_BYTES), b"")
-                if isinstance(there, Path):
-                    there.parent.mkdir(parents=True, exist_ok=True)
-                    _replace(there, pieces)
-                else:
-                    there.write_bytes(pieces)
-        except OSError as error:
-            if isinstance(error, PlaceError) or error.filename is not None:
-                raise
-            raise OSError(error.errno, error.strerror or str(error), str(here), None, str(there)) from error
+        with naming(here, there), here.open("rb") as reader:
+            pieces = iter(lambda: reader.read(STREAM_BYTES), b"")
+            if isinstance(there, Path):
+                there.parent.mkdir(parents=True, exist_ok=True)
+                _replace(there, pieces)
+            else:
+                there.write_bytes(pieces)
 
     with ThreadPoolExecutor(TRANSFERS) as pool:
         for _ in pool.map(copy, names):
             pass
+
+
+@contextlib.contextmanager
+def naming(*files: Place) -> Iterator[None]:
+    """Puts the names of one or two files into an OSError that has none, as those of writing to a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, PlaceError) or error.filename is not None:
+            raise
+        one, *other = map(str, files)
+        raise OSError(error.errno, error.strerror or str(error), one, None, *other) from error
 
 
 def replace(target: Place, data: bytes) -> None:
@@ -176,7 +183,8 @@ def replace(target: Place, data: bytes) -> None:
     if isinstance(target, ObjectPath):
         target.write_bytes(data)
     else:
-        _replace(target, [data])
+        with naming(target):
+            _replace(target, [data])
 
 
 def create(target: Place, data: bytes) -> bool:
@@ -186,7 +194,7 @@ def create(target: Place, data: bytes) -> bool:
             with errors(target):
                 obstore.put(target.client, target.object_key, data, mode="create")
         else:
-            with _beside(target, [data]) as partial:
+            with naming(target), _beside(target, [data]) as partial:
                 _link(partial, target)
                 sync(target.parent)
     except FileExistsError:

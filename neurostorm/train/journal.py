@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from neurostorm.places import Place, replace
+from neurostorm.places import Place, naming, replace
 
 
 class Journal:
@@ -29,7 +29,8 @@ class Journal:
         line = json.dumps(entry) + "\n"
         if isinstance(self._folder, Path):
             self._folder.mkdir(parents=True, exist_ok=True)
-            with (self._folder / f"{self._name}.jsonl").open("a") as file:
+            path = self._folder / f"{self._name}.jsonl"
+            with naming(path), path.open("a") as file:
                 file.write(line)
         else:
             self._waiting.append(line)

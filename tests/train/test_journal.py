@@ -1,6 +1,9 @@
 """Lines that a worker adds: at once in a folder, an object per checkpoint interval in an object store."""
 
 import json
+from pathlib import Path
+
+import pytest
 
 from neurostorm.places import files_below, place
 from neurostorm.train.journal import Journal
@@ -18,6 +21,13 @@ def test_in_a_folder_each_line_is_there_at_once_after_those_of_earlier_starts(tm
     assert (tmp_path / "ledger" / "rank-0.jsonl").read_text().splitlines()[0] == '{"step": 1, "clips": ["a[0]"]}'
     assert lines(tmp_path / "ledger" / "rank-0.jsonl") == [1, 2]
     assert str(journal) == f"{tmp_path}/ledger/rank-0.jsonl"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is of Linux")
+def test_a_full_disk_is_named(tmp_path):
+    (tmp_path / "rank-0.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*/rank-0\.jsonl'"):
+        Journal(tmp_path, "rank-0").add(step=1)
 
 
 def test_in_an_object_store_a_checkpoint_keeps_the_lines_since_the_one_before(make_bucket):
