@@ -81,6 +81,7 @@ def with_nodes(scene: Scene) -> Callable[[], None]:
     scene.nodes.__enter__()
     for _ in range(2):
         scene.nodes.add(CPUS)
+    scene.nodes.submit("true")  # it comes back when jobs can be run
     return lambda: scene.cluster.__exit__()
 
 

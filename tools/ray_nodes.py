@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+NO_AGENT = "No available agent to submit job"  # Ray's answer while a new cluster starts
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
@@ -70,12 +71,20 @@ class RayNodes:
         node.wait(30)
 
     def submit(self, *command: Any, timeout_s: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
-        """`ray job submit`, waiting for the job's end; its output has all that the job printed."""
-        return subprocess.run(
-            [RAY, "job", "submit", "--address", f"http://127.0.0.1:{self.dashboard_port}", "--", *map(str, command)],
-            env={**self.environment, **environment}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            timeout=timeout_s,
-        )  # fmt: skip
+        """`ray job submit`, waiting for the job's end; its output has all that the job printed.
+
+        Again, when no node had its agent up to take the job.
+        """
+        address, end_s = f"http://127.0.0.1:{self.dashboard_port}", time.monotonic() + 120
+        while True:
+            done = subprocess.run(
+                [RAY, "job", "submit", "--address", address, "--", *map(str, command)],
+                env={**self.environment, **environment}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                timeout=timeout_s,
+            )  # fmt: skip
+            if NO_AGENT not in done.stdout or time.monotonic() > end_s:
+                return done
+            time.sleep(1)
 
     def _start(self, *options: str) -> subprocess.Popen[bytes]:
         number = len(self.nodes) + 1
