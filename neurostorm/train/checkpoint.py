@@ -12,10 +12,10 @@
               (the files of all ranks, if there are more or fewer of them now)
 
 `newest` is the highest step whose marker is there and whose files are what the marker says; a broken one is passed
-over with a warning for its copy, or else for the one before. An object store holds several copies of its own and is
-given one. In an object store it compares sizes only; CRCs are checked of what a rank has fetched, and a
-checkpoint found damaged then is marked as such, so that all who look after that agree on what is next. Clip order,
-masks and dropout follow from (seed, step), so no generator state needs saving.
+over with a warning for its copy, or else for the one before. An object store, which keeps several copies by itself, is
+given one. There `newest` compares sizes only; CRCs are checked of what a rank has fetched, and a checkpoint found
+damaged then is marked as such, so that all who look after that agree on what is next. Clip order, masks and dropout
+follow from (seed, step), so no generator state needs saving.
 """
 
 import errno
@@ -115,11 +115,9 @@ def save(
             raise _unwritten(path, own, error) from error
         written = {name: _fingerprint(own / name) for name, _ in files_below(own)}
     of_ranks = gather(written)
-    if rank == 0:
-        _commit(path, {"step": step, **trainer}, of_ranks)
-    gather(None)
+    marker = _commit(path, {"step": step, **trainer}, of_ranks) if rank == 0 else None
     if isinstance(path, Path):
-        _copy(path, [*written, *([TRAINER] if rank == 0 else [])], gather=gather, rank=rank)
+        _copy(path, list(written), marker, gather)
     if rank == 0:
         _prune(folder, path.name, keep)
     gather(None)
@@ -169,7 +167,7 @@ def is_begun(folder: Place) -> bool:
     return any((path / MARKER).is_file() for path in _steps(folder))
 
 
-def _commit(path: Place, trainer: dict[str, Any], of_ranks: list[dict[str, Fingerprint]]) -> None:
+def _commit(path: Place, trainer: dict[str, Any], of_ranks: list[dict[str, Fingerprint]]) -> Marker:
     content = json.dumps(trainer, indent=1).encode()
     replace(path / TRAINER, content)
     files = {name: mark for written in of_ranks for name, mark in written.items()}
@@ -177,22 +175,24 @@ def _commit(path: Place, trainer: dict[str, Any], of_ranks: list[dict[str, Finge
     problem = _missing(path, files)
     if problem:
         raise CheckpointError(f"{path}: {problem}: run.output must be one place for all workers")
-    Marker(files, [sorted(written) for written in of_ranks]).write(path)
+    marker = Marker(files, [sorted(written) for written in of_ranks])
+    marker.write(path)
+    return marker
 
 
-def _copy(path: Path, own: list[str], *, gather: Gather, rank: int) -> None:
-    """Writes the committed checkpoint at `path` once more, each rank its `own` files, and commits that."""
+def _copy(path: Path, own: list[str], marker: Marker | None, gather: Gather) -> None:
+    """Writes the checkpoint at `path`, which rank 0 committed with `marker`, once more, each rank its `own` files."""
     copy = path.with_name(path.name.replace(_PREFIX, _COPY))
-    if rank == 0:
+    if marker:
         _remove(copy)
     gather(None)
     try:
-        copy_files(path, copy, own)
+        copy_files(path, copy, [*own, TRAINER] if marker else own)
     except OSError as error:
         raise _unwritten(copy, path, error) from error
     gather(None)
-    if rank == 0:  # the marker of what was written first: a copy of a file damaged since then does not count either
-        Marker.read(path).write(copy)
+    if marker:  # of what was written first: a copy of a file that was damaged since then does not count either
+        marker.write(copy)
 
 
 def _unwritten(path: Place, own: Path, error: Exception) -> Exception:

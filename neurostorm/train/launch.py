@@ -3,7 +3,7 @@
     config -> corpus and model fit? folder free or resumable? -> TorchTrainer -> summary
 
 A run is its folder OUTPUT/NAME, local or in an object store. Started again, it goes on from the newest committed
-checkpoint there; a different configuration or number of workers is refused with what differs.
+checkpoint there, with as many workers as are asked for; a different configuration is refused with what differs.
 """
 
 import json

@@ -72,6 +72,8 @@ class Validation:
 
     def picture(self, patches: Patches, out: MaeOutput, done: int) -> NDArray[np.uint8]:
         """The first clip's middle frame: target, what the model saw, its prediction, its error."""
+        from neurostorm.pictures import reconstruction_figure  # and with it matplotlib, which other ranks do not need
+
         frame = self.config.data.clip_frames // 2
         hidden = out.mask[:1, :, None].expand_as(patches.values[:1])
         target = patches.values[:1]
@@ -82,8 +84,6 @@ class Validation:
         seen, masked, predicted, unseen = [self.model.to_volume(box)[0, 0, ..., frame].cpu().numpy() for box in boxes]
         store = self.reader.store
         unit = "z over time" if self.config.data.normalise == "voxel" else "z over the run"
-        from neurostorm.pictures import reconstruction_figure  # and with it matplotlib, which other ranks do not need
-
         return reconstruction_figure(
             seen,
             masked,

@@ -196,7 +196,7 @@ def test_a_copy_counts_only_when_all_ranks_have_made_their_part(folder, ranks):
         calls = iter(range(99))
 
         def dies(value):
-            if rank == 1 and next(calls) == 4:  # its part of the copy is made, which the other rank never hears
+            if rank == 1 and next(calls) == 3:  # its part of the copy is made, which the other rank never hears
                 raise RuntimeError("a rank died")
             return gather(value)
 
