@@ -99,6 +99,8 @@ class RayNodes:
             f"127.0.0.{number}",
             "--temp-dir",
             str(folder),
+            "--dashboard-agent-listen-port",  # the default is taken where another Ray runs: no job would be accepted
+            str(free_port()),
             *options,
         ]
         log = (self.folder / f"node-{number}.log").open("wb")
