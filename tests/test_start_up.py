@@ -5,7 +5,7 @@ import sys
 
 LOADS = """
 import sys
-import neurostorm.data.pipeline
+import neurostorm.train.feed
 assert "torch" not in sys.modules, "plan rows and clips are numpy"
 import neurostorm.train.worker
 from neurostorm.train.engine import import_deepspeed

@@ -97,19 +97,13 @@ def hold_in_checkpoint(scene: Scene) -> list[psutil.Process]:
     """Stops the workers while a checkpoint is being written, so that a kill is sure to fall into it; gives them."""
     workers = two_workers(scene)
     while True:
-        scene.job.wait_for(lambda: bool(begun(scene)), "a checkpoint that is being written", pause_s=0.001)
+        scene.job.wait_for(lambda: bool(scene.begun()), "a checkpoint that is being written", pause_s=0.001)
         for worker in workers:
             worker.suspend()
-        if begun(scene):
+        if scene.begun():
             return workers
         for worker in workers:
             worker.resume()
-
-
-def begun(scene: Scene) -> list[Path]:
-    """Folders of checkpoints after the newest whole one, which have no marker."""
-    newest = max((path.name for path in scene.committed()), default="")
-    return sorted(path for path in scene.checkpoints.glob("step-*") if path.name > newest)
 
 
 def damage_checkpoint(scene: Scene) -> None:
@@ -165,7 +159,7 @@ def was_repeated(scene: Scene) -> None:
 
 def two_workers(scene: Scene) -> list[psutil.Process]:
     """The training workers that train now."""
-    workers = [worker for worker in scene.job.workers() if worker.status() != psutil.STATUS_ZOMBIE]
+    workers = [worker for worker in scene.workers() if worker.status() != psutil.STATUS_ZOMBIE]
     if len(workers) < 2:
         raise JobError(f"found {len(workers)} training workers instead of 2")
     return workers[-2:]

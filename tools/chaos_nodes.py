@@ -42,10 +42,14 @@ class NodesScene(Scene):
         address = f"http://127.0.0.1:{self.cluster.dashboard_port}"
         return (RAY, "job", "submit", "--address", address, "--", sys.executable)
 
+    def workers(self) -> list[psutil.Process]:
+        """The training workers of all nodes."""
+        return training_workers([process for node in self.cluster.nodes for process in family(node)])
+
     def node_with_worker(self) -> subprocess.Popen[bytes]:
         """A node that is not the head and has a training worker."""
         for node in self.random.sample(self.cluster.nodes[1:], len(self.cluster.nodes) - 1):
-            if node.poll() is None and training_workers(family(node)):
+            if training_workers(family(node)):
                 return node
         raise JobError("no node has a training worker")
 
@@ -67,8 +71,8 @@ class NodesScene(Scene):
 
 
 def family(node: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """A node's processes."""
-    return psutil.Process(node.pid).children(recursive=True)
+    """A node's processes; none of one that has ended."""
+    return psutil.Process(node.pid).children(recursive=True) if node.poll() is None else []
 
 
 def with_nodes(scene: Scene) -> Callable[[], None]:
@@ -76,6 +80,7 @@ def with_nodes(scene: Scene) -> Callable[[], None]:
     assert isinstance(scene, NodesScene)
     scene.nodes = RayNodes(scene.setting.folder / f"n{len(list(scene.setting.folder.iterdir()))}")
     token = (scene.nodes.folder / "token").read_text()
+    scene.nodes.environment |= scene.environment
     scene.environment |= {"RAY_AUTH_TOKEN": token, "RAY_ADDRESS": ""}
     scene.nodes.environment["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "1"
     scene.nodes.__enter__()

@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 from chaos_job import Job, kill_all, last_words, make_config
 
 from neurostorm.config import Config
+from neurostorm.places import Place, files_below
 
 FRAMES = 240  # of the store's runs: 60 clips each
 STEPS_PER_EPOCH = 120  # of two clips, four training subjects
@@ -87,9 +89,9 @@ class Scene:
         return self.jobs[-1]
 
     @property
-    def checkpoints(self) -> Path:
+    def checkpoints(self) -> Place:
         """Their folder."""
-        return self.job.folder / "checkpoints"
+        return self.config.run.folder / "checkpoints"
 
     def command(self) -> Sequence[str]:
         """What starts a job."""
@@ -131,9 +133,28 @@ class Scene:
         """The ledger's last word on every step."""
         return last_words(self.config)
 
-    def committed(self) -> list[Path]:
+    def workers(self) -> list[psutil.Process]:
+        """The run's training workers, in order of their start."""
+        return self.job.workers()
+
+    def committed(self) -> list[Place]:
         """Folders of whole checkpoints, oldest first."""
-        return sorted(marker.parent for marker in self.checkpoints.glob("step-*/COMMITTED"))
+        return self._saved()[0]
+
+    def begun(self) -> list[Place]:
+        """Folders of checkpoints after the newest whole one, which have no marker."""
+        whole, others = self._saved()
+        return [folder for folder in others if not whole or folder.name > whole[-1].name]
+
+    def _saved(self) -> tuple[list[Place], list[Place]]:
+        """Folders of checkpoints with and without a marker."""
+        files = [Path(name).parts for name, _ in files_below(self.checkpoints)]
+        names = {parts[0] for parts in files if parts[0].startswith("step-")}
+        whole = {parts[0] for parts in files if parts[1:] == ("COMMITTED",)} & names
+        return (
+            [self.checkpoints / name for name in sorted(whole)],
+            [self.checkpoints / name for name in sorted(names - whole)],
+        )
 
     def close(self) -> None:
         """Ends what still runs."""

@@ -34,6 +34,9 @@ fi
 # Not compiled: most of the files are never imported, and the others compile then.
 pip() { .venv/bin/python -m pip "$@" --no-compile --disable-pip-version-check --quiet; }
 
+# Pips of before 24 spend half a minute on comparing tags of wheels.
+pip install --upgrade --constraint tools/constraints.txt pip || say "pip could not be renewed: the one that is here does it"
+
 torch=torch==2.13.0 install=$extras
 if nvidia-smi > /dev/null 2>&1; then
     install=${extras:+$extras,}gpu

@@ -21,12 +21,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from neurostorm.config import Config, ConfigError, differing_keys
 from neurostorm.data.corpus import Corpus
-from neurostorm.data.pipeline import clip_dataset, feed_options
 from neurostorm.places import replace
 from neurostorm.session import ensure_ray
 from neurostorm.tracking import tracking_uri
 from neurostorm.train import checkpoint, planned
 from neurostorm.train.build import swin_config
+from neurostorm.train.feed import Feed
 from neurostorm.train.goodput import now_ns
 from neurostorm.train.worker import SUMMARY, train_worker
 
@@ -138,34 +138,6 @@ def trainer(config: Config, corpus: Corpus, storage: str, started_ns: int) -> An
         datasets={"train": lambda: ray.data.range(0)},
         dataset_config=Feed(config, corpus),
     )
-
-
-class Feed(ray.train.DataConfig):
-    """The clips still to be trained on, planned whenever a group of workers starts, for as many as there are then."""
-
-    def __init__(self, config: Config, corpus: Corpus) -> None:
-        data = config.data
-        options = feed_options(corpus.reader, corpus.plan, read_in=data.read_in, steps_ahead=data.steps_ahead)
-        super().__init__(execution_options=options, enable_shard_locality=False)
-        self._config = config
-
-    def configure(self, datasets: dict[str, Any], world_size: int, *arguments: Any, **named: Any) -> Any:
-        """Ray Train's hook: a share of the dataset for each worker. What it was given of `datasets` is a stand-in."""
-        return super().configure(
-            {"train": training_data(self._config.for_workers(world_size))}, world_size, *arguments, **named
-        )
-
-
-def training_data(config: Config) -> Any:
-    """The clips from the newest checkpoint on."""
-    corpus = planned.planned(config)
-    newest = checkpoint.newest(config.run.folder / "checkpoints")
-    total = corpus.plan.total_steps(config.train.epochs, config.train.max_steps)
-    first = min(newest.step if newest else 0, total - 1)
-    return clip_dataset(
-        corpus.reader, corpus.plan, first_step=first, last_step=total, workers=config.scale.workers,
-        read_in=config.data.read_in,
-    )  # fmt: skip
 
 
 def worker_environment(config: Config) -> dict[str, str]:

@@ -51,7 +51,7 @@ class Sweep:
         damage(store)
         model = write_model(folder / "model", store)
         tuned = {"tasks": ("sex",), "methods": METHODS, "replicates": 2, "lr": (1e-3, 1e-2), "retries": 0}
-        adapt = {"epochs": 3, "cpus": 1.0}
+        adapt = {"epochs": 3, "cpus": 2.0}
         config = people_config(store, self.output, model, run={"name": "sweep"}, sweep=tuned, adapt=adapt)
         self.file = folder / "sweep.yaml"
         self.file.write_text(config.to_yaml())

@@ -2,57 +2,17 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 
 from neurostorm.config import Config
-
-PROGRAM = Path(__file__).with_name("rank_program.py")
-ROOT = PROGRAM.parents[2]
-LIMIT_S = 600  # of a rank, on a machine that has other work
-
-
-def run_together(program: Path, arguments: Sequence[Sequence[object]]) -> list[tuple[int, str]]:
-    """(exit status, output) of a program's ranks, a line of arguments each; when one fails the others are ended.
-
-    They meet through the file MEETING, put in for `None`: a port could be taken by others before rank 0 listens to it.
-    """
-    environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": str(ROOT),
-    }  # fmt: skip
-    with TemporaryDirectory() as folder, ThreadPoolExecutor(len(arguments)) as pool:
-        meeting = Path(folder, "meeting")
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(program), *(str(meeting if word is None else word) for word in words)],
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-            )
-            for words in arguments
-        ]  # fmt: skip
-
-        def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-            try:
-                output = process.communicate(timeout=LIMIT_S)[0]
-            except subprocess.TimeoutExpired:
-                process.kill()
-                output = f"{process.communicate()[0]}\nended after {LIMIT_S} s"
-            if process.returncode:
-                for other in processes:
-                    other.kill()
-            return process.returncode, output
-
-        return list(pool.map(finish, processes))
+from tests.train.rank_program import main
+from tests.train.ranks import run_together
 
 
 @pytest.fixture
@@ -101,15 +61,7 @@ def run_ranks() -> Callable[..., None]:
     """
 
     def run(configs: Sequence[Config], poisoned: Sequence[int], *last: int) -> None:
-        for config in configs:
-            config.run.folder.mkdir(parents=True, exist_ok=True)
-            (config.run.folder / "config.yaml").write_text(config.to_yaml())
-        workers = configs[0].scale.workers
-        files = ":".join(str(config.run.folder / "config.yaml") for config in configs)
-        steps = ":".join(map(str, poisoned))
-        results = run_together(PROGRAM, [[files, rank, workers, None, steps, *last] for rank in range(workers)])
-        outputs = "\n".join(output for _, output in results)
-        assert [status for status, _ in results] == [0] * workers, outputs[-4000:]
+        run_together(main, configs[0].scale.workers, configs, poisoned, *last)
 
     return run
 

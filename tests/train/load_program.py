@@ -1,16 +1,14 @@
-"""One rank that saves and loads engines: `load_program.py FOLDER RANK WORKERS MEETING CASES`.
+"""One rank that saves and loads engines; see ranks.py.
 
-CASES is JSON, a list of [stage, dtype, trap, regroup]. Each has a folder of its own, FOLDER/0, FOLDER/1, ..., where
-this rank writes how it went to outcome-RANK.txt. A case saves after two steps, takes a third, loads, takes the third
-again; weights and norms must come out the same. With a trap, part of a file's name, rank 0 puts code into such files
-before, and loading must be refused. With regroup it loads as if another number of workers had saved. MEETING is a
-file, not there yet, through which the ranks find each other.
+Each case, (stage, dtype, trap, regroup), has a folder of its own, FOLDER/0, FOLDER/1, ..., where this rank writes how
+it went to outcome-RANK.txt. A case saves after two steps, takes a third, loads, takes the third again; weights and
+norms must come out the same. With a trap, part of a file's name, rank 0 puts code into such files before, and loading
+must be refused. With regroup it loads as if another number of workers had saved.
 """
 
-import json
 import os
-import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -38,7 +36,9 @@ def spring(folder: Path, name: str) -> None:
         torch.save(content | {"trap": Trap(folder / "owned")}, file)
 
 
-def main(folder: Path, rank: int, workers: int, meeting: str, cases: list[tuple[int, str, str, bool]]) -> None:
+def main(
+    rank: int, workers: int, meeting: Path, folder: Path, cases: Sequence[tuple[int, str, str | None, bool]]
+) -> None:
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
     dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=workers)
@@ -79,8 +79,3 @@ def save_and_load(folder: Path, rank: int, stage: int, dtype: str, trap: str | N
     assert again == norm, (again, norm)
     assert all(torch.equal(value, weights[name]) for name, value in repeated.items()), "another third step"
     assert any(not torch.equal(value, restored[name]) for name, value in weights.items()), "the third step did nothing"
-
-
-if __name__ == "__main__":
-    home, own, count, place, what = sys.argv[1:]
-    main(Path(home), int(own), int(count), place, json.loads(what))

@@ -1,20 +1,21 @@
-"""One rank of runs without Ray: `rank_program.py CONFIG.yaml[:...] RANK WORKERS MEETING POISONED_STEP[:...] [LAST]`.
+"""One rank of runs without Ray, which follow one another; see ranks.py.
 
-Several runs follow one another. MEETING is a file, not there yet, through which the ranks find each other. The clips of
-a run's poisoned step hold infinite values on rank 0, and those of two steps before it do so at the first try alone; -1
-poisons none. The last validation is kept in RUN/final.json. With LAST a run ends with the checkpoint of as many steps.
+The clips of a run's poisoned step hold infinite values on rank 0, and those of two steps before it do so at the first
+try alone; -1 poisons none. The last validation is kept in RUN/final.json. With `last` a run ends with the checkpoint of
+as many steps.
 """
 
 import json
 import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed asks for it when it is loaded
+
 import torch
+import torch._dynamo  # which an optimizer loads
 import torch.distributed as dist
-import yaml
 
 from neurostorm.config import Config
 from neurostorm.data.clips import ClipBatch
@@ -22,20 +23,25 @@ from neurostorm.data.corpus import open_corpus
 from neurostorm.places import replace
 from neurostorm.tracking import Tracker
 from neurostorm.train.build import assemble, export
+from neurostorm.train.engine import import_deepspeed
 from neurostorm.train.goodput import Account
+
+import_deepspeed()
 
 
 class Left(Exception):
     """A run that ended before its last step, as was asked for."""
 
 
-def main(paths: str, rank: int, workers: int, meeting: str, poisons: str, last: int | None = None) -> None:
+def main(
+    rank: int, workers: int, meeting: Path, configs: Sequence[Config], poisons: Sequence[int], last: int | None = None
+) -> None:
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
     dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=workers)
-    for path, poison in zip(paths.split(":"), poisons.split(":"), strict=True):
+    for config, poison in zip(configs, poisons, strict=True):
         with suppress(Left):
-            train(Config.model_validate(yaml.safe_load(Path(path).read_text())), rank, workers, int(poison), last)
+            train(config, rank, workers, poison, last)
 
 
 def train(config: Config, rank: int, workers: int, poison: int, last: int | None) -> None:
@@ -99,8 +105,3 @@ def poison_step(loop, step: int) -> None:
         return outcome
 
     loop.forward_backward, loop.engine.step = poisoned, watched
-
-
-if __name__ == "__main__":
-    files, own, count, place, steps, *end = sys.argv[1:]
-    main(files, int(own), int(count), place, steps, *map(int, end))

@@ -1,7 +1,8 @@
-"""Runs that stop and go on, without Ray: with another number of workers, and after steps that have to be done again.
+"""Runs that stop and go on, without Ray: with another number of workers, from a damaged checkpoint's copy, and after
+steps that have to be done again.
 
 one worker:   whole, to its end      account, to its end, then without its last checkpoint
-two workers:  stage 1, stage 3, to step 2
+two workers:  stage 1, stage 3, to step 2      stage 1's checkpoint is damaged
 one worker:   stage 1, stage 3, from there to their end      account, once more
 
 The runs of a line share their processes, which take longer to start than to train.
@@ -14,6 +15,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from chaos_faults import damage
 
 from neurostorm.config import Config
 from neurostorm.model.hub import load_pretrained
@@ -60,6 +62,9 @@ def runs(ball_config_in, run_ranks, tmp_path_factory) -> Runs:
     for run in two:
         found = checkpoint.newest(run.run.folder / "checkpoints")
         assert (found.step, found.workers) == (CHANGED, 2)
+    found = checkpoint.newest(changed[1].run.folder / "checkpoints")
+    damage(found.path)
+    assert checkpoint.newest(changed[1].run.folder / "checkpoints").path != found.path, "its copy is what is left"
     run_ranks([*changed.values(), counted], [-1, -1, -1])
     return Runs(whole, changed, (first, account(counted)))
 

@@ -11,8 +11,9 @@ from neurostorm.config import Config, ConfigError
 from neurostorm.data.corpus import Corpus, open_corpus
 from neurostorm.places import replace
 from neurostorm.store import StoreError, write_manifest
-from neurostorm.train import checkpoint, launch
-from neurostorm.train.launch import Plan, check, training_data, worker_environment
+from neurostorm.train import checkpoint, feed, launch
+from neurostorm.train.feed import training_data
+from neurostorm.train.launch import Plan, check, worker_environment
 
 STEPS = 12  # of one epoch of the ball store: 48 clips, four at a time
 
@@ -183,7 +184,7 @@ def asked(monkeypatch) -> list[tuple]:
         steps = {"first_step": first_step, "last_step": last_step, "workers": workers}
         calls.append((reader, plan, steps))
 
-    monkeypatch.setattr(launch, "clip_dataset", record)
+    monkeypatch.setattr(feed, "clip_dataset", record)
     return calls
 
 

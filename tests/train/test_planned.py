@@ -8,7 +8,7 @@ from neurostorm.config import ConfigError
 from neurostorm.data.corpus import open_corpus
 from neurostorm.places import place, replace
 from neurostorm.store import write_manifest
-from neurostorm.train import checkpoint, launch, planned
+from neurostorm.train import checkpoint, feed, planned
 
 LAST = "runs/balls/sub-5"
 
@@ -63,8 +63,8 @@ def test_an_ingest_meanwhile_changes_nothing_for_workers_feed_and_later_starts(c
     assert len(open_corpus(config).runs) == 6
     assert same(planned.planned(config), first) and same(planned.choose(config), first)
     fed = []
-    monkeypatch.setattr(launch, "clip_dataset", lambda reader, plan, **how: fed.append((reader.runs, how["last_step"])))
-    launch.training_data(config)
+    monkeypatch.setattr(feed, "clip_dataset", lambda reader, plan, **how: fed.append((reader.runs, how["last_step"])))
+    feed.training_data(config)
     assert fed == [(first.runs, first.plan.total_steps(config.train.epochs, None))]
 
 

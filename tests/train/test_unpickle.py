@@ -2,7 +2,6 @@
 may have been put into them.
 """
 
-import json
 import os
 import pickle
 from collections.abc import Callable
@@ -14,10 +13,9 @@ from deepspeed.checkpoint.constants import AUTOEP_LAYERS_KEY
 
 from neurostorm.train.universal import make_universal
 from neurostorm.train.unpickle import tensors_only
-from tests.train.conftest import run_together
-from tests.train.load_program import Trap
+from tests.train.load_program import Trap, main
+from tests.train.ranks import run_together
 
-PROGRAM = Path(__file__).with_name("load_program.py")
 FORCED = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
 
 
@@ -38,10 +36,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[object,
     homes = {}
     for workers, cases in ((2, OF_TWO), (1, OF_ONE)):
         homes[workers] = tmp_path_factory.mktemp(f"{workers}-ranks")
-        results = run_together(
-            PROGRAM, [[homes[workers], rank, workers, None, json.dumps(cases)] for rank in range(workers)]
-        )
-        assert [status for status, _ in results] == [0] * workers, results[0][1][-3000:]
+        run_together(main, workers, homes[workers], cases)
 
     def find(case: tuple[object, ...]) -> tuple[Path, set[str]]:
         workers, cases = (2, OF_TWO) if case in OF_TWO else (1, OF_ONE)

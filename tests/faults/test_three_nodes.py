@@ -1,0 +1,208 @@
+"""Three nodes and an object store, as a cluster has them: a run struck by several faults ends like its untouched twin.
+
+twin:    two ranks without Ray, on a disk ------------------------------------------------------------------> end
+victim:  two ranks without Ray, on S3 -- SIGKILL    a job on three nodes -- NaN -- SIGKILL of a worker -----> end
+                          after a checkpoint                                while it saves; by itself
+
+The nodes are three `ray start` on 127.0.0.1, .2 and .3, behind a token; on the last two there is room for one training
+worker each, and both read one store. tools/chaos.py strikes with all faults one by one. Both runs train the mamba mixer
+on visible brain tokens, with the light decoder and on augmented clips: what they end with is also what that
+configuration has to end with.
+"""
+
+import json
+import random
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import chaos_faults as faults
+import pytest
+import torch
+from chaos_check import Words, clip_problems, loss_problems
+from chaos_nodes import WORKER_CPUS, NodesScene, with_nodes
+from chaos_scene import Setting
+
+from neurostorm.config import Config
+from neurostorm.data.corpus import open_corpus
+from neurostorm.model.hub import load_pretrained
+from neurostorm.places import Place, copy_files, files_below, place
+from neurostorm.staging import fetched
+from neurostorm.train.goodput import ACCOUNT
+from tests.train.rank_program import main
+from tests.train.ranks import Ranks, run_together
+
+pytestmark = pytest.mark.integration
+
+CLIPS = 48  # of one epoch of the ball store: four training subjects, twelve clips each
+EPOCHS = 2
+STEPS = EPOCHS * CLIPS // 2
+EVERY = 6
+SETTINGS = {
+    "model": {
+        "embed_dim": 8, "depths": (2, 1), "heads": (1, 2), "mixer": "mamba", "tokens": "brain", "decoder": "light",
+    },
+    "mask": {"kind": "window-tube", "window": (2, 2, 2, 2)},
+    "strd": {"enabled": True, "rate": 0.1},
+    "train": {"global_batch": 2, "epochs": EPOCHS, "validate_every": 100, "lr": 3e-3},
+    "checkpoint": {"every": EVERY, "keep": 2}, "augment": {"enabled": True},
+    "scale": {"cpus_per_worker": WORKER_CPUS, "collective_timeout_s": 120, "min_collective_timeout_s": 20},
+}  # fmt: skip
+
+
+@pytest.fixture
+def scene(ball_config, make_bucket: Callable[[], str], ball_store: Path, tmp_path: Path) -> Iterator[NodesScene]:
+    """The victim, not started, and three nodes; all that it reads and writes is in a bucket."""
+    folder = Path(tempfile.mkdtemp(prefix="rn-"))  # for Ray's files: short, as sockets lie below it
+    bucket = place(make_bucket())
+    copy_files(ball_store, bucket / "store", [name for name, _ in files_below(ball_store)])
+    tracking = {"clip_ledger": True, "pictures": False, "uri": f"sqlite:///{tmp_path / 'mlflow.db'}"}
+    config = ball_config(
+        run={"name": "victim", "output": bucket / "runs"}, data={"store": bucket / "store"}, tracking=tracking,
+        **SETTINGS,
+    )  # fmt: skip
+    made = NodesScene(Setting(folder, ball_store, STEPS), config, random.Random(0))
+    faults.may_be_poisoned(made)
+    undo = with_nodes(made)
+    yield made
+    made.close()
+    undo()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def start_and_kill(config: Config) -> None:
+    """Trains a run on two ranks without Ray, which are killed after the first checkpoint."""
+    marker, end_s = config.run.folder / "checkpoints" / f"step-{EVERY:08d}" / "COMMITTED", time.monotonic() + 200
+    with Ranks(main, 2, [config], [-1]) as ranks:
+        while not marker.is_file():
+            assert not ranks.ended() and time.monotonic() < end_s, f"no {marker}: {ranks.output()[-4000:]}"
+            time.sleep(0.02)
+
+
+def words(folder: Place) -> Words:
+    """Every step as it was done last, from all files of the ledger."""
+    ranks: dict[str, dict[int, tuple[float, list[int]]]] = {}
+    for name, _ in sorted(files_below(folder / "ledger")):
+        for entry in map(json.loads, (folder / "ledger" / name).read_text().splitlines()):
+            ranks.setdefault(name[: len("rank-0")], {})[entry["step"]] = entry["loss"], entry["rows"]
+    first, second = ranks.values()
+    assert first.keys() == second.keys()
+    return {step: (loss, sorted(rows + second[step][1])) for step, (loss, rows) in first.items()}
+
+
+def weights(folder: Place) -> dict[str, torch.Tensor]:
+    with fetched(folder) as local:
+        return load_pretrained(local).state_dict()
+
+
+def test_struck_by_many_faults_it_ends_like_its_untouched_twin(ball_config, scene: NodesScene) -> None:
+    twin, victim = ball_config(run={"name": "twin"}, tracking={"pictures": False}, **SETTINGS), scene.config
+    run_together(main, 2, [twin], [-1])
+    start_and_kill(victim)
+    refused = scene.cluster.submit("echo", "let in", RAY_AUTH_TOKEN="0" * 64, RAY_AUTH_TOKEN_PATH="")
+    assert refused.returncode and "let in" not in refused.stdout, refused.stdout
+    job = scene.start()
+    poison = Path(scene.environment["CHAOS_POISON"])
+    poison.touch()
+    job.wait_for(lambda: not poison.exists(), "a poisoned step")
+    workers = faults.hold_in_checkpoint(scene)
+    whole, unfinished = scene.committed()[-1], scene.begun()[-1]
+    workers[1].kill()
+    workers[0].resume()
+    shown = job.finish()
+
+    assert faults.REPEATED in shown
+    places = re.findall(r"ip=([\d.]+), pid=\d+\) world_rank", shown)
+    assert sorted(places) == 2 * ["127.0.0.2"] + 2 * ["127.0.0.3"], shown[-4000:]
+    resumed = [int(step) for step in re.findall(r"resume step=(\d+) ", shown)]
+    assert resumed == [resumed[0], int(whole.name.removeprefix("step-"))] and EVERY <= resumed[0] < STEPS, resumed
+    assert f"passing over checkpoint {unfinished}" in shown
+
+    expected, found = words(twin.run.folder), words(victim.run.folder)
+    assert sorted(found) == list(range(STEPS))
+    assert open_corpus(twin).plan.clips_per_epoch == CLIPS
+    rows = [row for step in range(STEPS) for row in found[step][1]]
+    assert sorted(rows) == list(range(EPOCHS * CLIPS)), "not every clip exactly once in each epoch"
+    assert clip_problems(expected, found) == loss_problems(expected, found) == []
+    final = json.loads((twin.run.folder / "final.json").read_text())
+    summary = json.loads((victim.run.folder / "summary.json").read_text())
+    assert summary["loss/validation"] == pytest.approx(final["loss/validation"], rel=1e-6)
+    mine, other = weights(victim.run.folder / "model"), weights(twin.run.folder / "model")
+    assert all(value.allclose(other[name], rtol=1e-5, atol=1e-7) for name, value in mine.items())
+    check_folder(victim)
+    check_learning(victim, [found[step][0] for step in range(STEPS)])
+    check_mlflow(victim)
+    check_account(twin, victim, shown)
+
+
+def check_folder(config: Config) -> None:
+    """All that a run leaves lies in the object store, and the last two checkpoints."""
+    folder = config.run.folder
+    assert {path.name for path in folder.iterdir()} == {
+        "checkpoints", "config.yaml", "goodput.json", "ledger", "manifest.parquet", "mlflow.json", "model",
+        "summary.json",
+    }  # fmt: skip
+    kept = {f"step-{step:08d}" for step in (STEPS - EVERY, STEPS)}
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == kept
+    assert json.loads((folder / "summary.json").read_text())["steps"] == STEPS
+
+
+def check_learning(config: Config, losses: list[float]) -> None:
+    """It learned, on the same clips in the first epoch and the last; what it saved is what was asked for."""
+    epoch = CLIPS // 2
+    assert sum(losses[-epoch:]) < 0.95 * sum(losses[:epoch]), losses
+    with fetched(config.run.folder / "model") as folder:
+        saved = load_pretrained(folder)
+    assert (saved.config.mixer, saved.config.tokens, saved.decoder) == ("mamba", "brain", "light")
+    assert saved.strd_config.rate == 0.1 and saved.mask_config.kind == "window-tube"
+    metrics = mlflow_run(config)[1].data.metrics
+    assert metrics["strd/drop_rate"] == pytest.approx(0.1, abs=0.03) and metrics["mask/fraction"] == 0.5
+    assert metrics["speed/mfu"] > 0
+
+
+def check_account(twin: Config, victim: Config, shown: str) -> None:
+    """The victim's time adds up over all its groups of workers, its twin lost none; the victim says so."""
+    metrics = mlflow_run(victim)[1].data.metrics
+    parts_s = {name: value for name, value in metrics.items() if name.startswith("time/") and name.endswith("_s")}
+    wall_s = parts_s.pop("time/wall_s")
+    assert len(parts_s) == 8 and all(value > 0 for value in parts_s.values()), parts_s
+    assert sum(parts_s.values()) == pytest.approx(wall_s)
+    assert metrics["time/goodput"] == pytest.approx(parts_s["time/step_s"] / wall_s)
+    step = rf"step \d+/{STEPS} loss=\d\S* predicting_mean=\S+ clips_per_s=\S+ wait=\S+% .*left_s=\d+\n"
+    lines = (
+        step,
+        rf"validation step={STEPS} loss=\d",
+        r"checkpoint step=\d+\n",
+        r"  time    \d+ s, goodput \d+%: ",
+    )
+    for line in (*lines, "predicting each voxel's mean"):
+        assert re.search(line, shown), line
+    assert re.search(r"  time .* repeated [1-9]", shown) or re.search(r"  time .* down [1-9]", shown)
+    spent_ns = json.loads((twin.run.folder / ACCOUNT).read_text())["spent_ns"]
+    assert spent_ns["repeated"] == spent_ns["down"] == 0
+
+
+def check_mlflow(config: Config) -> None:
+    """The victim has one MLflow run, finished, with metrics to the last step, its configuration and its model."""
+    client, run = mlflow_run(config)
+    assert run.info.status == "FINISHED"
+    history = client.get_metric_history(run.info.run_id, "loss/train")
+    assert max(point.step for point in history) == STEPS
+    assert {"data/wait_fraction", "strd/drop_rate", "speed/clips_per_s", "loss/validation"} <= set(run.data.metrics)
+    assert run.data.params["train.global_batch"] == "2"
+    assert {"code_revision", "store_sha256", "split"} <= set(run.data.tags)
+    names = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+    assert {"config.yaml", "model", "checkpoints", "summary.json"} <= names
+
+
+def mlflow_run(config: Config):
+    """A client, and the one MLflow run with the configuration's name."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=config.tracking.uri)
+    experiment = client.get_experiment_by_name("neurostorm")
+    (run,) = [r for r in client.search_runs([experiment.experiment_id]) if r.info.run_name == config.run.name]
+    return client, run
