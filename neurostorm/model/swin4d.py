@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from einops import rearrange
+from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -319,6 +319,8 @@ def compile_blocks(model: nn.Module, **options: Any) -> None:
     ``options`` are those of ``torch.compile``. Shapes are taken as dynamic, as the windows of a masked clip are never
     the same; every width, table and mode is a variant of its own still, of which torch keeps too few by default.
     """
+    for operation in (rearrange, reduce, repeat):  # else the reading of their patterns is traced too, for minutes
+        torch._dynamo.allow_in_graph(operation)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
     for module in model.modules():
         if isinstance(module, Block):

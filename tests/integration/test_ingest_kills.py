@@ -32,7 +32,7 @@ from neurostorm.store import FrameStore, StoreError, read_quarantine, run_bytes
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("local_ray")]
 ROOT = Path(__file__).parents[2]
-SHAPE, STEP_MM, FRAMES, RUNS = (26, 32, 26), 7.5, 150, 14
+SHAPE, STEP_MM, FRAMES, RUNS = (26, 32, 26), 7.5, 150, 12
 NAME = "sub-{0:02d}/func/sub-{0:02d}_task-rest_space-MNI152NLin6Asym_desc-preproc_bold.nii.gz"
 Files = dict[str, tuple[str, int]]
 
@@ -43,10 +43,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("source") / "bids"
     affine = np.diag([STEP_MM, STEP_MM, STEP_MM, 1.0])
     affine[:3, 3] = np.array((0.0, -18.0, 8.0)) - STEP_MM * (np.array(SHAPE) - 1) / 2
+    noise = (1000 + 50 * np.random.default_rng(0).standard_normal((*SHAPE, FRAMES))).astype(np.int16)
     for subject in range(RUNS):
-        rng = np.random.default_rng(subject)
-        data = (1000 + 50 * rng.standard_normal((*SHAPE, FRAMES))).astype(np.int16)
-        image = nibabel.Nifti1Image(data, affine)
+        image = nibabel.Nifti1Image(np.roll(noise, subject, axis=3), affine)
         image.header.set_xyzt_units("mm", "sec")
         image.header["pixdim"][4] = 0.8
         path = root / NAME.format(subject)
