@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 1 if a run is not as it should be."""
     options = parse(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
+    if options.folder is not None:
+        options.folder.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="chaos-", dir=options.folder))
     outcomes: list[Outcome] = []
     result: dict[str, Any] = {}
