@@ -24,6 +24,7 @@ from chaos_scene import EVERY, Scene, end
 
 REPEATED = "repeating step="  # what a run says when it computes a step once more
 HOOK = Path(__file__).resolve().parent / "chaos_hook"
+SENT_S = 1.0  # what a stopped process has sent to an object store has arrived by then
 
 
 def fine(scene: Scene) -> None:
@@ -100,6 +101,7 @@ def hold_in_checkpoint(scene: Scene) -> list[psutil.Process]:
         scene.job.wait_for(lambda: bool(scene.begun()), "a checkpoint that is being written", pause_s=0.001)
         for worker in workers:
             worker.suspend()
+        time.sleep(SENT_S)
         if scene.begun():
             return workers
         for worker in workers:
