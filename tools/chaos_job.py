@@ -9,6 +9,7 @@ A Job has a Ray of its own, with its files in a folder beside the run's; nothing
 
 import json
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import psutil
 from scipy.ndimage import gaussian_filter
 
 from neurostorm.config import Config
+from neurostorm.places import Place, files_below
 from neurostorm.store import Grid, create_store, quantise, run_path, write_manifest, write_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -188,21 +190,24 @@ def kill_all(processes: list[psutil.Process]) -> None:
     psutil.wait_procs(processes, timeout=30)
 
 
-def entries(file: Path) -> list[dict[str, Any]]:
+def entries(file: Place) -> list[dict[str, Any]]:
     """Whole lines of a rank's ledger; the last one may be in the making."""
-    if not file.exists():
+    if not file.is_file():
         return []
     lines = file.read_text().split("\n")[:-1]
     return [json.loads(line) for line in lines]
 
 
 def last_words(config: Config) -> Ledger:
-    """Every step as it was done last, by as many workers as there were then; those that all of them wrote down."""
-    folder = Path(str(config.run.folder)) / "ledger"
-    ranks = [
-        {entry["step"]: entry for entry in entries(folder / f"rank-{rank}.jsonl")}
-        for rank in range(config.scale.workers)
-    ]
+    """Every step as it was done last, by as many workers as there were then; those that all of them wrote down.
+
+    A rank's ledger is one file on a disk and several in an object store.
+    """
+    folder = config.run.folder / "ledger"
+    ranks: list[dict[int, dict[str, Any]]] = [{} for _ in range(config.scale.workers)]
+    for name, _ in sorted(files_below(folder)):
+        rank = int(re.split(r"[-./]", name)[1])
+        ranks[rank] |= {entry["step"]: entry for entry in entries(folder / name)}
     words: Ledger = {}
     for step, first in ranks[0].items():
         those = ranks[: first["workers"]]

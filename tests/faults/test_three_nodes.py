@@ -22,7 +22,8 @@ from pathlib import Path
 import chaos_faults as faults
 import pytest
 import torch
-from chaos_check import Words, clip_problems, loss_problems
+from chaos_check import clip_problems, loss_problems
+from chaos_job import last_words
 from chaos_nodes import WORKER_CPUS, NodesScene, with_nodes
 from chaos_scene import Setting
 
@@ -66,11 +67,14 @@ def scene(ball_config, make_bucket: Callable[[], str], ball_store: Path, tmp_pat
     )  # fmt: skip
     made = NodesScene(Setting(folder, ball_store, STEPS), config, random.Random(0))
     faults.may_be_poisoned(made)
-    undo = with_nodes(made)
-    yield made
-    made.close()
-    undo()
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with_nodes(made)
+        yield made
+    finally:
+        made.close()
+        if made.nodes is not None:
+            made.cluster.__exit__()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def start_and_kill(config: Config) -> None:
@@ -80,17 +84,6 @@ def start_and_kill(config: Config) -> None:
         while not marker.is_file():
             assert not ranks.ended() and time.monotonic() < end_s, f"no {marker}: {ranks.output()[-4000:]}"
             time.sleep(0.02)
-
-
-def words(folder: Place) -> Words:
-    """Every step as it was done last, from all files of the ledger."""
-    ranks: dict[str, dict[int, tuple[float, list[int]]]] = {}
-    for name, _ in sorted(files_below(folder / "ledger")):
-        for entry in map(json.loads, (folder / "ledger" / name).read_text().splitlines()):
-            ranks.setdefault(name[: len("rank-0")], {})[entry["step"]] = entry["loss"], entry["rows"]
-    first, second = ranks.values()
-    assert first.keys() == second.keys()
-    return {step: (loss, sorted(rows + second[step][1])) for step, (loss, rows) in first.items()}
 
 
 def weights(folder: Place) -> dict[str, torch.Tensor]:
@@ -121,7 +114,7 @@ def test_struck_by_many_faults_it_ends_like_its_untouched_twin(ball_config, scen
     assert resumed == [resumed[0], int(whole.name.removeprefix("step-"))] and EVERY <= resumed[0] < STEPS, resumed
     assert f"passing over checkpoint {unfinished}" in shown
 
-    expected, found = words(twin.run.folder), words(victim.run.folder)
+    expected, found = last_words(twin), last_words(victim)
     assert sorted(found) == list(range(STEPS))
     assert open_corpus(twin).plan.clips_per_epoch == CLIPS
     rows = [row for step in range(STEPS) for row in found[step][1]]
