@@ -124,7 +124,7 @@ def unstruck(setting: Setting, name: str, fault: Fault) -> Ledger:
 
 def try_fault(name: str, fault: Fault, setting: Setting, expected: Ledger, options: argparse.Namespace) -> Outcome:
     """Its rounds, in one run or in as many."""
-    outcome = Outcome(name, fault.allowed, rel=fault.rel)
+    outcome = Outcome(name, fault.allowed)
     runs = options.rounds if fault.fresh else 1
     for run in range(runs):
         draw = random.Random(f"{options.seed} {name} {run}")

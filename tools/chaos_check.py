@@ -27,7 +27,6 @@ class Outcome:
     loss_error      the largest relative difference from the twin's loss
     problems        what is not as it should be
     skipped         why the fault could not be tried
-    rel             by which a loss may differ from the twin's
     """
 
     fault: str
@@ -38,7 +37,6 @@ class Outcome:
     once: bool = False
     problems: list[str] = field(default_factory=list)
     skipped: str = ""
-    rel: float = REL
 
     @property
     def status(self) -> str:
@@ -49,7 +47,7 @@ class Outcome:
         """Takes in rank 0's ledger as it was written, and the last words of the twin and of this run."""
         self.lost_steps = replays(steps)
         self.loss_error = loss_error(expected, found)
-        unlike = [*clip_problems(expected, found), *loss_problems(expected, found, self.rel)]
+        unlike = [*clip_problems(expected, found), *loss_problems(expected, found)]
         self.once = not clip_problems(expected, found)
         self.problems += unlike
         if max(self.lost_steps, default=0) > self.allowed_steps:
@@ -84,10 +82,10 @@ def loss_error(expected: Words, found: Words) -> float:
     return worst
 
 
-def loss_problems(expected: Words, found: Words, rel: float = REL) -> list[str]:
+def loss_problems(expected: Words, found: Words) -> list[str]:
     """The first step whose loss is not the twin's."""
     for step in sorted(expected.keys() & found.keys()):
-        if not math.isclose(expected[step][0], found[step][0], rel_tol=rel):
+        if not math.isclose(expected[step][0], found[step][0], rel_tol=REL):
             return [f"step {step}: loss {found[step][0]!r}, the twin's is {expected[step][0]!r}"]
     return []
 

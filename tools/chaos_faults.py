@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from chaos_check import REL
 from chaos_job import ROOT, JobError, entries
 from chaos_scene import EVERY, Scene, end
 
@@ -39,7 +38,6 @@ class Fault:
     overrides  of the configuration, on which no loss depends
     alters     of the configuration, for a fault with a twin of its own
     allowed    steps that may be done again
-    rel        by which a loss may differ from the twin's
     fresh      every round wants a run of its own
     prepare    before the run starts; returns what ends what it began, and may say that the fault cannot be tried
     check      after the run's end
@@ -49,7 +47,6 @@ class Fault:
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     alters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     allowed: int = EVERY
-    rel: float = REL
     fresh: bool = False
     scene: type[Scene] = Scene
     prepare: Callable[[Scene], Callable[[], None]] = lambda scene: lambda: None

@@ -3,21 +3,25 @@
     model -> Engine (ZeRO 0-3, AdamW of ours, fp32 or autocast to bf16) -> engine(patches) -> backward -> step(lr)
 
 A step whose gradients are not finite on any rank changes no parameter on all of them: with ZeRO 1-3 DeepSpeed compares
-the global gradient norm before it steps, for ZeRO 0 `step` does the same here. Parameters stay fp32, with bf16 through
-autocast at every stage: bf16 parameters with stage 0 train wrongly in this DeepSpeed, and save little at this size.
+the global gradient norm before it steps, for ZeRO 0 `step` does the same here. That norm is added up in float64, so
+that any number of workers clips alike. Parameters stay fp32, with bf16 through autocast at every stage: bf16 parameters
+with stage 0 train wrongly in this DeepSpeed, and save little at this size.
 """
 
 import math
 import os
 import pickle
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from neurostorm.config import TrainConfig
 from neurostorm.train.universal import make_universal
@@ -79,6 +83,19 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
+def norm_over_ranks(device: torch.device, gradients: Iterable[Tensor], _: Any) -> Tensor:
+    """The L2 norm (fp32 scalar) of gradients that are parted among the ranks; a collective call, of DeepSpeed's form.
+
+    DeepSpeed's own adds the ranks' squares in fp32: its last bit depends on where the parts are cut, and a clipped run
+    that changes its number of workers would leave its twin's path. In float64 it is lost when the norm is rounded.
+    """
+    none = torch.zeros((), dtype=torch.float64, device=device)  # a rank may have no part
+    norms = [torch.linalg.vector_norm(gradient.detach(), dtype=torch.float64) for gradient in gradients]
+    total = torch.stack([none, *norms]).square().sum()
+    dist.all_reduce(total)
+    return total.sqrt().float()
+
+
 class Engine:
     """A model under DeepSpeed; needs an initialised torch.distributed process group.
 
@@ -99,6 +116,8 @@ class Engine:
             config=deepspeed_settings(train, clips_per_worker, regroup),
             dist_init_required=False,
         )
+        if self._stage > 0:
+            self._engine.optimizer.get_grad_norm_direct = partial(norm_over_ranks, device)
 
     @property
     def module(self) -> nn.Module:

@@ -174,10 +174,11 @@ class Loop:
         self.engine.train()
         size = self.config.train.micro_batch
         starts = range(0, len(batch.row), size)
+        before = self.rank * len(starts)  # micro-batches of the step, on the ranks before this one
         sums = torch.zeros_like(self.window.sums)
         for nth, start in enumerate(starts):
             micro = batch.part(start, size)
-            torch.manual_seed(seed_for(self.config.run.seed, DROPOUT, step, self.rank, nth))
+            torch.manual_seed(seed_for(self.config.run.seed, DROPOUT, step, before + nth))
             patches = self.patches(micro)
             mask = draw_masks(self.model, micro.row, self.config, MASK)
             out = self.engine(patches.values, mask=mask, inside=patches.inside, centre=patches.centre)
