@@ -10,7 +10,6 @@ of the code does not ask where its data lie.
 
 import contextlib
 import errno
-import fcntl
 import os
 import random
 import re
@@ -25,11 +24,12 @@ from urllib.parse import parse_qsl, urlsplit
 
 import obstore
 
+from neurostorm.locks import locked, open_locked
 from neurostorm.object_store import SCHEMES, STREAM_BYTES, ObjectPath, PlaceError, errors
 
+COPY_BYTES = 5 << 30  # the largest object that S3 copies in one request
 TRANSFERS = 8  # files moved at once between a folder and an object store
 _UPDATES = 50  # tries to change an object that others change at the same time
-STALE_S = 24 * 3600.0
 _TEMPORARY = ".partial"
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
@@ -144,7 +144,7 @@ def remove_tree(folder: Place) -> None:
 def copy_files(source: Place, target: Place, names: Iterable[str]) -> None:
     """Copy the files `names`, relative to both folders, several at a time; each is there whole or not at all.
 
-    OSError names the first that failed; others may have been copied. A name that leads out of the folders is one.
+    What stays within a bucket is copied there, and does not pass through here. OSError names the first that failed; others may have been copied. A name that leads out of the folders is one.
     """
 
     def copy(name: str) -> None:
@@ -153,6 +153,8 @@ def copy_files(source: Place, target: Place, names: Iterable[str]) -> None:
         except ValueError as error:
             raise PlaceError(f"{source}: {error}") from error
         here, there = source / name, target / name
+        if isinstance(here, ObjectPath) and isinstance(there, ObjectPath) and _copied_within(here, there):
+            return
         with naming(here, there), here.open("rb") as reader:
             pieces = iter(lambda: reader.read(STREAM_BYTES), b"")
             if isinstance(there, Path):
@@ -164,6 +166,15 @@ def copy_files(source: Place, target: Place, names: Iterable[str]) -> None:
     with ThreadPoolExecutor(TRANSFERS) as pool:
         for _ in pool.map(copy, names):
             pass
+
+
+def _copied_within(here: ObjectPath, there: ObjectPath) -> bool:
+    """Let the store copy an object within its bucket; False when it would have to leave it, or is too large for that."""
+    if (here.scheme, here.bucket) != (there.scheme, there.bucket) or here.stat().st_size > COPY_BYTES:
+        return False
+    with errors(here):
+        obstore.copy(here.client, here.object_key, there.object_key)
+    return True
 
 
 @contextlib.contextmanager
@@ -215,45 +226,6 @@ def take_place(uploaded: ObjectPath, target: ObjectPath) -> bool:
     return True
 
 
-def orphaned(file: Path) -> bool:
-    """Whether the process that wrote `file` under `open_locked` is gone, see `remove_if_orphaned`."""
-    return remove_if_orphaned(file, lambda: None)
-
-
-def remove_if_orphaned(file: Path, remove: Callable[[], object]) -> bool:
-    """Call `remove` if the process that wrote `file` under `open_locked` is gone; whether it is.
-
-    A lock ends with its process, on this machine or another. It is held while `remove` is at work, so that a writer who
-    comes between finds out. On a file system without locks age decides.
-    """
-    try:
-        with file.open("rb+") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-            except OSError:
-                if time.time() - file.stat().st_mtime < STALE_S:
-                    return False
-            remove()
-    except FileNotFoundError:  # somebody else was faster
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def open_locked(file: Path, buffering: int = -1) -> Iterator[BinaryIO]:
-    """A new file to write, locked until it is closed: says to `remove_if_orphaned` that somebody is at work."""
-    while True:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("wb", buffering=buffering) as handle:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            if os.fstat(handle.fileno()).st_nlink:  # else it was taken for an orphan before the lock was there
-                yield handle
-                return
-
-
 def update(target: Place, change: Callable[[bytes | None], bytes | None]) -> None:
     """Read `target` (None: not there), `change` it, write it back; what others change at the same time is not lost.
 
@@ -261,7 +233,7 @@ def update(target: Place, change: Callable[[bytes | None], bytes | None]) -> Non
     None writes nothing. OSError when it cannot be read or written, or when too many others keep changing it.
     """
     if isinstance(target, Path):
-        with _locked(target.parent / ".lock"):
+        with locked(target.parent / ".lock"):
             before = target.read_bytes() if target.is_file() else None
             after = change(before)
             if after is not None and after != before:
@@ -321,17 +293,10 @@ def _link(partial: Path, target: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        with _locked(target.parent / ".lock"):  # those who come here wait for each other
+        with locked(target.parent / ".lock"):  # those who come here wait for each other
             if os.path.lexists(target):
                 raise FileExistsError(errno.EEXIST, "It is there", str(target)) from None
             os.replace(partial, target)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def _read_versioned(target: ObjectPath) -> tuple[bytes | None, dict[str, str] | None]:

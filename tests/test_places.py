@@ -295,6 +295,19 @@ def test_files_are_copied_between_places(
         copy_files(here, there, ["y", "gone"])
 
 
+@pytest.mark.parametrize(("limit_bytes", "passes"), [(1 << 20, False), ((1 << 20) - 1, True)])
+def test_what_stays_in_a_bucket_passes_through_here_only_if_it_must(
+    make_place: Callable[[str], Place], limit_bytes: int, passes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, opened, put_here = make_place("s3"), [], ObjectPath.open
+    put(home, x=b"1" * (1 << 20))
+    monkeypatch.setattr(places, "COPY_BYTES", limit_bytes)
+    monkeypatch.setattr(ObjectPath, "open", lambda self, mode: opened.append(self) or put_here(self, mode))
+    copy_files(home, home / "there", ["x"])
+    assert (home / "there" / "x").read_bytes() == b"1" * (1 << 20)
+    assert bool(opened) == passes
+
+
 def test_a_copy_that_fails_in_the_middle_is_not_to_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path, a__x=b"new" * 1000, b__x=b"old")
     monkeypatch.setattr(places, "STREAM_BYTES", 100)

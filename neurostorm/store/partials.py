@@ -15,7 +15,8 @@ from functools import partial
 from pathlib import Path
 
 from neurostorm.object_store import ObjectPath
-from neurostorm.places import STALE_S, Place, files_below, orphaned, remove_if_orphaned
+from neurostorm.locks import STALE_S, orphaned, remove_if_orphaned
+from neurostorm.places import Place, files_below
 from neurostorm.store.files import StorePath, store_place
 from neurostorm.store.layout import PARTIAL, RUNS
 from neurostorm.store.shard import SHARD_FILE

@@ -12,10 +12,10 @@
               (the files of all ranks, if there are more or fewer of them now)
 
 `newest` is the highest step whose marker is there and whose files are what the marker says; a broken one is passed
-over with a warning for its copy, or else for the one before. An object store, which keeps several copies by itself, is
-given one. There `newest` compares sizes only; CRCs are checked of what a rank has fetched, and a checkpoint found
-damaged then is marked as such, so that all who look after that agree on what is next. Clip order, masks and dropout
-follow from (seed, step), so no generator state needs saving.
+over with a warning for its copy, or else for the one before. An object store makes the copy itself. There `newest`
+compares sizes only; CRCs are checked of what a rank has fetched, and a checkpoint found damaged then is marked as such,
+so that all who look after that agree on what is next. Clip order, masks and dropout follow from (seed, step), so no
+generator state needs saving.
 """
 
 import errno
@@ -116,8 +116,7 @@ def save(
         written = {name: _fingerprint(own / name) for name, _ in files_below(own)}
     of_ranks = gather(written)
     marker = _commit(path, {"step": step, **trainer}, of_ranks) if rank == 0 else None
-    if isinstance(path, Path):
-        _copy(path, list(written), marker, gather)
+    _copy(path, list(written), marker, gather)
     if rank == 0:
         _prune(folder, path.name, keep)
     gather(None)
@@ -180,7 +179,7 @@ def _commit(path: Place, trainer: dict[str, Any], of_ranks: list[dict[str, Finge
     return marker
 
 
-def _copy(path: Path, own: list[str], marker: Marker | None, gather: Gather) -> None:
+def _copy(path: Place, own: list[str], marker: Marker | None, gather: Gather) -> None:
     """Writes the checkpoint at `path`, which rank 0 committed with `marker`, once more, each rank its `own` files."""
     copy = path.with_name(path.name.replace(_PREFIX, _COPY))
     if marker:
@@ -189,7 +188,7 @@ def _copy(path: Path, own: list[str], marker: Marker | None, gather: Gather) -> 
     try:
         copy_files(path, copy, [*own, TRAINER] if marker else own)
     except OSError as error:
-        raise _unwritten(copy, path, error) from error
+        raise (_unwritten(copy, path, error) if isinstance(path, Path) else error) from error
     gather(None)
     if marker:  # of what was written first: a copy of a file that was damaged since then does not count either
         marker.write(copy)

@@ -95,18 +95,22 @@ def test_without_a_checkpoint_there_is_nothing_to_restore(folder, restore_two):
     assert restore_two(folder) == [None, None]
 
 
+NEWEST_AND_NEXT = (("step-00000100", "copy-00000100"), ("copy-00000100", "step-00000050"))
+
+
 @pytest.mark.parametrize("name", [OWN[0], OWN[1]])
 def test_a_flipped_byte_is_found_by_who_fetches_it_and_then_passed_over_by_all(name, two, restore_two, caplog):
     """The driver and the feed, which fetch nothing, must come to the same step as the ranks."""
-    flip(two / "step-00000100" / name)
-    assert checkpoint.newest(two).step == 100, "sizes alone do not show it"
-    for error in restore_two(two):
-        assert isinstance(error, CheckpointError)
-        assert f"step-00000100: {name} is damaged" in str(error) and "start again" in str(error)
-    with caplog.at_level(logging.WARNING, "neurostorm.train.checkpoint"):
-        assert checkpoint.newest(two).step == 50
-    assert "step-00000100" in caplog.text and name in caplog.text
-    assert restore_two(two) == restored(50)
+    for path, then in NEWEST_AND_NEXT:
+        flip(two / path / name)
+        assert checkpoint.newest(two).path.name == path, "sizes alone do not show it"
+        for error in restore_two(two):
+            assert isinstance(error, CheckpointError)
+            assert f"{path}: {name} is damaged" in str(error) and "start again" in str(error)
+        with caplog.at_level(logging.WARNING, "neurostorm.train.checkpoint"):
+            assert checkpoint.newest(two).path.name == then
+        assert path in caplog.text and name in caplog.text
+        assert restore_two(two) == restored(int(then[-8:]))
 
 
 def test_a_step_that_was_broken_is_saved_anew(two, save_two, restore_two):
@@ -127,11 +131,12 @@ DAMAGES = [
 
 @pytest.mark.parametrize(("name", "damage", "words"), DAMAGES)
 def test_what_a_listing_shows_is_passed_over_at_once(name, damage, words, two, restore_two, caplog):
-    damage(two / "step-00000100" / name)
-    with caplog.at_level(logging.WARNING, "neurostorm.train.checkpoint"):
-        assert checkpoint.newest(two).step == 50
-    assert "step-00000100" in caplog.text and words in caplog.text
-    assert restore_two(two) == restored(50)
+    for path, then in NEWEST_AND_NEXT:
+        damage(two / path / name)
+        with caplog.at_level(logging.WARNING, "neurostorm.train.checkpoint"):
+            assert checkpoint.newest(two).path.name == then
+        assert path in caplog.text and words in caplog.text
+        assert restore_two(two) == restored(int(then[-8:]))
 
 
 def test_a_store_that_does_not_answer_is_no_broken_checkpoint(two, monkeypatch):
@@ -179,5 +184,6 @@ def test_old_ones_go_marker_first(folder, save_two, monkeypatch):
     monkeypatch.setattr(ObjectPath, "unlink", lambda self, **how: (removed.append(self.name), unlink(self, **how))[1])
     monkeypatch.setattr(checkpoint, "remove_tree", lambda path: (removed.append(path.name), remove_tree(path))[1])
     assert save_two(folder, 40, keep=2) == [None, None]
-    assert removed == ["COMMITTED", "step-00000040", "COMMITTED", "step-00000010", "COMMITTED", "step-00000020"]
-    assert [path.name for path in folder.iterdir()] == ["step-00000030", "step-00000040"]
+    folders = ["step-00000040", "copy-00000040", "step-00000010", "step-00000020", "copy-00000030"]
+    assert removed == [name for path in folders for name in ("COMMITTED", path)]
+    assert [path.name for path in folder.iterdir()] == ["copy-00000040", "step-00000030", "step-00000040"]

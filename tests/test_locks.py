@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
-from neurostorm import places
-from neurostorm.places import open_locked, orphaned, remove_if_orphaned, replace
+from neurostorm import locks
+from neurostorm.locks import open_locked, orphaned, remove_if_orphaned
+from neurostorm.places import replace
 
 HOLDS = """
 import sys
 from pathlib import Path
-from neurostorm.places import open_locked
+from neurostorm.locks import open_locked
 with open_locked(Path(sys.argv[1])) as file:
     print("held", flush=True)
     sys.stdin.read()
@@ -59,5 +60,5 @@ def test_without_locks_age_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(fcntl, "flock", no_locks)
     replace(tmp_path / "table", b"1")
     assert not orphaned(tmp_path / "table")
-    os.utime(tmp_path / "table", (time.time() - 2 * places.STALE_S,) * 2)
+    os.utime(tmp_path / "table", (time.time() - 2 * locks.STALE_S,) * 2)
     assert orphaned(tmp_path / "table")
