@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import obstore
@@ -144,7 +144,8 @@ def remove_tree(folder: Place) -> None:
 def copy_files(source: Place, target: Place, names: Iterable[str]) -> None:
     """Copy the files `names`, relative to both folders, several at a time; each is there whole or not at all.
 
-    What stays within a bucket is copied there, and does not pass through here. OSError names the first that failed; others may have been copied. A name that leads out of the folders is one.
+    What stays within a bucket is copied there, and does not pass through here. OSError names the first that failed;
+    others may have been copied. A name that leads out of the folders is one.
     """
 
     def copy(name: str) -> None:
@@ -169,7 +170,7 @@ def copy_files(source: Place, target: Place, names: Iterable[str]) -> None:
 
 
 def _copied_within(here: ObjectPath, there: ObjectPath) -> bool:
-    """Let the store copy an object within its bucket; False when it would have to leave it, or is too large for that."""
+    """Let the store copy an object within its bucket; False when it would leave it, or is too large for that."""
     if (here.scheme, here.bucket) != (there.scheme, there.bucket) or here.stat().st_size > COPY_BYTES:
         return False
     with errors(here):

@@ -76,7 +76,7 @@ def measure(model: MaskedAutoencoder, batch: int, count: int, device: str) -> di
     masks = [model.draw_mask(batch, frames, torch.Generator().manual_seed(seed), "cpu") for seed in range(count)]
 
     def made(on_device: bool, mask: torch.Tensor) -> SubsetGeometry:
-        model.tables_on_device = on_device
+        model.visible.on_device = on_device
         geometry = model.visible_geometry(mask, whole)
         use(geometry, model)
         return geometry

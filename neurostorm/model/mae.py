@@ -24,7 +24,6 @@ spends its blocks, which attend, where there are an eighth as many tokens. With 
 token that is computed is background.
 """
 
-from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -33,18 +32,16 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from neurostorm.model.decoder import PatchExpanding, UpStage
-from neurostorm.model.drawn import Room, Whole, drawn_geometry
-from neurostorm.model.geometry import Geometry, SubsetGeometry, patch_table, subset_geometry
+from neurostorm.model.geometry import Geometry, SubsetGeometry, patch_table
 from neurostorm.model.light import LightDecoder, numbers_of, put_tokens
 from neurostorm.model.masking import Blocks, MaskConfig, draw_mask, mask_blocks, mask_from_released
-from neurostorm.model.score import Scores, Targets, patch_moments, predict_rows, score_rows
+from neurostorm.model.score import Scores, Targets, patch_moments, predict_rows, score_rows, square_sums
 from neurostorm.model.strd import StrdConfig
 from neurostorm.model.swin4d import SwinEncoder, initialise
 from neurostorm.model.swin_config import SwinConfig
+from neurostorm.model.visible import VisibleTokens
 
 DECODERS = ("paper", "light")
-
-_TRIAL_DRAWS = 16  # batches of masks that say how large the tables of visible tokens become
 
 
 class MaeOutput(NamedTuple):
@@ -85,7 +82,7 @@ class MaskedAutoencoder(SwinEncoder):
         predicted: share of the hidden tokens that the light decoder predicts and the loss counts, drawn anew each time.
 
     Attributes:
-        tables_on_device: make the tables of visible tokens on the device (`drawn.py`); None: wherever that is no CPU.
+        visible: makes the geometry of what a mask leaves visible.
 
     Raises:
         ValueError: a field has an impossible value, ``brain`` or ``atlas`` is missing, empty or of another shape.
@@ -111,9 +108,7 @@ class MaskedAutoencoder(SwinEncoder):
         self.decoder, self.decoder_depth, self.predicted = decoder, decoder_depth, predicted
         self.mask_window = mask.window or swin.window
         self._blocks_of: dict[tuple[int, torch.device], Blocks] = {}
-        self._wholes: dict[tuple[int, torch.device], Whole] = {}
-        self._usual_rooms: dict[tuple[int, int], Room] = {}
-        self.tables_on_device: bool | None = None
+        self.visible = VisibleTokens(swin)
         if atlas is not None:
             self.register_buffer("atlas_map", atlas.to(torch.int32))
         if decoder == "light":
@@ -327,27 +322,7 @@ class MaskedAutoencoder(SwinEncoder):
 
     def visible_geometry(self, mask: Tensor, geometry: Geometry) -> SubsetGeometry:
         """The tokens that ``mask``, bool (B, P) in the order of ``geometry``, leaves visible."""
-        level, windows = geometry.levels[0], self.config.windows
-        numbers = numbers_of(~mask)
-        if not (level.device.type != "cpu" if self.tables_on_device is None else self.tables_on_device):
-            layout = self.config.window_layout(level.device.type)
-            return subset_geometry(level.grid, windows, level.order[numbers], layout)
-        frames = level.grid[3]
-        whole = self._wholes.get((frames, level.device)) or Whole(geometry, windows)
-        self._wholes[frames, level.device] = whole
-        room = whole.count(numbers.cpu().numpy())
-        if numbers.shape[1] == len(level) - self.blocks(frames, "cpu").budget(self.mask_config.ratio):
-            room = room.at_least(self._usual_room(whole, len(mask), frames))
-        return drawn_geometry(whole, numbers.to(level.device, non_blocking=True), room)
-
-    def _usual_room(self, whole: Whole, samples: int, frames: int) -> Room:
-        """What masks of this model's kind need as a rule; the same in every process, and kept."""
-        if (samples, frames) not in self._usual_rooms:
-            generator = torch.Generator().manual_seed(0)
-            draws = [numbers_of(~self.draw_mask(samples, frames, generator, "cpu")) for _ in range(_TRIAL_DRAWS)]
-            rooms = [whole.count(numbers.numpy()) for numbers in draws]
-            self._usual_rooms[samples, frames] = reduce(Room.at_least, rooms).with_reserve()
-        return self._usual_rooms[samples, frames]
+        return self.visible.geometry(mask, geometry, self.draw_mask)
 
     def hide(self, tokens: Tensor, mask: Tensor, geometry: Geometry) -> Tensor:
         """Replace hidden tokens (B, P, C): by one vector, or for windows by one per place in the window ("paper")."""
@@ -376,12 +351,6 @@ class MaskedAutoencoder(SwinEncoder):
             brain = self.brain_patches[space]
             valid = brain if valid is None else valid & brain
         return valid
-
-
-def square_sums(error: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-    """(B,) sums of error^2 over each sample's counted voxels (the others may hold anything), and (B,) their number."""
-    counted = counted.expand_as(error)
-    return torch.where(counted, error, 0.0).square().sum(dim=(1, 2)), counted.sum(dim=(1, 2))
 
 
 def _check_mae(

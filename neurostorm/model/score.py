@@ -112,6 +112,12 @@ def _counted(targets: Targets, part: slice, device: torch.device) -> Tensor:
     return counted
 
 
+def square_sums(error: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) sums of error^2 over each sample's counted voxels (the others may hold anything), and (B,) their number."""
+    counted = counted.expand_as(error)
+    return torch.where(counted, error, 0.0).square().sum(dim=(1, 2)), counted.sum(dim=(1, 2))
+
+
 def patch_moments(patches: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (..., 1) of patches (..., p^3) over valid voxels; 0 and 1 where there are none."""
     weight = torch.ones_like(patches) if valid is None else valid.expand_as(patches).to(patches.dtype)

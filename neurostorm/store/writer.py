@@ -23,8 +23,8 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from neurostorm.object_store import ObjectPath, PlaceError
 from neurostorm.locks import open_locked
+from neurostorm.object_store import ObjectPath, PlaceError
 from neurostorm.places import Place, create, files_below, sync, take_place
 from neurostorm.store.codec import LIMIT
 from neurostorm.store.files import StorePath, is_node, read_header, store_place

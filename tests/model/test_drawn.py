@@ -97,7 +97,7 @@ def test_the_autoencoder_computes_the_same_with_either(mixer, kind):
     masks = [model.draw_mask(3, FRAMES, torch.Generator().manual_seed(seed)) for seed in range(3)]
     for mask in [*masks, mask_of_a_corner(model)]:
         found = []
-        for model.tables_on_device in (False, True):
+        for model.visible.on_device in (False, True):
             model.zero_grad()
             out = model.train()(patches[: len(mask)], mask)
             out.loss.backward()
@@ -114,7 +114,7 @@ def test_redundancy_dropout_counts_the_same_elements(mixer):
     drops, however the numbers are drawn."""
     model = build(mixer, strd=StrdConfig(True, 3, 3, rate=1 - 1e-6)).train()
     patches, mask, rates = patches_of(model), mask_of_a_corner(model), []
-    for model.tables_on_device in (False, True):
+    for model.visible.on_device in (False, True):
         torch.manual_seed(0)
         out = model(patches, mask)
         out.loss.backward()
@@ -147,7 +147,7 @@ def test_a_step_waits_for_nothing_but_the_mask_which_is_the_hosts(mixer, strd):
     model = build(mixer, strd=StrdConfig(strd, 3, 3, rate=0.1)).train()
     patches = patches_of(model)
     first, mask = (model.draw_mask(2, FRAMES, torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    model.tables_on_device = True
+    model.visible.on_device = True
     model(patches, first)  # makes what is kept
     with Waits() as waits:
         model(patches, mask).loss.backward()
@@ -164,7 +164,7 @@ def test_what_would_wait_is_seen():
 
 def test_shapes_stay_and_blocks_are_compiled_once():
     model = build()
-    model.tables_on_device = True
+    model.visible.on_device = True
     graphs = []
 
     def backend(graph, _inputs):
@@ -207,6 +207,6 @@ def test_rounding_up_takes_few_values_and_an_eighth_at_most(count):
 def test_tokens_of_a_model_are_numbered_in_the_order_of_the_mask():
     model = build()
     mask, whole = model.draw_mask(2, FRAMES), model.geometry(FRAMES)
-    model.tables_on_device = True
+    model.visible.on_device = True
     numbers = model.visible_geometry(mask, whole).levels[0].numbers_in(whole.levels[0]).view(2, -1)
     assert torch.equal(numbers - torch.arange(2)[:, None] * len(whole.levels[0]), numbers_of(~mask))
