@@ -18,18 +18,17 @@ import importlib.util
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.amp.autocast_mode import is_autocast_available
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv1d, linear, silu, softplus
 
 from neurostorm.model import scan_kernel
+from neurostorm.model.autocast import autocast_for, product_dtype, without_autocast
 from neurostorm.model.mixer import Mixer
 from neurostorm.model.scan import ScanInputs, empty_states, scan_backward, scan_forward, triton_applies_to
 from neurostorm.model.strd import StageDropout
@@ -126,10 +125,10 @@ def mix_windows(x: Tensor, weights: MambaWeights) -> Tensor:
     Under autocast its matrix products take the autocast dtype, like a linear layer's, and so does the output; the scan
     itself runs in float32. Float64 input stays float64 throughout, under autocast too.
     """
-    device = x.device.type
-    if is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        with _without_autocast(device):
-            return mix_windows(x.to(torch.get_autocast_dtype(device)), weights)
+    if autocast_for(x):
+        dtype = product_dtype(x)
+        with without_autocast(x.device.type):
+            return mix_windows(x.to(dtype), weights)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights)):
         return _WindowBlocks.apply(x, *weights)
     out = torch.empty_like(x)
@@ -214,7 +213,7 @@ class _WindowBlocks(torch.autograd.Function):
             *(t.detach().to(wide).requires_grad_(w) for t, w in zip(tensors, want_weights, strict=True))
         )
         dx = torch.empty_like(x) if want_x else None
-        with _without_autocast(x.device.type):
+        with without_autocast(x.device.type):
             for part in _parts(x, weights):
                 block = _tokens_first(x[part]).requires_grad_(want_x)
                 _block_backward(block, weights, states[:, part], _tokens_first(grad[part]))
@@ -253,10 +252,6 @@ def _parts(x: Tensor, weights: MambaWeights) -> Iterator[slice]:
     most = max(1, states // weights.A_log.numel())
     size = max(1, math.ceil(len(x) / max(1, math.ceil(len(x) / most))))
     return (slice(start, min(start + size, len(x))) for start in range(0, max(1, len(x)), size))
-
-
-def _without_autocast(device: str) -> AbstractContextManager[object]:
-    return torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext()
 
 
 def mix_with_kernel(x: Tensor, weights: MambaWeights, kernel: Callable[..., Tensor]) -> Tensor:

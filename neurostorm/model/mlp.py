@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import gelu
 
+from neurostorm.model.autocast import product_dtype
+
 _CACHED_VALUES = 2**20  # of the hidden layer, per block of rows
 
 
@@ -28,7 +30,7 @@ class Mlp(nn.Module):
         if x.device.type != "cpu":
             return self.linear2(gelu(self.linear1(x)))
         weights = self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        dtype = product_dtype(x)
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         return _RowBlocks.apply(rows, *(weight.to(dtype) for weight in weights)).view(*x.shape[:-1], -1)
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from neurostorm.model.attention import WindowAttention
+from neurostorm.model.autocast import product_dtype
 from neurostorm.model.geometry import Geometry, TokenGeometry, TokenLevel, geometry_of
 from neurostorm.model.mamba import Mamba
 from neurostorm.model.mixer import Mixer
@@ -109,6 +110,7 @@ class Block(nn.Module):
     def mix(self, x: Tensor, table: WindowTable, strd: StageDropout | None) -> Tensor:
         """The mixer over the windows of tokens (B, P, C), with the prompts before them and removed after."""
         mixer = cast(Mixer, self.get_submodule(self._mixer_name))
+        x = x.to(product_dtype(x))  # autocast gives norms in float32; the mixer's product would cast every slot instead
         groups = split_rows(mixer.project_in(gather_rows(x, table)), table, len(x))
         if self.prompt is None:
             mixed = [mixer(group, bucket, strd) for group, bucket in zip(groups, table.buckets, strict=True)]

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from neurostorm.model import scan_kernel
+from neurostorm.model import scan_kernel, swin4d
 from neurostorm.model.strd import StrdConfig
 from neurostorm.model.swin4d import DropPath, PatchMerging, SwinEncoder
 from neurostorm.model.swin_config import SwinConfig
@@ -126,6 +126,27 @@ def test_bfloat16_autocast_stays_near_float32(mixer):
         half = encoder(volume)
     full = encoder(volume)
     assert (half - full).abs().max() < 0.05 * full.abs().max()
+
+
+@pytest.mark.parametrize("mixer", ["attention", "mamba"])
+def test_under_autocast_windows_are_formed_in_its_dtype_and_nothing_else_changes(mixer, monkeypatch):
+    config = dataclasses.replace(TINY, mixer=mixer)
+    encoder, volume = SwinEncoder(config).train(), torch.randn(1, 1, 12, 12, 12, 6)
+    gather, seen = swin4d.gather_rows, []
+    monkeypatch.setattr(swin4d, "gather_rows", lambda x, table: seen.append(x.dtype) or gather(x, table))
+
+    def outcome():
+        encoder.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = encoder(volume)
+        out.float().square().sum().backward()
+        return [out, *(parameter.grad for parameter in encoder.parameters())]
+
+    narrow = outcome()
+    assert set(seen) == {torch.bfloat16}
+    monkeypatch.setattr(swin4d, "product_dtype", lambda x: x.dtype)
+    assert all(torch.equal(one, other) for one, other in zip(narrow, outcome(), strict=True))
+    assert torch.float32 in seen
 
 
 @pytest.mark.parametrize("mixer", ["attention", "mamba"])
