@@ -1,6 +1,6 @@
 """A small model on the ball store, two NIfTI files with a store of them, the embedding job without Ray, examples."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +124,12 @@ def make_subjects() -> Callable[..., Examples]:
 def make_runs() -> Callable[..., Examples]:
     """`runs_of`."""
     return runs_of
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small matrices on many threads take longer, and much longer where other processes have the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

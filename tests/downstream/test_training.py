@@ -3,8 +3,7 @@
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,92 +14,18 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
-from neurostorm.config import AdaptConfig
 from neurostorm.downstream.cohort import open_cohort
 from neurostorm.downstream.examples import Examples
 from neurostorm.downstream.inputs import ClipInputs, HeldInputs
-from neurostorm.downstream.objective import Objective, objective_of
+from neurostorm.downstream.objective import objective_of
 from neurostorm.downstream.tasks import Age, Cut
 from neurostorm.downstream.training import Fitted, Trainer, load_trained, pooled, trained_state
 from neurostorm.model.adapt import AttentionPool, adapt
 from neurostorm.model.hub import NeuroStorm
 from neurostorm.train.health import NonFiniteError
+from tests.downstream.trainers import METRIC, PLACES, RNG, WIDTH, parts_of, planted, quiet, settings_of, trainer_of
 
-PLACES, WIDTH = 4, 8
-METRIC = {"regression": "r", "classification": "balanced_accuracy", "identification": "map"}
-RNG = np.random.default_rng
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small matrices on many threads take longer, and much longer where other processes have the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def settings_of(**changes: Any) -> AdaptConfig:
-    return AdaptConfig.model_validate({"lr": 0.03, "epochs": 10, "patience": 5, "batch_clips": 16, **changes})
-
-
-def tokens_of(examples: Examples, shown: NDArray[np.float64], noise: float, seed: int) -> NDArray[np.float32]:
-    """(N, P, C) of noise, with what is `shown` of each unit, (M, K), in K directions of every place."""
-    rng = RNG(seed)
-    tokens = noise * rng.standard_normal((len(examples), PLACES, WIDTH))
-    tokens += (shown[examples.unit] @ rng.standard_normal((shown.shape[1], WIDTH)))[:, None]
-    return tokens.astype(np.float32)
-
-
-def trainer_of(
-    kind: str,
-    examples: Examples,
-    tokens: NDArray[np.float32],
-    train: NDArray[np.int64],
-    *,
-    seed: int = 0,
-    **changes: Any,
-) -> Trainer:
-    """An attention pool and a head on tokens, for a kind of task, as `fitting.py` makes them."""
-    torch.manual_seed(seed)
-    objective = objective_of(
-        kind, examples.take(train), embedding=16, temperature=0.1, gallery=20, repeats=5, seed=seed
-    )
-    network = nn.Sequential(OrderedDict(pool=AttentionPool(WIDTH, 2), head=objective.head(WIDTH)))
-    return Trainer(
-        network=network, inputs=HeldInputs(tokens, "cpu"), examples=examples, objective=objective, metric=METRIC[kind],
-        settings=settings_of(**changes), seed=seed, backbone_lr=0.0, device="cpu",
-    )  # fmt: skip
-
-
-def quiet(epoch: int, measured: dict[str, float], state: object) -> None:
-    assert math.isfinite(measured["loss"]) and epoch > 0
-
-
-def parts_of(count: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Of so many units the last half, and a quarter and a quarter; so that a unit's place in a part is another one."""
-    test, validation, train = np.split(np.arange(count), [count // 4, count // 2])
-    return train, validation, test
-
-
-def one_hot(targets: NDArray[np.int64], classes: int) -> NDArray[np.float64]:
-    return np.eye(classes)[targets]
-
-
-def planted(make_subjects, make_runs, kind: str, classes: int, seed: int, signal: float = 1.0):
-    """Examples of a kind and tokens that show each unit's target by `signal`."""
-    rng = RNG([seed, 7])
-    if kind == "identification":
-        examples = make_runs(40, clips=3)
-        own = rng.standard_normal((40, 4))[examples.targets]
-        shown = np.concatenate([own, 5 * rng.standard_normal((len(own), 2))], 1)  # much of a session and little of whom
-    elif kind == "regression":
-        examples = make_subjects(50 + 10 * rng.standard_normal(80))
-        shown = ((examples.targets - 50) / 10)[:, None]
-    else:
-        examples = make_subjects(rng.permutation(np.arange(80) % classes), classes=tuple("abc"[:classes]))
-        shown = one_hot(examples.targets, classes)
-    return examples, tokens_of(examples, signal * shown, 1.0, seed)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(
@@ -169,109 +94,6 @@ def test_predictions_and_state_do_not_follow_from_test_targets_or_test_clips(mak
     assert trainer.objective.measure(examples.take(test), predicted)["balanced_accuracy"] > 0.85
     by_chance = [measured["balanced_accuracy"] for measured in scores]
     assert abs(np.mean(by_chance) - 0.5) < 3 * np.std(by_chance, ddof=1) / math.sqrt(20)
-
-
-@dataclass(frozen=True)
-class Scripted(Objective):
-    """A regression of which validation says, epoch after epoch, what the script says."""
-
-    script: list[float] = field(default_factory=list)
-
-    def measure(self, units: Examples, predictions: NDArray[np.float64]) -> dict[str, float]:
-        return {"r": self.script.pop(0), "mae": 0.0, "chance": 0.0}
-
-
-@pytest.mark.parametrize(
-    ("script", "metric", "best", "epochs"),
-    [
-        ([0.1, 0.5, 0.3, 0.4, 0.5, 0.9], "r", 2, 5),  # three epochs without a better one end it; an equal is no better
-        ([0.1, 0.5, 0.3, 0.4, 0.6, 0.2], "r", 5, 6),
-        ([math.nan, -0.5, -0.9, -0.8, -0.7, 0.9], "r", 2, 5),  # a number is better than none
-        ([0.3, math.nan, math.nan, math.nan, 0.9, 0.9], "r", 1, 4),
-    ],
-)
-def test_the_best_epoch_is_kept_and_patience_ends_the_training(make_subjects, script, metric, best, epochs) -> None:
-    examples = make_subjects(np.arange(12.0))
-    train, validation, test = parts_of(12)
-    trainer = trainer_of("regression", examples, RNG(0).standard_normal((36, 4, 8)).astype(np.float32), train,
-                         epochs=6, patience=3)  # fmt: skip
-    made = trainer.objective
-    scripted = Scripted("regression", mean=made.mean, deviation=made.deviation, script=list(script))
-    trainer = replace(trainer, objective=scripted, metric=metric)
-    told: list[tuple[int, dict[str, float], Any]] = []
-    states = []
-
-    def note(epoch: int, measured: dict[str, float], state: Any) -> None:
-        told.append((epoch, measured, state))
-        states.append(trained_state(trainer.network))
-
-    fitted = trainer.fit(train, validation, note)
-    assert (fitted.epoch, [epoch for epoch, *_ in told]) == (best, list(range(1, epochs + 1)))
-    assert fitted.validation["r"] == script[best - 1]
-    for name, tensor in trained_state(trainer.network).items():
-        assert torch.equal(tensor, states[best - 1][name]) and torch.equal(fitted.state[name], tensor)
-        if best < epochs and "key" in name:
-            assert not torch.equal(tensor, states[-1][name]), "later epochs had gone on"
-    running = [number for number, (_, _, state) in enumerate(told) if state is not None]
-    assert running[-1] == best - 1 and 0 in running
-    assert torch.equal(told[best - 1][2]["head.head.head.weight"], fitted.state["head.head.head.weight"])
-    kept = copy.deepcopy(trainer.network)
-    assert np.array_equal(replace(trainer, network=kept).predict(test), trainer.predict(test))
-
-
-def test_a_metric_that_should_be_low_is_kept_low(make_subjects) -> None:
-    examples = make_subjects(np.arange(12.0))
-    train, validation, _ = parts_of(12)
-    trainer = trainer_of("regression", examples, RNG(0).standard_normal((36, 4, 8)).astype(np.float32), train, epochs=8)
-    found: list[float] = []
-    fitted = replace(trainer, metric="mae").fit(
-        train, validation, lambda _, measured, __: found.append(measured["mae"])
-    )
-    assert fitted.validation["mae"] == min(found) and fitted.epoch == 1 + int(np.argmin(found))
-
-
-def noting(told: list[tuple[int, dict[str, float], Any]]) -> Callable[[int, dict[str, float], Any], None]:
-    """What `fit` is to tell its epochs to, which are added to the list."""
-    return lambda *said: told.append(said)
-
-
-@pytest.mark.parametrize(
-    ("script", "best", "epochs"),
-    [
-        ([0.5, 0.1, 0.5, 0.3, 0.9], 0, 3),  # no better one in three epochs: what began is kept
-        ([0.5, 0.1, 0.6, 0.3, 0.2, 0.1], 2, 5),
-        ([math.nan, -0.3, -0.5, -0.4, -0.6], 1, 4),
-    ],
-)
-def test_what_is_begun_counts_as_epoch_zero(make_subjects, script: list[float], best: int, epochs: int) -> None:
-    examples = make_subjects(np.arange(12.0))
-    train, validation, _ = parts_of(12)
-    tokens = RNG(0).standard_normal((36, PLACES, WIDTH)).astype(np.float32)
-    trainer = trainer_of("regression", examples, tokens, train, epochs=6, patience=3)
-    began = trained_state(trainer.network)
-    scripted = Scripted("regression", mean=5.0, deviation=3.0, script=list(script))
-    told: list[tuple[int, dict[str, float], Any]] = []
-    fitted = replace(trainer, objective=scripted, begun=True).fit(train, validation, noting(told))
-    assert [epoch for epoch, *_ in told] == list(range(epochs + 1))
-    assert ["loss" in measured for _, measured, _ in told] == [False] + [True] * epochs
-    assert [measured["r"] for _, measured, _ in told] == pytest.approx(script[: epochs + 1], nan_ok=True)
-    assert all(torch.equal(told[0][2][name], began[name]) for name in began), "it is told before the first step"
-    assert (fitted.epoch, fitted.validation["r"]) == (best, script[best])
-    kept = trained_state(trainer.network)
-    assert all(torch.equal(kept[name], fitted.state[name]) for name in began)
-    assert all(torch.equal(kept[name], began[name]) for name in began) == (best == 0)
-
-
-def test_a_beginning_changes_nothing_of_the_epochs_after_it(make_subjects, make_runs) -> None:
-    examples, tokens = planted(make_subjects, make_runs, "regression", 0, 0)
-    train, validation, _ = parts_of(80)
-    seen = []
-    for begun in (False, True):
-        told: list[tuple[int, dict[str, float], Any]] = []
-        trainer = replace(trainer_of("regression", examples, tokens, train, epochs=2), begun=begun)
-        trainer.fit(train, validation, noting(told))
-        seen.append([(epoch, measured) for epoch, measured, _ in told])
-    assert seen[0] == seen[1][1:] and len(seen[0]) == 2
 
 
 def stepped(kind: str, examples: Examples, rows: NDArray[np.float32], weight: list[float], **changes: Any) -> Trainer:
