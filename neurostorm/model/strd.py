@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from neurostorm.model.neighbours import Neighbours
 from neurostorm.model.switches import STRD, triton_may
-from neurostorm.model.windows import Bucket, Neighbours
+from neurostorm.model.windows import Bucket
 
 _EPSILON = 1e-8
 _CORRECTIONS = 4  # of the calibration

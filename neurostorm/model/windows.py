@@ -16,15 +16,16 @@ sets that differ between samples are one packed list of batch size 1.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from neurostorm.model.neighbours import NOWHERE, Neighbours, neighbours_in
+
 Axes = tuple[int, int, int, int]  # patches along d, h, w and frames
 
-_NOWHERE = 32000  # coordinate of an absent slot: no neighbour of anything
 _SHORT_TABLE = 64  # rows
 
 
@@ -44,14 +45,6 @@ class Layout:
     pad: bool = False
     wrap: bool = False
     round_to: int = 1
-
-
-class Neighbours(NamedTuple):
-    """STRD neighbourhoods of the tokens of a bucket's windows, one entry per distinct window pattern (K patterns)."""
-
-    space: Tensor  # bool (K, N, N): j is another token of i's frame, at most space // 2 patches away per axis
-    time: Tensor  # bool (K, N, N): j is the same patch in another frame, at most time // 2 frames away
-    pattern: Tensor  # long (W,): which of the K patterns a window has
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,10 +70,7 @@ class Bucket:
         if self.cells is None:
             raise ValueError("neighbours: this bucket is no window of grid cells (a merge, an order, or with prompts)")
         if (space, time) not in self._derived:
-            if isinstance(self.cells, Tensor):
-                self._derived[space, time] = _neighbours_each(self.cells, space, time)
-            else:
-                self._derived[space, time] = _neighbours(self.cells, space, time, self.index.device)
+            self._derived[space, time] = neighbours_in(self.cells, space, time, self.index.device)
         return self._derived[space, time]
 
     def places(self) -> Tensor:
@@ -317,7 +307,7 @@ def _buckets(
         present = np.arange(count) < size[chosen, None]
         entry = np.where(present, first[chosen, None] + np.arange(count), 0)
         index = np.where(present, token[entry], tokens)
-        places = np.where(present[..., None], cells[entry], _NOWHERE).astype(np.int16)
+        places = np.where(present[..., None], cells[entry], NOWHERE).astype(np.int16)
         mask = None if present.all() else torch.from_numpy(present).to(device)
         buckets.append(Bucket(torch.from_numpy(index).to(device), places, mask))
     return buckets
@@ -335,43 +325,3 @@ def table_of(buckets: Sequence[Bucket], tokens: int) -> WindowTable:
         has_absent=not grouped[:tokens].all(),
         contiguous=np.array_equal(flat, np.arange(tokens)),
     )
-
-
-def _neighbours(cells: np.ndarray, space: int, time: int, device: torch.device) -> Neighbours:
-    relative = cells - cells.min(1, keepdims=True)
-    patterns, pattern = np.unique(relative.reshape(len(cells), -1), axis=0, return_inverse=True)
-    patterns = patterns.reshape(len(patterns), -1, 4).astype(np.int64)
-    absent = patterns.max(-1) >= _NOWHERE // 2
-    patterns[absent] = 0
-    extent = patterns.max((0, 1)) + 1
-    place = np.ravel_multi_index(tuple(np.moveaxis(patterns, -1, 0)), tuple(extent))
-    place[absent] = extent.prod()
-    near = np.pad(_near(extent, space, time), ((0, 0), (0, 1), (0, 1)))  # an absent slot is near nothing
-    # One by one: uneven token sets have a pattern for every window.
-    same_frame, same_patch = np.stack([near[:, slots][:, :, slots] for slots in place], 1)
-    return Neighbours(
-        torch.from_numpy(same_frame).to(device),
-        torch.from_numpy(same_patch).to(device),
-        torch.from_numpy(pattern.reshape(-1)).to(device),
-    )
-
-
-def _neighbours_each(cells: Tensor, space: int, time: int) -> Neighbours:
-    """Each window a pattern of its own, without a look at the coordinates (W, N, 4) from the host."""
-    far = torch.zeros((), dtype=cells.dtype, device=cells.device)
-    for axis in cells[..., :3].unbind(-1):
-        far = torch.maximum(far, (axis.unsqueeze(2) - axis.unsqueeze(1)).abs())
-    late = (cells[..., None, 3] - cells[:, None, :, 3]).abs()
-    return Neighbours(
-        (late == 0) & (far > 0) & (far <= space // 2),
-        (far == 0) & (late > 0) & (late <= time // 2),
-        torch.arange(len(cells), device=cells.device),
-    )
-
-
-def _near(extent: np.ndarray, space: int, time: int) -> np.ndarray:
-    """Bool (2, M, M): which of the M places of a box of this extent are neighbours in their frame, and in time."""
-    places = raster_coords(extent.tolist())
-    distance = np.abs(places[:, None] - places)  # (M, M, 4)
-    far, late = distance[..., :3].max(-1), distance[..., 3]
-    return np.stack([(late == 0) & (far > 0) & (far <= space // 2), (far == 0) & (late > 0) & (late <= time // 2)])
