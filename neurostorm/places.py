@@ -27,7 +27,7 @@ import obstore
 from neurostorm.locks import locked, open_locked
 from neurostorm.object_store import SCHEMES, STREAM_BYTES, ObjectPath, PlaceError, errors
 
-COPY_BYTES = 5 << 30  # the largest object that S3 copies in one request
+COPY_BYTES = 1 << 30  # the largest object that is copied in one request, which has to answer in time
 TRANSFERS = 8  # files moved at once between a folder and an object store
 _UPDATES = 50  # tries to change an object that others change at the same time
 _TEMPORARY = ".partial"
@@ -170,11 +170,14 @@ def copy_files(source: Place, target: Place, names: Iterable[str]) -> None:
 
 
 def _copied_within(here: ObjectPath, there: ObjectPath) -> bool:
-    """Let the store copy an object within its bucket; False when it would leave it, or is too large for that."""
+    """Let the store copy an object within its bucket; False when it cannot: another bucket, too large, refused."""
     if (here.scheme, here.bucket) != (there.scheme, there.bucket) or here.stat().st_size > COPY_BYTES:
         return False
-    with errors(here):
-        obstore.copy(here.client, here.object_key, there.object_key)
+    try:
+        with errors(here):
+            obstore.copy(here.client, here.object_key, there.object_key)
+    except PlaceError:  # it may still let us read and write
+        return False
     return True
 
 

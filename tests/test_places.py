@@ -13,7 +13,7 @@ from typing import Any
 
 import obstore
 import pytest
-from obstore.exceptions import PreconditionError
+from obstore.exceptions import BaseError, PreconditionError
 
 from neurostorm import places
 from neurostorm.object_store import ObjectPath
@@ -295,13 +295,22 @@ def test_files_are_copied_between_places(
         copy_files(here, there, ["y", "gone"])
 
 
-@pytest.mark.parametrize(("limit_bytes", "passes"), [(1 << 20, False), ((1 << 20) - 1, True)])
+def refuse_copy(*_: Any) -> None:
+    raise BaseError("403 Forbidden")
+
+
+@pytest.mark.parametrize(
+    ("limit_bytes", "refused", "passes"),
+    [(1 << 20, False, False), ((1 << 20) - 1, False, True), (1 << 20, True, True)],
+)
 def test_what_stays_in_a_bucket_passes_through_here_only_if_it_must(
-    make_place: Callable[[str], Place], limit_bytes: int, passes: bool, monkeypatch: pytest.MonkeyPatch
+    make_place: Callable[[str], Place], limit_bytes: int, refused: bool, passes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home, opened, put_here = make_place("s3"), [], ObjectPath.open
     put(home, x=b"1" * (1 << 20))
     monkeypatch.setattr(places, "COPY_BYTES", limit_bytes)
+    if refused:
+        monkeypatch.setattr(places.obstore, "copy", refuse_copy)
     monkeypatch.setattr(ObjectPath, "open", lambda self, mode: opened.append(self) or put_here(self, mode))
     copy_files(home, home / "there", ["x"])
     assert (home / "there" / "x").read_bytes() == b"1" * (1 << 20)

@@ -2,14 +2,14 @@
 """What an epoch costs: GPU-hours and money for presets on a corpus, from the model's operations and the bytes to read.
 
     epoch_cost.py --price 2.50
-    epoch_cost.py --presets base --share 0.1 --gb-per-s 2 -- --model.mixer mamba --mask.ratio 0.75
+    epoch_cost.py --presets base --share 0.01 --gb-per-s 2 -- --model.mixer mamba --mask.ratio 0.75
 
     preset + settings --> the model, on no device --> cost.py: operations per clip --> hours at a share of a GPU's peak
     clips of the epoch x their bytes in the store  -->  hours at what one GPU is fed    --> the longer counts
 
-Nothing is measured here. The share of the peak and the rate of the feed are assumptions of whoever calls; a run logs
-both as `speed/mfu` and `speed/clips_per_s`. Validation, checkpoints, idle machines and the head come on top. What
-follows `--` are settings as jobs/pretrain.py takes them.
+Nothing is measured here. The share of the peak and the rate of the feed are assumptions of whoever calls (the default
+share is what one H200 reached with `base`, tools/BENCHMARKS.md); a run logs `speed/clips_per_s`. Validation,
+checkpoints, idle machines and the head come on top. What follows `--` are settings as jobs/pretrain.py takes them.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def epoch_cost(preset: str, config: Config, options: argparse.Namespace) -> Epoc
 def table(costs: Sequence[EpochCost], options: argparse.Namespace) -> str:
     """The costs as lines of Markdown, after a sentence with what was assumed."""
     lines = [
-        f"{options.frames:,} frames; {options.share:.0%} of {options.peak / 1e12:,.0f} TFLOP/s and "
+        f"{options.frames:,} frames; {options.share:.1%} of {options.peak / 1e12:,.0f} TFLOP/s and "
         f"{options.gb_per_s:g} GB/s per GPU, {options.price:.2f} per GPU-hour: assumed, not measured",
         "| preset | parameters | GFLOP/clip | GPU-hours, computing | GPU-hours, reading | wall hours x GPUs | cost |",
         "|---|---|---|---|---|---|---|",
@@ -104,7 +104,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add: Any = parser.add_argument
     add("--presets", nargs="+", choices=PRESETS, default=["base", "large"], help="default: base large")
     add("--frames", type=int, default=CORPUS_FRAMES, help="frames of the corpus (default: 28.65 million)")
-    add("--share", type=float, default=0.1, help="of the peak that training reaches, MFU (default: 0.1, an assumption)")
+    add("--share", type=float, default=0.005, help="of the peak that is reached (default: .005, see BENCHMARKS.md)")
     add("--peak", type=float, default=H100_BF16, help="operations per second of a GPU (default: H100, bf16: 989e12)")
     add("--gb-per-s", type=float, default=1.0, help="GB/s of clips that one GPU is fed (default: 1, an assumption)")
     add("--price", type=float, default=2.5, help="of an hour of one GPU (default: 2.50, an assumption)")

@@ -63,9 +63,11 @@ def finetune(config: Config) -> Finetuned:
         uri_of(config)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    folder = config.run.folder
+    if (folder / "checkpoints").is_dir():  # whose config.yaml and summary.json would be lost
+        raise ConfigError(f"run.name={config.run.name}: {folder} holds a pretraining run; choose another --name")
     prepared = prepare(config, [Wanted(task, config.adapt, config.run.seed)], say=_say)
     trial = prepared.trials[0]
-    folder = config.run.folder
     replace(folder / "config.yaml", config.to_yaml().encode())
     tracker = record_start(trial)
     status = "FAILED"

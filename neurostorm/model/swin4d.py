@@ -115,9 +115,12 @@ class Block(nn.Module):
         if self.prompt is None:
             mixed = [mixer(group, bucket, strd) for group, bucket in zip(groups, table.buckets, strict=True)]
         else:
-            prompts, count = mixer.project_in(self.prompt.to(x.dtype)), self.prompt.shape[1]
+            prompts, count = mixer.project_in(self.prompt), self.prompt.shape[1]
             mixed = [
-                mixer(torch.cat([prompts.expand(len(group), -1, -1), group], 1), bucket.after_prompts(count))[:, count:]
+                mixer(
+                    torch.cat([prompts.expand(len(group), -1, -1).to(group.dtype), group], 1),
+                    bucket.after_prompts(count),
+                )[:, count:]
                 for group, bucket in zip(groups, table.buckets, strict=True)
             ]
         return scatter_rows(mixer.project_out(join_rows(mixed)), table, len(x))

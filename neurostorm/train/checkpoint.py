@@ -188,7 +188,9 @@ def _copy(path: Place, own: list[str], marker: Marker | None, gather: Gather) ->
     try:
         copy_files(path, copy, [*own, TRAINER] if marker else own)
     except OSError as error:
-        raise (_unwritten(copy, path, error) if isinstance(path, Path) else error) from error
+        if isinstance(path, Path):
+            raise _unwritten(copy, path, error) from error
+        raise
     gather(None)
     if marker:  # of what was written first: a copy of a file that was damaged since then does not count either
         marker.write(copy)

@@ -3,9 +3,9 @@
     model -> Engine (ZeRO 0-3, AdamW of ours, fp32 or autocast to bf16) -> engine(patches) -> backward -> step(lr)
 
 A step whose gradients are not finite on any rank changes no parameter on all of them: with ZeRO 1-3 DeepSpeed compares
-the global gradient norm before it steps, for ZeRO 0 `step` does the same here. That norm is added up in float64, so
-that any number of workers clips alike. Parameters stay fp32, with bf16 through autocast at every stage: bf16 parameters
-with stage 0 train wrongly in this DeepSpeed, and save little at this size.
+the global gradient norm before it steps, for ZeRO 0 `step` does the same here. With ZeRO 1-3, which part the gradients,
+that norm is added up in float64, so that any number of workers clips alike. Parameters stay fp32, with bf16 through
+autocast at every stage: bf16 parameters with stage 0 train wrongly in this DeepSpeed, and save little at this size.
 """
 
 import math

@@ -93,6 +93,7 @@ def test_a_task_of_ones_own_goes_from_the_command_line_to_mlflow(
         (["--method", "fc", "--task.runs", "motr"], "'motr'"),
         (["--method", "fc", "--split.file", "nowhere.json"], "nowhere.json"),
         (["--method", "fc", "--split.group_column", "clan"], "clan"),
+        (["--method", "fc", "--name", "pretrained"], "holds a pretraining run; choose another --name"),
     ],
 )
 def test_wrong_input_is_one_line_and_no_traceback(
@@ -106,6 +107,7 @@ def test_wrong_input_is_one_line_and_no_traceback(
 ) -> None:
     """Before a Ray is started: this one would refuse to."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "out" / "pretrained" / "checkpoints").mkdir(parents=True)
     monkeypatch.setattr("neurostorm.downstream.prepare.ensure_ray", None)
     assert job.main(["--store", str(people_store), "--output", str(tmp_path / "out"), *arguments]) == 1
     said = capsys.readouterr().err

@@ -132,13 +132,13 @@ def test_struck_by_many_faults_it_ends_like_its_untouched_twin(ball_config, scen
 
 
 def check_folder(config: Config) -> None:
-    """All that a run leaves lies in the object store, and the last two checkpoints."""
+    """All that a run leaves lies in the object store, and the last two checkpoints, the newest twice."""
     folder = config.run.folder
     assert {path.name for path in folder.iterdir()} == {
         "checkpoints", "config.yaml", "goodput.json", "ledger", "manifest.parquet", "mlflow.json", "model",
         "summary.json",
     }  # fmt: skip
-    kept = {f"step-{step:08d}" for step in (STEPS - EVERY, STEPS)}
+    kept = {f"step-{STEPS - EVERY:08d}", f"step-{STEPS:08d}", f"copy-{STEPS:08d}"}
     assert {path.name for path in (folder / "checkpoints").iterdir()} == kept
     assert json.loads((folder / "summary.json").read_text())["steps"] == STEPS
 
