@@ -151,8 +151,11 @@ def check_learning(config: Config, losses: list[float]) -> None:
         saved = load_pretrained(folder)
     assert (saved.config.mixer, saved.config.tokens, saved.decoder) == ("mamba", "brain", "light")
     assert saved.strd_config.rate == 0.1 and saved.mask_config.kind == "window-tube"
-    metrics = mlflow_run(config)[1].data.metrics
-    assert metrics["strd/drop_rate"] == pytest.approx(0.1, abs=0.03) and metrics["mask/fraction"] == 0.5
+    client, run = mlflow_run(config)
+    rates = [metric.value for metric in client.get_metric_history(run.info.run_id, "strd/drop_rate")]
+    assert sum(rates) / len(rates) == pytest.approx(0.1, abs=0.02), rates
+    metrics = run.data.metrics
+    assert metrics["mask/fraction"] == 0.5
     assert metrics["speed/mfu"] > 0
 
 
