@@ -162,8 +162,9 @@ def test_a_checkpoint_in_an_object_store_is_gone_on_from(ball_config, make_bucke
     config = ball_config(run={"output": make_bucket()}, tracking={"uri": "http://mlflow:5000"})
     stop_at(config, 3)
     assert outcome(config) == Plan(3, STEPS, False)
-    replace(config.run.folder / "checkpoints" / "step-00000003" / "shard", b"wei")
-    assert outcome(config) == Plan(0, STEPS, False)
+    for name, first_step in (("step-00000003", 3), ("copy-00000003", 0)):
+        replace(config.run.folder / "checkpoints" / name / "shard", b"wei")
+        assert outcome(config) == Plan(first_step, STEPS, False)
 
 
 def test_what_is_refused_leaves_no_folder_behind(ball_config, monkeypatch, tmp_path):
