@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from neurostorm.errors import UserError
 from neurostorm.model.mae import MaskedAutoencoder
 from neurostorm.model.masking import MaskConfig
 from neurostorm.model.strd import StrdConfig
@@ -39,7 +40,7 @@ _AUTOENCODER = ("loss_on", "normalise_targets", "decoder", "decoder_depth", "pre
 Saved = tuple[dict[str, Any], dict[str, Tensor]]  # what the two files hold
 
 
-class HubError(ValueError):
+class HubError(UserError, ValueError):
     """A saved model, or what it is given, cannot be used: the message names the file, the field and the fix."""
 
 

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from neurostorm.errors import UserError
 from neurostorm.model.hub import save_pretrained
 from neurostorm.model.mae import MaskedAutoencoder
 from neurostorm.model.masking import MaskConfig
@@ -64,7 +65,7 @@ _IGNORED = ("norm.weight", "norm.bias")  # the released SwiFT has a final norm t
 _OF_MAE = ("mask_token", "first_patch_expanding.", "layers_up.", "norm_up.", "decoder_pred.")
 
 
-class ReferenceMismatch(ValueError):
+class ReferenceMismatch(UserError, ValueError):
     """The checkpoint and the hyperparameters do not describe the same released model; lists every key."""
 
 

@@ -143,7 +143,7 @@ def test_time_is_shared_by_the_cores(dataset: Path, tmp_path: Path) -> None:
 
 
 def test_a_flag_needs_no_value() -> None:
-    job = Job("test", "", sections=("ingest",), aliases={"--dry-run": "ingest.dry_run"})
+    job = Job("test", "", settings=("ingest",), aliases={"--dry-run": "ingest.dry_run"})
     for words, expected in (
         ([], False), (["--dry-run"], True), (["--ingest.dry_run"], True), (["--dry-run", "false"], False),
         (["--dry-run", "--ingest.tr_s", "1"], True),
