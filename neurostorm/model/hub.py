@@ -30,6 +30,7 @@ from neurostorm.model.masking import MaskConfig
 from neurostorm.model.strd import StrdConfig
 from neurostorm.model.swin4d import SwinEncoder
 from neurostorm.model.swin_config import SwinConfig
+from neurostorm.staging import follow_umask
 
 FORMAT = 3
 WEIGHTS = "model.safetensors"
@@ -201,6 +202,7 @@ def save_pretrained(
     text = json.dumps(config, indent=2) + "\n"
     part = target / (WEIGHTS + ".part")
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part)
+    follow_umask(part)
     os.replace(part, target / WEIGHTS)
     part = target / (CONFIG + ".part")
     part.write_text(text)

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import os
 import pickle
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +72,17 @@ def equal(ours: Any, theirs: Any) -> bool:
 
 def clip_of(config: SwinConfig, frames: int = 4, batch: int = 2) -> Tensor:
     return torch.randn(batch, 1, *config.img_size[:3], frames)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_a_models_files_have_the_permissions_that_the_umask_leaves(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        save_pretrained(SwinEncoder(SWIN), tmp_path / "model")
+    finally:
+        os.umask(before)
+    found = {file.name: stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "model").iterdir()}
+    assert found == {"model.safetensors": mode, "config.json": mode}
 
 
 def test_a_model_comes_back_bit_equal(saved):
