@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from stat import S_IMODE
+from stat import S_IMODE, S_IXUSR
 from tempfile import TemporaryDirectory
 
 from neurostorm.places import Place, copy_files, files_below, sync
@@ -57,13 +57,16 @@ def follow_umask(*files: Path) -> None:
     probe = files[0].with_name(f".{uuid.uuid4().hex}")  # `os.umask` would change it for all threads, if briefly
     probe.touch(exist_ok=False)
     try:
-        mode = S_IMODE(probe.stat().st_mode)
+        plain = S_IMODE(probe.stat().st_mode)
     finally:
         probe.unlink()
+    executable = plain | (plain & 0o444) >> 2  # for those who may read it, as DeepSpeed's zero_to_fp32.py
     for file in files:
-        if S_IMODE(file.stat().st_mode) != mode:
+        found = S_IMODE(file.stat().st_mode)
+        wanted = executable if found & S_IXUSR else plain
+        if found != wanted:
             with suppress(PermissionError):
-                file.chmod(mode)
+                file.chmod(wanted)
 
 
 @contextmanager

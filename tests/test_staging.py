@@ -99,6 +99,8 @@ def test_files_have_the_permissions_that_the_umask_leaves(tmp_path, umask):
         save_file({"weights": np.zeros(3)}, folder / "deep" / "model.safetensors")  # 0600 whatever the umask is
         (folder / "metrics.json").write_text("{}")
         os.close(tempfile.mkstemp(dir=folder, suffix=".part")[0])
-    written = [tmp_path / "out" / name for name in names(tmp_path / "out")]
-    assert [stat.S_IMODE(file.stat().st_mode) for file in written] == [umask] * 3
+        (folder / "program.py").touch(mode=0o700)
+    found = {file: stat.S_IMODE((tmp_path / "out" / file).stat().st_mode) for file in names(tmp_path / "out")}
+    assert found.pop("program.py") == umask | (umask & 0o444) >> 2, "what is executable stays so"
+    assert set(found.values()) == {umask} and len(found) == 3
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == stat.S_IMODE((tmp_path / "out/deep").stat().st_mode)
