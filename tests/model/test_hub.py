@@ -289,11 +289,40 @@ def test_parameters_of_another_shape_are_named(saved):
 
 def test_missing_and_broken_files_are_named(saved, tmp_path):
     _, folder = saved
-    with pytest.raises(HubError, match=r"config\.json: cannot be read"):
+    with pytest.raises(HubError, match=rf"there is no folder {tmp_path}/nowhere: give that of a pretraining run"):
         load_pretrained(tmp_path / "nowhere")
     (folder / "model.safetensors").write_bytes(b"nonsense")
     with pytest.raises(HubError, match=r"model\.safetensors: cannot be read"):
         load_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["local", "s3"])
+def test_a_model_is_found_in_the_folder_of_its_run(saved, tmp_path, make_bucket, kind):
+    model, _ = saved
+    run = str(tmp_path / "run") if kind == "local" else f"{make_bucket()}/outputs/run"
+    save_pretrained(model, f"{run}/model", EXTRA)
+    for address in (run, f"{run}/model"):
+        again = NeuroStorm.from_pretrained(address)
+        assert again.extra == EXTRA and equal(again.network.state_dict().values(), model.state_dict().values())
+    assert not list(tmp_path.glob("s3:*"))
+
+
+def test_what_holds_no_model_says_what_to_give(saved, tmp_path, make_bucket):
+    _, folder = saved
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    bucket, empty = make_bucket(), tmp_path / "empty"
+    empty.mkdir()
+    for address, words in (
+        (empty, rf"no model in {empty}: neither {empty}/config\.json nor {empty}/model/config\.json is there"),
+        (tmp_path / "run", "is a pretraining run that has not ended.*start it again"),
+        (folder / "model.safetensors", r"is a file: give the folder that holds .*neurostorm\.model\.reference"),
+        (f"{bucket}/none", rf"no model in {bucket}/none: neither .* nor {bucket}/none/model/config\.json"),
+        ("ftp://host/model", "'ftp://host/model' .*use a local path, s3://BUCKET/KEY or gs://BUCKET/KEY"),
+    ):
+        with pytest.raises(HubError, match=words):
+            NeuroStorm.from_pretrained(address)
+    with pytest.raises(HubError, match="is a file: name a folder"):
+        save_pretrained(SwinEncoder(SWIN), folder / "config.json")
 
 
 def test_a_pretrained_model_acts_as_its_network(saved):
