@@ -155,6 +155,11 @@ class NeuroStorm(nn.Module):
     def _read(self, path: str | os.PathLike[str]) -> Iterator[Tensor]:
         """The clips of a NIfTI file, float32 (X, Y, Z, T)."""
         file, recipe = place_of(path), self.clip_recipe()
+        if isinstance(file, Path) and file.is_dir():
+            raise HubError(
+                f"{file} is a folder: give one 4D NIfTI file, or embed all that it holds with "
+                f"python jobs/embed.py --source {file} --model MODEL --out FOLDER"
+            )
         try:  # the one import from above the model's floor, and only here: a model is of use without the rest
             from neurostorm.ingest.clip import read_clips
         except ImportError as error:

@@ -2,9 +2,7 @@
 
 import copy
 import json
-import os
 import pickle
-import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -72,17 +70,6 @@ def equal(ours: Any, theirs: Any) -> bool:
 
 def clip_of(config: SwinConfig, frames: int = 4, batch: int = 2) -> Tensor:
     return torch.randn(batch, 1, *config.img_size[:3], frames)
-
-
-@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
-def test_a_models_files_have_the_permissions_that_the_umask_leaves(tmp_path, umask, mode):
-    before = os.umask(umask)
-    try:
-        save_pretrained(SwinEncoder(SWIN), tmp_path / "model")
-    finally:
-        os.umask(before)
-    found = {file.name: stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "model").iterdir()}
-    assert found == {"model.safetensors": mode, "config.json": mode}
 
 
 def test_a_model_comes_back_bit_equal(saved):
@@ -294,35 +281,6 @@ def test_missing_and_broken_files_are_named(saved, tmp_path):
     (folder / "model.safetensors").write_bytes(b"nonsense")
     with pytest.raises(HubError, match=r"model\.safetensors: cannot be read"):
         load_pretrained(folder)
-
-
-@pytest.mark.parametrize("kind", ["local", "s3"])
-def test_a_model_is_found_in_the_folder_of_its_run(saved, tmp_path, make_bucket, kind):
-    model, _ = saved
-    run = str(tmp_path / "run") if kind == "local" else f"{make_bucket()}/outputs/run"
-    save_pretrained(model, f"{run}/model", EXTRA)
-    for address in (run, f"{run}/model"):
-        again = NeuroStorm.from_pretrained(address)
-        assert again.extra == EXTRA and equal(again.network.state_dict().values(), model.state_dict().values())
-    assert not list(tmp_path.glob("s3:*"))
-
-
-def test_what_holds_no_model_says_what_to_give(saved, tmp_path, make_bucket):
-    _, folder = saved
-    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    bucket, empty = make_bucket(), tmp_path / "empty"
-    empty.mkdir()
-    for address, words in (
-        (empty, rf"no model in {empty}: neither {empty}/config\.json nor {empty}/model/config\.json is there"),
-        (tmp_path / "run", "is a pretraining run that has not ended.*start it again"),
-        (folder / "model.safetensors", r"is a file: give the folder that holds .*neurostorm\.model\.reference"),
-        (f"{bucket}/none", rf"no model in {bucket}/none: neither .* nor {bucket}/none/model/config\.json"),
-        ("ftp://host/model", "'ftp://host/model' .*use a local path, s3://BUCKET/KEY or gs://BUCKET/KEY"),
-    ):
-        with pytest.raises(HubError, match=words):
-            NeuroStorm.from_pretrained(address)
-    with pytest.raises(HubError, match="is a file: name a folder"):
-        save_pretrained(SwinEncoder(SWIN), folder / "config.json")
 
 
 def test_a_pretrained_model_acts_as_its_network(saved):
