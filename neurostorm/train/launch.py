@@ -83,6 +83,9 @@ def check(config: Config, corpus: Corpus) -> Plan:
 def pretrain(config: Config) -> dict[str, Any]:
     """Runs pretraining to its end on the Ray cluster and returns the summary.
 
+    The summary also holds `mlflow_uri`, and `trained_steps`, which is 0 if the run was complete already; then a line
+    says so and nothing starts.
+
     Raises ConfigError, StoreError or PlaceError before anything starts, and Ray Train's error when the run fails for
     good.
     """
@@ -105,7 +108,23 @@ def pretrain(config: Config) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="neurostorm-ray-") as storage:
             trainer(config, corpus, storage, started_ns).fit()
     summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
-    return {**summary, "mlflow_uri": tracking_uri(config.tracking.uri, config.run.output)}
+    if plan.finished:
+        logger.info("%s", already_complete(config, plan, summary))
+    return {
+        **summary,
+        "mlflow_uri": tracking_uri(config.tracking.uri, config.run.output),
+        "trained_steps": plan.total_steps - plan.first_step,
+    }
+
+
+def already_complete(config: Config, plan: Plan, summary: dict[str, Any]) -> str:
+    """What a start of a finished run says: that there is nothing to do, and what to type for another run."""
+    finished = f", finished {summary['finished']}" if "finished" in summary else ""  # not in older summaries
+    return (
+        f"{config.run.folder} is complete: {plan.first_step} of {plan.total_steps} steps{finished}; nothing to do. "
+        "A complete run cannot be made longer, as its learning rate has come to its end: for a longer or another run "
+        "choose another --name (longer: with a larger --train.epochs or --train.max_steps)"
+    )
 
 
 def trainer(config: Config, corpus: Corpus, storage: str, started_ns: int) -> Any:

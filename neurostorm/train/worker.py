@@ -8,6 +8,7 @@ Of training, only this module, `launch` and `gauges` know Ray; `build.assemble` 
 import json
 import logging
 import warnings
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -94,6 +95,7 @@ def finish(config: Config, tracker: Tracker, account: Account, final: dict[str, 
         "steps": steps,
         **final,
         **account.metrics(),
+        "finished": datetime.now().astimezone().isoformat(" ", "seconds"),
         "mlflow_run_id": tracker.run_id,
         "model": str(folder / "model"),
     }

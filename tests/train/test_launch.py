@@ -1,6 +1,7 @@
 """What the driver decides before anything starts: fresh, resumed, refused or finished; which clips still come."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -139,14 +140,24 @@ def test_a_run_is_finished_when_its_last_checkpoint_and_its_summary_are_there(ba
     assert outcome(config) == Plan(STEPS, STEPS, True)
 
 
-def test_a_finished_run_answers_with_its_summary_and_starts_nothing(ball_config, stop_at, monkeypatch):
+def test_a_finished_run_says_that_it_is_complete_and_starts_nothing(ball_config, stop_at, monkeypatch, caplog):
     config = ball_config()
     stop_at(config, STEPS)
-    (config.run.folder / "summary.json").write_text(json.dumps({"steps": STEPS, "loss/validation": 0.5}))
+    kept = {"steps": STEPS, "loss/validation": 0.5, "finished": "2026-01-02 03:04:05+00:00"}
+    (config.run.folder / "summary.json").write_text(json.dumps(kept))
     monkeypatch.setattr(launch, "ensure_ray", lambda: pytest.fail("Ray was started"))
+    caplog.set_level(logging.INFO)
     summary = launch.pretrain(config)
-    assert summary["loss/validation"] == 0.5
+    assert summary["loss/validation"] == 0.5 and summary["trained_steps"] == 0
+    said = f"{config.run.folder} is complete: 12 of 12 steps, finished 2026-01-02 03:04:05+00:00; nothing to do. "
+    assert caplog.messages[-1].startswith(said) and "another --name" in caplog.messages[-1]
     assert summary["mlflow_uri"] == f"sqlite:///{config.run.output / 'mlflow.db'}"
+
+
+def test_a_finished_run_cannot_be_made_longer_as_its_line_says(ball_config, stop_at):
+    stop_at(ball_config(train={"max_steps": 5}), 5)
+    with pytest.raises(ConfigError, match=r"train\.max_steps: 5 -> 9; .*another run\.name"):
+        outcome(ball_config(train={"max_steps": 9}))
 
 
 def test_an_output_in_an_object_store_needs_a_place_for_mlflow(ball_config, make_bucket):
