@@ -127,6 +127,31 @@ def already_complete(config: Config, plan: Plan, summary: dict[str, Any]) -> str
     )
 
 
+def how_to_resume(config: Config) -> str:
+    """What a run that is stopped says: its newest checkpoint, and that the same command resumes from it."""
+    path = checkpoint.newest_committed(config.run.folder / "checkpoints")
+    if path is None:
+        return f"{config.run.folder} has no checkpoint yet: the same command starts it again from step 0"
+    step = int(path.name.rpartition("-")[2])
+    return f"the newest checkpoint is {path} ({step} steps done): start the same command again to resume from it"
+
+
+class Trainer(TorchTrainer):
+    """Ray Train's trainer, without its handler of Ctrl-C and its placement group cleaner."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        """Leaves the cleaner out: it looks for the run's controller in whichever Ray of this machine it finds.
+
+        With two of them it ends with a traceback, or takes the controller for dead and the workers' resources away.
+        When the controller dies this driver ends, too, and Ray frees what the job had.
+        """
+        callbacks: list[Any] = super()._create_default_callbacks()
+        return [each for each in callbacks if type(each).__name__ != "PlacementGroupCleanerCallback"]
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Leaves Ctrl-C to `interrupts.interruptible`, which says how to resume."""
+
+
 def trainer(config: Config, corpus: Corpus, storage: str, started_ns: int) -> Any:
     """The Ray Train V2 trainer of a run.
 
@@ -136,7 +161,7 @@ def trainer(config: Config, corpus: Corpus, storage: str, started_ns: int) -> An
     """
     scale = config.scale
     resources = {"CPU": scale.cpus_per_worker} | ({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})
-    return TorchTrainer(
+    return Trainer(
         train_worker,
         train_loop_config={"config": config.model_dump(mode="json"), "started_ns": started_ns},
         torch_config=TorchConfig(

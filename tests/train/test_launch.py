@@ -264,3 +264,27 @@ def test_a_given_build_folder_is_kept_and_gpu_workers_use_the_gpu(ball_config, m
     assert variables["TORCH_EXTENSIONS_DIR"] == "/scratch/builds"
     assert "DS_ACCELERATOR" not in variables
     assert Path(variables["TORCH_EXTENSIONS_DIR"]).is_absolute()
+
+
+def test_a_stopped_run_says_its_newest_checkpoint_and_that_the_same_command_resumes(ball_config, stop_at):
+    config = ball_config()
+    folder = config.run.folder
+    assert launch.how_to_resume(config) == (
+        f"{folder} has no checkpoint yet: the same command starts it again from step 0"
+    )
+    stop_at(config, 3)
+    (folder / "checkpoints" / "step-00000004").mkdir()
+    assert launch.how_to_resume(config) == (
+        f"the newest checkpoint is {folder}/checkpoints/step-00000003 (3 steps done): "
+        "start the same command again to resume from it"
+    )
+
+
+def test_the_trainer_leaves_ctrl_c_and_other_rays_of_this_machine_alone(ball_config, monkeypatch):
+    config = ball_config()
+    trainer = launch.trainer(config, open_corpus(config), "/scratch/of-ray", started_ns=12)
+    monkeypatch.setattr("signal.signal", lambda *handler: pytest.fail("a signal handler was set"))
+    trainer._register_sigint_handler(None)
+    monkeypatch.setattr(type(trainer), "train_run_context", None, raising=False)
+    names = {type(each).__name__ for each in trainer._create_default_callbacks()}
+    assert "BackendSetupCallback" in names and "PlacementGroupCleanerCallback" not in names
