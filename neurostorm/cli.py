@@ -19,9 +19,11 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from neurostorm import ray_output
 from neurostorm.config import Config, ConfigError, Section
 from neurostorm.presets import PRESETS
 
+ray_output.configure()  # before a job imports Ray
 Tree = dict[str, dict[str, Any]]
 
 
