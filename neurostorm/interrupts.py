@@ -3,8 +3,8 @@
     with interruptible(resume): job()       # SIGTERM, SIGINT --> sentence at once --> Interrupted in the main thread
                                             #   --> the job unwinds --> Ray is shut down quietly --> exit 143 or 130
 
-A second signal ends the process at once. Ray sets signal handlers of its own when it starts, so whatever starts it calls
-`reinstall` afterwards.
+A second signal ends the process at once. Ray sets signal handlers of its own when it starts, so the code that starts
+Ray calls `reinstall` afterwards.
 """
 
 import os
@@ -98,7 +98,7 @@ def reinstall() -> None:
 
 
 def _shut_down_ray() -> None:
-    """Ends this process's Ray, if it has one, without the stack traces that Ray writes when it is stopped in its work."""
+    """Ends this process's Ray, if it has one, without the stack traces that Ray writes when it is stopped at work."""
     if "ray" not in sys.modules:
         return
     sys.stdout.flush()

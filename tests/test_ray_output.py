@@ -12,7 +12,7 @@ from neurostorm import ray_output
 
 HIDDEN = (
     "[2026-12-01 03:02:11,021 E 7904 8002] core_worker.cc:2465: Actor with class name: 'PreemptionWatcher' and ID: "
-    "'b871' has constructor arguments in the object store and max_restarts > 0. If the arguments in the object store go",
+    "'b871' has constructor arguments in the object store and max_restarts > 0. If the arguments in the object store",
     "Requesting resources: {'CPU': 0.5} * 2",
     "Setting up process group for: env:// [rank=0, world_size=2]",
     "Starting execution of Dataset train_0356trsD1fZPk1j2H4VGNW_0. Full logs are in /tmp/ray/session/logs/ray-data",
