@@ -257,7 +257,7 @@ def test_any_other_error_is_one_line_that_names_the_file_with_the_traceback(caps
     assert JOB.run(work, ["--run.output", str(tmp_path)]) == 1
     said = capsys.readouterr().err
     (file,) = (tmp_path / "pretrain").glob("error-pretrain-*.log")
-    assert said == f"jobs/pretrain.py: ZeroDivisionError: nothing\nThe traceback is in {file}\n"
+    assert said == f"jobs/pretrain.py: ZeroDivisionError: nothing to divide\nThe traceback is in {file}\n"
     assert "in work" in file.read_text()
 
 
