@@ -161,12 +161,20 @@ def _is_away(error: Exception) -> bool:
 
 
 def open_run(
-    folder: Place, *, uri: str, experiment: str, name: str, parameters: dict[str, Any], tags: dict[str, str]
+    folder: Place,
+    *,
+    uri: str,
+    experiment: str,
+    name: str,
+    parameters: dict[str, Any],
+    tags: dict[str, str],
+    artifacts: Place,
 ) -> Tracker:
     """The MLflow run of the run folder `folder`: the one it began earlier, or a new one.
 
     The run's id and server are kept in `folder/mlflow.json`, so that a restarted run goes on in the same MLflow run
     even if it stopped before its first checkpoint. A file that names another server is left aside and a new run begins.
+    A new experiment keeps its artifacts in `artifacts`, the same for all runs of an output folder.
     """
     from mlflow import MlflowClient
     from mlflow.entities import Param
@@ -183,7 +191,7 @@ def open_run(
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
-    run = client.create_run(_experiment_id(client, experiment, folder, uri), run_name=name, tags=tags)
+    run = client.create_run(_experiment_id(client, experiment, artifacts, uri), run_name=name, tags=tags)
     tracker = Tracker(client, run.info.run_id)
     logged = [Param(key, str(value)) for key, value in parameters.items()]
     for first in range(0, len(logged), _PARAMETERS_PER_CALL):
@@ -192,24 +200,24 @@ def open_run(
     return tracker
 
 
-def _experiment_id(client: Any, name: str, folder: Place, uri: str) -> str:
+def _experiment_id(client: Any, name: str, artifacts: Place, uri: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is not None:
         return str(found.experiment_id)
     # The kind opens MLflow's pages for training rather than those for language models.
     kind = {"mlflow.experimentKind": "custom_model_development"}
-    return str(client.create_experiment(name, artifact_location=_artifacts(folder, uri), tags=kind))
+    return str(client.create_experiment(name, artifact_location=_artifacts(artifacts, uri), tags=kind))
 
 
-def _artifacts(folder: Place, uri: str) -> str | None:
+def _artifacts(artifacts: Place, uri: str) -> str | None:
     """Where a new experiment keeps its artifacts when no server knows a place: never in the working directory.
 
-    In the output folder; for an output in an object store beside the SQLite file.
+    In the folder `artifacts`; if that is in an object store, beside the SQLite file.
     """
     if uri.startswith("http"):
         return None
-    if isinstance(folder, Path):
-        return (folder.parent / "artifacts").absolute().as_uri()
+    if isinstance(artifacts, Path):
+        return artifacts.absolute().as_uri()
     if uri.startswith(_SQLITE):
         return Path(uri.removeprefix(_SQLITE)).with_name("artifacts").absolute().as_uri()
-    return str(folder.parent / "artifacts")
+    return str(artifacts)

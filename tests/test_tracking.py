@@ -38,7 +38,7 @@ def place(tmp_path, empty_database, monkeypatch):
 def begin(place, run="mine", database="mlflow.db", experiment="study", **parameters):
     return open_run(
         place / run, uri=f"sqlite:///{place / database}", experiment=experiment, name=run,
-        parameters=parameters, tags={"code_revision": "abc"},
+        parameters=parameters, tags={"code_revision": "abc"}, artifacts=place / "artifacts",
     )  # fmt: skip
 
 
@@ -168,7 +168,8 @@ def test_a_run_in_an_object_store_keeps_its_artifacts_beside_the_database(place,
 
     def opened():
         uri = f"sqlite:///{place / 'mlflow.db'}"
-        return open_run(folder, uri=uri, experiment="study", name="mine", parameters={}, tags={})
+        artifacts = folder.parent / "artifacts"
+        return open_run(folder, uri=uri, experiment="study", name="mine", parameters={}, tags={}, artifacts=artifacts)
 
     tracker = opened()
     tracker.artifact(folder / "config.yaml")
