@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neurostorm.config import Config, ConfigError
+from neurostorm.downstream.run_folder import keep_config
 from neurostorm.downstream.splits import Split
 from neurostorm.downstream.tasks import Age, Task
 from neurostorm.downstream.trial import RESULT, TEST, Trial
@@ -84,7 +85,7 @@ def test_one_that_an_earlier_start_selected_gives_way_to_a_better_one(tmp_path: 
         def tracker(self, index: int) -> Any:
             return type("Tracker", (), {"tag": lambda self, name, value: tags.append((index, name, value))})()
 
-    book = Book(trials, "parent")
+    book = Book(trials, "parent", tmp_path)
     module._unselect(trials, select(trials), book)
     assert tags == [(0, "neurostorm.selected", "false")]
     module._unselect(trials, [0], book)
@@ -110,13 +111,17 @@ def test_a_folder_holds_one_sweep(tmp_path: Path) -> None:
             tree.setdefault(section, {}).update(fields)
         return Config.model_validate(tree)
 
-    module._claim(config())
-    module._claim(config())
-    module._claim(config(sweep={"tasks": ("age", "sex"), "replicates": 9}, adapt={"cpus": 2.0}))
-    with pytest.raises(ConfigError, match=r"other settings: split\.test: 0\.2 -> 0\.3; take those again"):
-        module._claim(config(split={"test": 0.3}))
+    def start(**sections: dict[str, Any]) -> None:
+        module._refuse_other(config(**sections))
+        keep_config(config(**sections), "sweep")
+
+    start()
+    start()
+    start(sweep={"tasks": ("age", "sex"), "replicates": 9}, adapt={"cpus": 2.0})
+    with pytest.raises(ConfigError, match=r"holds a sweep with other settings: split\.test: 0\.2 -> 0\.3; choose"):
+        start(split={"test": 0.3})
     with pytest.raises(ConfigError, match=r"sweep\.resume=false: .* already holds a sweep"):
-        module._claim(config(sweep={"resume": False}))
-    (tmp_path / "s" / "config.yaml").write_text("adapt: {nonsense: 1}")
+        start(sweep={"resume": False})
+    (tmp_path / "s" / "config.yaml").write_text("# written by jobs/sweep.py\nadapt: {nonsense: 1}")
     with pytest.raises(ConfigError, match=r"config\.yaml is of another version or damaged"):
-        module._claim(config())
+        start()
