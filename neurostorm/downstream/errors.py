@@ -26,14 +26,24 @@ REFUSALS = (LabelError, SplitError, ReidError, HubError, ReferenceMismatch, Plac
 # What a second try of the same trial meets again. An object store (PlaceError) may answer by then.
 PERMANENT = (ConfigError, LabelError, SplitError, ReidError, HubError, ReferenceMismatch, StoreError)
 
+_PACKAGE = re.compile(r"^(?:\w+\.)+(?=\w+: )")
 _PATH = re.compile(r"[^\s'\"(),;=]*/[^\s'\"(),;]*")
 _NUMBER = re.compile(r"\b(?:0x)?[0-9a-f]{8,}\b|\d+(?:[.,]\d+)*(?:e[-+]?\d+)?")
 
 
 def reason_of(text: str) -> str:
-    """The last line of a traceback or message, which says what went wrong; "its process died" for an empty one."""
+    """The last line of a traceback or message, which says what went wrong; "its process died" for an empty one.
+
+    Without the package of an exception's class: `ValueError: ...`.
+    """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "its process died"
+    return _PACKAGE.sub("", lines[-1]) if lines else "its process died"
+
+
+def told_by(error: BaseException) -> str:
+    """The message of a task's error that says all there is to say; "" if only its traceback does."""
+    cause = getattr(error, "cause", error)  # Ray wraps what a task raised
+    return str(cause) if isinstance(cause, (ConfigError, *REFUSALS)) else ""
 
 
 def alike(reason: str) -> str:

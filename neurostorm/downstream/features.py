@@ -43,11 +43,11 @@ def compute_tokens(
 
     A progress bar over these runs has the `title`.
 
-    StoreError naming clips that could not be read; without `strict` it is left to whoever reads them, so that of many
-    trials only those fail that need them.
+    StoreError naming clips that could not be read; without `strict`, and if only some runs have such clips, it is left
+    to whoever reads them, so that of many trials only those fail that need them.
     """
-    folder = tokens_folder(backbone, examples.clip_frames, cache)
-    waiting = unfinished(folder, _runs(cohort.store, examples))
+    folder, runs = tokens_folder(backbone, examples.clip_frames, cache), _runs(cohort.store, examples)
+    waiting = unfinished(folder, runs)
     task = Task(
         model=backbone.place,
         out=folder,
@@ -69,7 +69,7 @@ def compute_tokens(
         for failed in spread(waiting, task, resources):
             bar.update()
             bar.note(failed=failed)
-    if strict and failed:
+    if failed and (strict or failed == len(runs)):
         raise _failed(zip(waiting, read_parts(folder, waiting), strict=True))
     return len(waiting)
 

@@ -10,6 +10,7 @@ open. Tracebacks go to FOLDER/errors, one file for each trial.
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from ray.tune import Callback, Stopper
@@ -23,8 +24,8 @@ from neurostorm.tracking import Tracker
 from neurostorm.tune.scheduler import EPOCH, SCORE
 
 STOPPED, ERROR = "neurostorm.stopped", "neurostorm.error"
-REFUSED = "refused"  # of a report: the traceback of an error that a second try would meet again
-_LONGEST_ERROR = 2000
+REFUSED, REASON = "refused", "reason"  # of a report: traceback and message of an error that a second try meets again
+_LONGEST_ERROR, _SHOWN_ERROR = 2000, 200  # characters: in MLflow, and while others run; the end shows all of it
 
 
 class Logbook(Callback):
@@ -76,7 +77,8 @@ class Logbook(Callback):
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if self._bar is not None:
-            self._bar.note(failed=len(self.errors), running=sum(trial.status == "RUNNING" for trial in trials))
+            running = sum(trial.status == "RUNNING" for trial in trials)
+            self._bar.note(failed=len(self.errors), running=running or "starting")
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.tracker(_index(trial))
@@ -85,7 +87,7 @@ class Logbook(Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         if refused := result.get(REFUSED):
-            self.fail(_index(trial), refused)
+            self.fail(_index(trial), refused, result[REASON])
             return
         measured = result.get("measured")
         if measured and result.get(EPOCH, 0) > 0:
@@ -100,16 +102,16 @@ class Logbook(Callback):
         self.fail(_index(trial), _traceback(trial))
         self._count()
 
-    def fail(self, index: int, traceback: str) -> None:
+    def fail(self, index: int, traceback: str, message: str = "") -> None:
         """The trial cannot be trained, or not be tested: its run says why, and a file has the traceback."""
-        key, reason = self._trials[index].key, reason_of(traceback)
+        key, reason = self._trials[index].key, reason_of(message or traceback)
         self.errors[index] = reason
         self.tracebacks[index] = file = keep_traceback(self._folder, key, traceback or reason)
         tracker = self.tracker(index)
         tracker.tag(ERROR, reason[-_LONGEST_ERROR:])
         tracker.artifact(file)
         self._close(index, "FAILED")
-        Bar.write(f"{key} failed: {reason} (traceback: {file})")
+        Bar.write(f"{key} failed: {shorten(reason, _SHOWN_ERROR)} (traceback: {file})")
         enough = 0 < self._give_up_after <= len(self.errors)
         self.gave_up |= enough and not self._succeeded and len({alike(text) for text in self.errors.values()}) == 1
 

@@ -22,7 +22,7 @@ import ray
 from ray import tune
 
 from neurostorm.config import Config, ConfigError
-from neurostorm.downstream.errors import ERRORS, PERMANENT, TrialsFailed, alike, count_alike
+from neurostorm.downstream.errors import ERRORS, PERMANENT, TrialsFailed, alike, count_alike, told_by
 from neurostorm.downstream.metrics import higher_is_better
 from neurostorm.downstream.prepare import prepare
 from neurostorm.downstream.record import KIND, SELECTED, record_test, uri_of
@@ -32,7 +32,7 @@ from neurostorm.downstream.trial import TEST, Trial, read_outcome, test_trial, t
 from neurostorm.places import Place, replace
 from neurostorm.progress import progress
 from neurostorm.tracking import Tracker, code_revision, open_run
-from neurostorm.tune.logbook import REFUSED, GiveUp, Logbook, score_of
+from neurostorm.tune.logbook import REASON, REFUSED, GiveUp, Logbook, score_of
 from neurostorm.tune.scheduler import EPOCH, CellScheduler
 from neurostorm.tune.space import by_key, wanted_trials
 
@@ -235,8 +235,8 @@ def _trainable(config: dict[str, Any], trials: Sequence[Trial]) -> None:
 
     try:
         outcome = train_trial(trial, tell)
-    except PERMANENT:  # told, not raised: what is raised Tune tries again
-        tune.report({EPOCH: 0, REFUSED: traceback.format_exc()})
+    except PERMANENT as error:  # reported, not raised: Tune tries again what is raised
+        tune.report({EPOCH: 0, REFUSED: traceback.format_exc(), REASON: str(error)})
         return
     last = int(outcome.chosen.get(EPOCH, 0))
     tune.report({EPOCH: last, "measured": {}, **score_of(outcome.validation, metric, high)})
@@ -256,7 +256,7 @@ def _test(config: Config, trials: Sequence[Trial], selected: Sequence[int], logb
                 try:
                     record_test(logbook.tracker(index), trials[index], ray.get(task))
                 except ray.exceptions.RayError as error:
-                    logbook.fail(index, str(error))
+                    logbook.fail(index, str(error), told_by(error))
                     failed += 1
                 bar.update()
             bar.note(failed=failed)
