@@ -17,6 +17,7 @@ import ray
 from neurostorm.config import Config, ConfigError
 from neurostorm.downstream.errors import REFUSALS, TrialsFailed, keep_traceback, reason_of
 from neurostorm.downstream.evaluation import task_of
+from neurostorm.downstream.metrics import chance_text
 from neurostorm.downstream.prepare import Wanted, prepare
 from neurostorm.downstream.record import record_end, record_epoch, record_start, record_test, uri_of
 from neurostorm.downstream.run_folder import keep_config, refuse_other
@@ -52,7 +53,10 @@ class Finetuned:
         train, validation, test = self.subjects
         unit = f" {self.unit}" if self.unit else ""
         units = {"mae": unit, "rmse": unit}
-        tested = ", ".join(f"{name} {value:.4g}{units.get(name, '')}" for name, value in self.test.items())
+        shown = {name: f" {value:.4g}{units.get(name, '')}" for name, value in self.test.items()}
+        if self.metric == "r" and self.test.get("chance") == 0:
+            shown["chance"] = f" {chance_text('r', 0)}"
+        tested = ", ".join(f"{name}{value}" for name, value in shown.items())
         chosen = ", ".join(f"{name} {value:g}" for name, value in self.outcome.chosen.items())
         return [
             f"trained on {train} subjects, chosen on {validation} ({chosen}; {self.metric} "

@@ -18,7 +18,7 @@ from neurostorm.progress import tracked
 from neurostorm.report.collect import collect
 from neurostorm.report.compare import DRAWS, comparisons
 from neurostorm.report.figures import all_figures
-from neurostorm.report.page import page
+from neurostorm.report.page import REPEAT, page
 from neurostorm.report.results import ReportError, Results
 from neurostorm.report.tables import all_tables
 from neurostorm.staging import fetched, outgoing
@@ -39,6 +39,7 @@ class ReportResult:
         files: all files, relative to its folder.
         trials, tested: trials of the sweep, and those of them with test metrics.
         tables, figures: how many.
+        single: tasks with one replicate.
     """
 
     html: Place
@@ -47,12 +48,14 @@ class ReportResult:
     tested: int
     tables: int
     figures: int
+    single: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """The closing words."""
         return [
             f"{self.tested} of {self.trials} trials were tested; {self.tables} tables and {self.figures} figures",
             f"{self.html} is the report; CSV, Markdown, PNG and SVG lie beside it and in MLflow under {ARTIFACTS}/",
+            *[f"one replicate of {', '.join(self.single)}: differences may be noise. {REPEAT}"] * bool(self.single),
         ]
 
 
@@ -92,6 +95,7 @@ def write_report(uri: str, parent_run_id: str, out: Place, *, draws: int = DRAWS
         tested=sum(bool(one.test) for one in results.trials),
         tables=sum(name.endswith(".csv") for name in files),
         figures=sum(name.endswith(".svg") for name in files),
+        single=results.single,
     )
 
 

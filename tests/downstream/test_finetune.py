@@ -7,7 +7,9 @@ from types import ModuleType
 
 import pytest
 
+from neurostorm.downstream.finetune import Finetuned
 from neurostorm.downstream.tasks import REGISTRY
+from neurostorm.downstream.trial import Outcome
 from tests.people_store import write_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,6 +133,12 @@ def test_wrong_input_is_one_line_and_no_traceback(
     assert job.main(["--store", str(people_store), "--output", str(tmp_path / "out"), *arguments]) == 1
     said = capsys.readouterr().err
     assert said.startswith("jobs/finetune.py: ") and message in said and said.count("\n") == 1, said
+
+
+def test_the_closing_words_say_what_a_chance_of_nought_means() -> None:
+    outcome = Outcome({"r": 0.25}, {"strength": 1.0}, 3, 1.0)
+    done = Finetuned(Path("t"), "r", "years", outcome, {"r": 0.5, "mae": 3.0, "chance": 0.0}, (9, 3, 4), "uri", "id")
+    assert done.lines()[0].endswith("tested on 4: r 0.5, mae 3 years, chance 0: no correlation")
 
 
 @pytest.mark.parametrize(
