@@ -110,9 +110,9 @@ def warnings(results: Results, made: Sequence[Comparison]) -> list[str]:
         most = max(one.overlap or 0.0 for one in seen)
         told.append(
             f"Pretraining saw up to {percent(most)} of the test subjects of some trials (see the task tables), so "
-            "their scores may be too high. To avoid it, keep the people to be tested out of pretraining: leave their dataset "
-            "out with --data.weights '{DATASET: 0}', and evaluate on that dataset alone (a store of its own, or a table "
-            "of its subjects as --labels)."
+            "their scores may be too high. To avoid it, keep the people to be tested out of pretraining: leave their "
+            "dataset out with --data.weights '{DATASET: 0}', and evaluate on that dataset alone (a store of its own, "
+            "or a table of its subjects as --labels)."
         )
     apart = sorted({one.task for one in made if unpaired(results, one.task, one.a, one.b)})
     if apart:
