@@ -114,8 +114,9 @@ def clip_dataset(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = max(context.target_max_block_size or 0, 2 * share * reader.clip_bytes)  # split none
-    # One task at a time makes rows far faster than they are used, and the plan is drawn in one process.
-    dataset = ray.data.read_datasource(source, override_num_blocks=len(source), concurrency=1)
+    # One task at a time makes rows far faster than they are used, and the plan is drawn in one process. It reserves no
+    # core: the workers may have taken them all, and it runs for milliseconds every few thousand clips.
+    dataset = ray.data.read_datasource(source, override_num_blocks=len(source), concurrency=1, num_cpus=0)
     if read_in == "worker":
         return dataset
     read = _ReadBlock(replace(reader, runs=()))

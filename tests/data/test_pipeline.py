@@ -14,6 +14,7 @@ import ray
 import ray.data
 import ray.train
 import torch
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from neurostorm.data import pipeline
 from neurostorm.data.clips import ClipReader
@@ -92,6 +93,18 @@ def test_each_worker_gets_its_clips_of_each_step_as_read_without_ray(
             for name, values in vars(expected).items():
                 assert getattr(batch, name).dtype == values.dtype
                 assert torch.equal(getattr(batch, name), values), f"{name} of worker {rank} in step {step}"
+
+
+def test_the_plan_arrives_while_workers_reserve_every_core(uneven, plan):
+    group = placement_group([{"CPU": ray.cluster_resources()["CPU"]}])
+    try:
+        assert group.wait(30)
+        taken = feed(uneven.reader(), plan, 0, "worker")
+    finally:
+        remove_placement_group(group)
+    rows = [[batch.row.tolist() for batch in stream] for stream in taken]
+    expected = [[plan.step_rows(s, rank, WORKERS)["row"].tolist() for s in range(STEPS)] for rank in range(WORKERS)]
+    assert rows == expected
 
 
 def in_order(dataset):
