@@ -22,7 +22,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from neurostorm.config import Config, ConfigError, differing_keys
 from neurostorm.data.corpus import Corpus
 from neurostorm.places import replace
-from neurostorm.session import ensure_ray
+from neurostorm.resources import Demand, require
 from neurostorm.tracking import tracking_uri
 from neurostorm.train import checkpoint, planned
 from neurostorm.train.build import swin_config
@@ -83,14 +83,17 @@ def check(config: Config, corpus: Corpus) -> Plan:
 def pretrain(config: Config) -> dict[str, Any]:
     """Runs pretraining to its end on the Ray cluster and returns the summary.
 
-    Raises ConfigError, StoreError or PlaceError before anything starts, and Ray Train's error when the run fails for
-    good.
+    Raises ConfigError (the cluster is too small, too), StoreError or PlaceError before anything starts, and Ray Train's
+    error when the run fails for good.
     """
     started_ns = now_ns()
     corpus = planned.choose(config)
     plan = check(config, corpus)
     folder = config.run.folder
     if not plan.finished:
+        # The controller polls its workers at this interval; at its default of 2 s a failure is noticed late.
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        require(demand(config), config.scale.wait_for_nodes_s)
         folder.mkdir(parents=True, exist_ok=True)
         replace(folder / "config.yaml", config.to_yaml().encode())
         planned.keep(config, corpus)
@@ -99,13 +102,22 @@ def pretrain(config: Config) -> dict[str, Any]:
             corpus.subjects, len(corpus.runs), corpus.frames, corpus.split, corpus.plan.clips_per_epoch,
             plan.first_step, plan.total_steps,
         )  # fmt: skip
-        # The controller polls its workers at this interval; at its default of 2 s a failure is noticed late.
-        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-        ensure_ray()
         with tempfile.TemporaryDirectory(prefix="neurostorm-ray-") as storage:
             trainer(config, corpus, storage, started_ns).fit()
     summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
     return {**summary, "mlflow_uri": tracking_uri(config.tracking.uri, config.run.output)}
+
+
+def demand(config: Config) -> Demand:
+    """What the run asks of the cluster; with scale.min_workers it starts with as few as these."""
+    scale, batch, micro = config.scale, config.train.global_batch, config.train.micro_batch
+    per_worker = {name: f"--scale.{name}_per_worker" for name in ("cpus", "gpus")}
+    return Demand(
+        scale.workers, scale.cpus_per_worker, scale.gpus_per_worker, least=scale.min_workers,
+        counts=tuple(count for count in range(1, scale.workers + 1) if batch % (count * micro) == 0),
+        task_cpus=1.0 if config.data.read_in == "tasks" else 0.0,
+        options=per_worker | {"workers": "--workers", "least": "--scale.min_workers"}, small_preset=True,
+    )  # fmt: skip
 
 
 def trainer(config: Config, corpus: Corpus, storage: str, started_ns: int) -> Any:
