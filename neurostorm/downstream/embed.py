@@ -27,6 +27,7 @@ from neurostorm.downstream.embed_run import Embedder, Task
 from neurostorm.downstream.run_folder import require_writable
 from neurostorm.places import Place
 from neurostorm.progress import progress
+from neurostorm.resources import Demand, require, room
 from neurostorm.session import ensure_ray
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ def embed(config: Config) -> EmbedReport:
 
     Raises:
         ConfigError: a setting is missing or contradicts another; the folder holds another embedding, or cannot be
-            written.
+            written; the cluster is too small for a worker.
         HubError: the model cannot be read, or does not say how its clips were made.
         DiscoverError: the source holds no run.
         StoreError: the store cannot be read, or its grid, mask or TR is not the model's.
@@ -84,6 +85,8 @@ def embed(config: Config) -> EmbedReport:
     remember(out, given)
     waiting = unfinished(out, given.runs)
     _say(f"{len(given.runs)} run(s), {len(given.runs) - len(waiting)} embedded before, {len(waiting)} to embed")
+    if waiting:
+        _require(settings, config.scale.wait_for_nodes_s)
     with progress(len(waiting), "embed", "run") as bar:
         for failed in spread(waiting, task_of(settings, given, out), settings):
             bar.update()
@@ -102,7 +105,6 @@ def spread(runs: Sequence[Run], task: Task, settings: EmbedConfig) -> Iterator[i
     if not runs:
         return
     ensure_ray()
-    _warn_of_waiting(settings)
     failed = 0
     for first in range(0, len(runs), WAVE_RUNS):
         wave = runs[first : first + WAVE_RUNS]
@@ -160,10 +162,12 @@ def task_of(settings: EmbedConfig, given: Input, out: Place) -> Task:
     )
 
 
-def _warn_of_waiting(settings: EmbedConfig) -> None:
-    """Ray would wait without a word for a node that is large enough; on a growing cluster it may yet come."""
-    for field, resource in (("cpus_per_worker", "CPU"), ("gpus_per_worker", "GPU")):
-        wanted = getattr(settings, field)
-        largest = max((node["Resources"].get(resource, 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
-        if wanted > largest:
-            logger.warning("embed.%s=%g, but the largest node has %g: waiting for one", field, wanted, largest)
+def _require(settings: EmbedConfig, wait_s: int | None) -> None:
+    """One worker must fit the cluster, else ConfigError; where fewer fit than were asked for, they do all the work."""
+    demand = Demand(
+        settings.workers, settings.cpus_per_worker, settings.gpus_per_worker, least=1,
+        options={name: f"--embed.{name}_per_worker" for name in ("cpus", "gpus")} | {"workers": "--workers"},
+    )  # fmt: skip
+    held = room(demand, require(demand, wait_s))
+    if held < settings.workers:
+        logger.warning("embed.workers=%d, but the cluster holds %d at once: the others wait", settings.workers, held)

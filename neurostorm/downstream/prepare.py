@@ -25,7 +25,7 @@ from neurostorm.downstream.tasks import Task
 from neurostorm.downstream.trial import Trial, file_name
 from neurostorm.places import Place, replace
 from neurostorm.progress import progress
-from neurostorm.session import ensure_ray
+from neurostorm.resources import Demand, require
 from neurostorm.train.contrastive import ContrastiveRecipe
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,9 @@ def prepare(config: Config, wanted: Sequence[Wanted], say: Say = logger.info) ->
                 evaluations[want.task.label], config.split, seed=want.seed, fraction=want.adapt.fraction
             )
             _keep_split(home, where, splits[where])
-    ensure_ray()
+    options = {"cpus": "--adapt.cpus", "gpus": "--adapt.gpus"}
+    demand = Demand(1, config.adapt.cpus, config.adapt.gpus, what="trial", options=options)
+    require(demand, config.scale.wait_for_nodes_s)
     backbones: dict[str, Backbone | None] = {}
     trials = []
     for want in wanted:

@@ -24,6 +24,7 @@ from neurostorm.ingest.tables import Tables, store_participants
 from neurostorm.ingest.template import brain_mask
 from neurostorm.places import Place
 from neurostorm.progress import progress
+from neurostorm.resources import Demand, require
 from neurostorm.store import GRIDS, StoreError, create_store, remove_partials, withdrawn_subjects
 from neurostorm.store.care import readmit
 
@@ -37,7 +38,7 @@ def ingest(config: Config) -> IngestReport:
     complete are left as they are, and participants who withdrew are left out.
 
     Raises:
-        ConfigError: no source is given.
+        ConfigError: no source is given, or no node has the cores of ingest.cpus_per_run.
         DiscoverError: the source holds no run.
         MaskError: `ingest.mask` cannot be used.
         StoreError: `data.store` is something else, or has another grid, mask or TR; or it cannot be written. Then what
@@ -47,6 +48,9 @@ def ingest(config: Config) -> IngestReport:
     started = time.monotonic()
     settings, store = config.ingest, config.data.store.absolute()
     found = survey(settings, store)
+    if found.waiting:
+        options = {"cpus": "--ingest.cpus_per_run"}
+        require(Demand(1, settings.cpus_per_run, what="task", options=options), config.scale.wait_for_nodes_s)
     grid = GRIDS[settings.grid]
     mask = brain_mask(grid, settings.mask)
     with _store_trouble(store):

@@ -22,7 +22,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from neurostorm.config import Config, ConfigError, differing_keys, refuse_unwritable
 from neurostorm.data.corpus import Corpus
 from neurostorm.places import replace
-from neurostorm.session import ensure_ray
+from neurostorm.resources import Demand, require
 from neurostorm.tracking import tracking_uri
 from neurostorm.train import checkpoint, planned
 from neurostorm.train.build import atlas_of, swin_config
@@ -88,14 +88,17 @@ def pretrain(config: Config) -> dict[str, Any]:
     The summary also holds `mlflow_uri`, and `trained_steps`, which is 0 if the run was complete already; then a line
     says so and nothing starts.
 
-    Raises ConfigError, StoreError or PlaceError before anything starts, and Ray Train's error when the run fails for
-    good.
+    Raises ConfigError (also when the cluster is too small), StoreError or PlaceError before anything starts, and Ray
+    Train's error when the run fails for good.
     """
     started_ns = now_ns()
     corpus = planned.choose(config)
     plan = check(config, corpus)
     folder = config.run.folder
     if not plan.finished:
+        # The controller polls its workers at this interval; at its default of 2 s a failure is noticed late.
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        require(demand(config), config.scale.wait_for_nodes_s)
         folder.mkdir(parents=True, exist_ok=True)
         replace(folder / "config.yaml", config.to_yaml().encode())
         planned.keep(config, corpus)
@@ -104,9 +107,6 @@ def pretrain(config: Config) -> dict[str, Any]:
             corpus.subjects, len(corpus.runs), corpus.frames, corpus.split, corpus.plan.clips_per_epoch,
             plan.first_step, plan.total_steps,
         )  # fmt: skip
-        # The controller polls its workers at this interval; at its default of 2 s a failure is noticed late.
-        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-        ensure_ray()
         with tempfile.TemporaryDirectory(prefix="neurostorm-ray-") as storage:
             trainer(config, corpus, storage, started_ns).fit()
     summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
@@ -152,6 +152,18 @@ class Trainer(TorchTrainer):
 
     def _register_sigint_handler(self, controller: Any) -> None:
         """Leaves Ctrl-C to `interrupts.interruptible`, which says how to resume."""
+
+
+def demand(config: Config) -> Demand:
+    """What the run asks of the cluster; with scale.min_workers it starts with as few as these."""
+    scale, batch, micro = config.scale, config.train.global_batch, config.train.micro_batch
+    per_worker = {name: f"--scale.{name}_per_worker" for name in ("cpus", "gpus")}
+    return Demand(
+        scale.workers, scale.cpus_per_worker, scale.gpus_per_worker, least=scale.min_workers,
+        counts=tuple(count for count in range(1, scale.workers + 1) if batch % (count * micro) == 0),
+        task_cpus=1.0 if config.data.read_in == "tasks" else 0.0,
+        options=per_worker | {"workers": "--workers", "least": "--scale.min_workers"}, small_preset=True,
+    )  # fmt: skip
 
 
 def trainer(config: Config, corpus: Corpus, storage: str, started_ns: int) -> Any:

@@ -50,6 +50,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         feed = partial(
             batches, ray.train.get_dataset_shard("train"), corpus.reader, rank=rank, clips=config.clips_per_worker,
             threads=config.data.read_threads, steps_ahead=config.data.steps_ahead,
+            timeout_s=config.data.batch_timeout_s,
         )  # fmt: skip
         loop = assemble(config, corpus, tracker, account, feed, rank=rank, device=device, notice=will_be_taken)
         final = loop.run()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from neurostorm import resources
 from neurostorm.config import Config, ConfigError
 from neurostorm.data.corpus import Corpus, open_corpus
 from neurostorm.places import replace
@@ -145,7 +146,7 @@ def test_a_finished_run_says_that_it_is_complete_and_starts_nothing(ball_config,
     stop_at(config, STEPS)
     kept = {"steps": STEPS, "loss/validation": 0.5, "finished": "2026-01-02 03:04:05+00:00"}
     (config.run.folder / "summary.json").write_text(json.dumps(kept))
-    monkeypatch.setattr(launch, "ensure_ray", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr(launch, "require", lambda *_: pytest.fail("Ray was started"))
     caplog.set_level(logging.INFO)
     summary = launch.pretrain(config)
     assert summary["loss/validation"] == 0.5 and summary["trained_steps"] == 0
@@ -179,11 +180,20 @@ def test_a_checkpoint_in_an_object_store_is_gone_on_from(ball_config, make_bucke
 
 
 def test_what_is_refused_leaves_no_folder_behind(ball_config, monkeypatch, tmp_path):
-    monkeypatch.setattr(launch, "ensure_ray", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr(launch, "require", lambda *_: pytest.fail("Ray was started"))
     with pytest.raises(StoreError):
         launch.pretrain(ball_config(data={"store": tmp_path / "nowhere"}))
     with pytest.raises(ConfigError):
         launch.pretrain(ball_config(checkpoint={"resume": "must"}))
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_machine_that_is_too_small_is_refused_before_ray_starts(ball_config, monkeypatch, tmp_path):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(resources.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(resources, "ensure_ray", lambda: pytest.fail("Ray was started"))
+    with pytest.raises(ConfigError, match=r"asked for 2 workers x \(0 GPU, 10000 CPU\); this cluster has .*: use --"):
+        launch.pretrain(ball_config(scale={"cpus_per_worker": 10_000}))
     assert not (tmp_path / "outputs").exists()
 
 
