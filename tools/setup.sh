@@ -100,7 +100,7 @@ install_torch() {
         fi
         torch_from_uv && return
         say "uv could not install it: taking $torch from pip's sources. From PyPI it comes with CUDA, a download of about 3 GB
-   that takes 7 GB of disk; to follow it: tail -f $log"
+   that takes 5 GB of disk; to follow it: tail -f $log"
     else
         say "installing $torch (log: $log)"
     fi
