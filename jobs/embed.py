@@ -1,20 +1,18 @@
 """Runs as vectors: `python jobs/embed.py --model DIR (--store STORE | --source DIR_OF_NIFTI) --out OUT`.
 
-A second start goes on with what is left. Exit status 0 when OUT holds an embedded run, 1 when it holds none or
-cannot (model and data do not fit), 2 when the command line is wrong.
+A second start does what is left. Exit status 0 when OUT holds an embedded run.
 """
 
-import logging
 import sys
 from collections.abc import Sequence
 
 from neurostorm.cli import Job
-from neurostorm.config import ConfigError
+from neurostorm.config import Config
 
 JOB = Job(
     "embed",
     "Embed every run of a frame store, or of a folder of preprocessed NIfTI files, with a pretrained model.",
-    sections=("embed",),
+    settings=("embed",),
     aliases={
         "--model": "embed.model",
         "--store": "embed.store",
@@ -25,28 +23,22 @@ JOB = Job(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job; returns the exit status."""
-    config = JOB.parse(argv)
-    print(config.to_yaml(*JOB.sections), flush=True)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+def work(config: Config) -> int:
+    """Embeds what is left; 1 when nothing could be embedded."""
     from neurostorm.downstream.embed import embed
-    from neurostorm.ingest.discover import DiscoverError
-    from neurostorm.model.hub import HubError
-    from neurostorm.object_store import PlaceError
-    from neurostorm.store import StoreError
 
-    try:
-        report = embed(config)
-    except (ConfigError, DiscoverError, HubError, PlaceError, StoreError) as error:
-        print(f"jobs/embed.py: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+    report = embed(config)
     print("\n".join(report.lines()))
     if not report.tables.runs:
         print("nothing was embedded: see the reasons above", file=sys.stderr)
         return 1
     print(f"next: pandas.read_parquet({str(report.out / 'subjects.parquet')!r}), one vector per subject")
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the job; returns the exit status."""
+    return JOB.run(work, argv)
 
 
 if __name__ == "__main__":

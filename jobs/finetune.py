@@ -1,16 +1,15 @@
-"""One method on one task: `python jobs/finetune.py --task age --method linear --model DIR --store STORE`."""
+"""One method on one task: `python jobs/finetune.py --task age --method linear --model DIR --store STORE --name N`."""
 
-import logging
 import sys
 from collections.abc import Sequence
 
 from neurostorm.cli import Job
-from neurostorm.config import ConfigError
+from neurostorm.config import Config
 
 JOB = Job(
     "finetune",
     "Adapt a pretrained model to a task, or run a baseline on it; choose on validation, test once.",
-    sections=("run", "task", "split", "adapt", "tracking"),
+    settings=("run", "task", "split", "adapt", "tracking.uri", "tracking.experiment"),
     aliases={
         "--task": "task.name",
         "--store": "task.store",
@@ -22,24 +21,22 @@ JOB = Job(
         "--output": "run.output",
         "--name": "run.name",
     },
+    defaults={"run": {"name": "finetune"}},
+    facts=lambda config: {"task": f"{config.task.name} by {config.adapt.method}, seed {config.run.seed}"},
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job; 0 when it was tested, 1 when it cannot be done (errors of the trial itself propagate)."""
-    config = JOB.parse(argv)
-    print(config.to_yaml(*JOB.sections), flush=True)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    from neurostorm.downstream.errors import REFUSALS
+def work(config: Config) -> int:
+    """Trains, chooses, tests."""
     from neurostorm.downstream.finetune import finetune
 
-    try:
-        done = finetune(config)
-    except (ConfigError, *REFUSALS) as error:
-        print(f"jobs/finetune.py: {error}", file=sys.stderr)
-        return 1
-    print("\n".join(done.lines()))
+    print("\n".join(finetune(config).lines()))
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the job; returns the exit status."""
+    return JOB.run(work, argv)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,29 @@
-"""Pretrain on a frame store: `ray job submit -- python jobs/pretrain.py --preset tiny --store DIR`."""
+"""Pretrain on a frame store: `python jobs/pretrain.py --preset tiny --store STORE`, or the same by `ray job submit`."""
 
-import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from neurostorm.cli import Job
-from neurostorm.config import ConfigError
-from neurostorm.object_store import PlaceError
-from neurostorm.store.layout import StoreError
+from neurostorm.config import Config
+
+
+def facts(config: Config) -> Mapping[str, str]:
+    """What the summary says of a run."""
+    model, train, scale = config.model, config.train, config.scale
+    device = f"{scale.gpus_per_worker} GPU, " if scale.gpus_per_worker else ""
+    length = f"{train.max_steps} steps at most" if train.max_steps else f"{train.epochs:g} epochs"
+    return {
+        "model": f"{model.mixer} mixer, {len(model.depths)} stages from {model.embed_dim} channels, {model.tokens} "
+        f"tokens, {model.decoder} decoder; mask {config.mask.kind} {config.mask.ratio:g}",
+        "train": f"{scale.workers} worker(s) x ({device}{scale.cpus_per_worker:g} CPU), {train.dtype}; "
+        f"{train.global_batch} clips a step, {length}, learning rate {train.lr:g}",
+    }
+
 
 JOB = Job(
-    name="pretrain",
-    purpose="Pretrain the 4D Swin masked autoencoder on a frame store that jobs/ingest.py made.",
-    sections=("run", "data", "model", "mask", "strd", "augment", "train", "checkpoint", "scale", "tracking"),
+    "pretrain",
+    "Pretrain the 4D Swin masked autoencoder on a frame store that jobs/ingest.py made.",
+    settings=("run", "data", "model", "mask", "strd", "augment", "train", "checkpoint", "scale", "tracking"),
     aliases={
         "--store": "data.store",
         "--output": "run.output",
@@ -20,22 +31,17 @@ JOB = Job(
         "--workers": "scale.workers",
         "--resume": "checkpoint.resume",
     },
+    presets=True,
+    facts=facts,
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the job; 0 when the run is complete, 1 when it cannot start (training errors propagate)."""
-    config = JOB.parse(argv)
-    print(config.to_yaml(*JOB.sections), flush=True)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+def work(config: Config) -> int:
+    """Trains to the end, or says that the run is complete."""
     from neurostorm.train.goodput import in_words
     from neurostorm.train.launch import pretrain
 
-    try:
-        summary = pretrain(config)
-    except (ConfigError, PlaceError, StoreError) as error:
-        print(f"jobs/pretrain.py: {error}", file=sys.stderr)
-        return 1
+    summary = pretrain(config)
     better = "below" if summary["loss/validation"] < summary["loss/validation_predicting_mean"] else "NOT below"
     print(
         f"\n{config.run.name}: {summary['steps']} steps done. Held-out masked loss {summary['loss/validation']:.4f}, "
@@ -46,6 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"Next: mlflow server --backend-store-uri {summary['mlflow_uri']} --host 127.0.0.1"
     )
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the job; returns the exit status."""
+    return JOB.run(work, argv)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
 """The report of a sweep, from MLflow alone: `python jobs/report.py --output outputs --name sweep`."""
 
-import logging
 import sys
 from collections.abc import Sequence
 
 from neurostorm.cli import Job
-from neurostorm.config import ConfigError
+from neurostorm.config import Config
 
 JOB = Job(
     "report",
     "Tables, figures and one HTML page of a sweep, made from MLflow alone and logged back to the sweep's run.",
-    sections=("run", "report", "tracking"),
+    settings=("run.output", "run.name", "report", "tracking.uri"),
     aliases={
         "--output": "run.output",
         "--name": "run.name",
@@ -18,23 +17,21 @@ JOB = Job(
         "--uri": "tracking.uri",
         "--out": "report.out",
     },
+    defaults={"run": {"name": "sweep"}},
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job; 0 when the report was written, 1 with the reason when it was not."""
-    config = JOB.parse(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    from neurostorm.object_store import PlaceError
+def work(config: Config) -> int:
+    """Writes the report."""
     from neurostorm.report.job import report_of
-    from neurostorm.report.results import ReportError
 
-    try:
-        print("\n".join(report_of(config, config.report.run_id).lines()))
-    except (ConfigError, PlaceError, ReportError) as error:
-        print(f"jobs/report.py: {error}", file=sys.stderr)
-        return 1
+    print("\n".join(report_of(config, config.report.run_id).lines()))
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the job; returns the exit status."""
+    return JOB.run(work, argv)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
 """Many methods on many tasks: `python jobs/sweep.py --tasks age,sex --methods linear,fc --model DIR --store STORE`."""
 
-import logging
 import sys
 from collections.abc import Sequence
 
 from neurostorm.cli import Job
-from neurostorm.config import ConfigError
+from neurostorm.config import Config
 
 JOB = Job(
     "sweep",
     "Tasks x methods x fractions x replicates x hyperparameters on Ray Tune; selected on validation, tested once.",
-    sections=("run", "task", "split", "adapt", "sweep", "report", "tracking"),
+    settings=("run", "task", "split", "adapt", "sweep", "report.out", "tracking.uri", "tracking.experiment"),
     aliases={
         "--tasks": "sweep.tasks",
         "--methods": "sweep.methods",
@@ -25,28 +24,29 @@ JOB = Job(
         "--output": "run.output",
         "--name": "run.name",
     },
+    defaults={"run": {"name": "sweep"}},
+    facts=lambda config: {
+        "trials": f"{','.join(config.sweep.tasks)} by {','.join(config.sweep.methods)}, "
+        f"{config.sweep.replicates} replicate(s)"
+    },
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the job; 0 when every cell was tested, 1 when one has no result or the sweep cannot start."""
-    config = JOB.parse(argv)
-    print(config.to_yaml(*JOB.sections), flush=True)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    from neurostorm.downstream.errors import REFUSALS
+def work(config: Config) -> int:
+    """Runs the trials that are left, then writes the report; 1 when a cell has no result."""
     from neurostorm.report.job import report_of
-    from neurostorm.report.results import ReportError
     from neurostorm.tune.sweep import sweep
 
-    try:
-        swept = sweep(config)
-        print("\n".join(swept.lines()), flush=True)
-        if config.sweep.report:
-            print("\n".join(report_of(config, swept.mlflow_run_id).lines()))
-    except (ConfigError, ReportError, *REFUSALS) as error:
-        print(f"jobs/sweep.py: {error}", file=sys.stderr)
-        return 1
+    swept = sweep(config)
+    print("\n".join(swept.lines()), flush=True)
+    if config.sweep.report:
+        print("\n".join(report_of(config, swept.mlflow_run_id).lines()))
     return 1 if swept.missing else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the job; returns the exit status."""
+    return JOB.run(work, argv)
 
 
 if __name__ == "__main__":

@@ -1,231 +1,242 @@
-"""From a command line to a validated `Config`: presets, a YAML file, `--section.field VALUE`, short aliases.
+"""A job: what it is called, what it can be told, and how it starts and ends for the person who typed its command.
 
     defaults  <-  --preset NAME  <-  --config FILE.yaml  <-  --section.field VALUE  ->  Config or one clear error
+    run: command line -> Config -> summary -> work -> exit status; an error is one line, its traceback a file
 
-Every option is generated from the tree in `config.py`, so `--help` always explains each field with its unit, range
-and default. A wrong name is answered with the nearest right one, a wrong value with the allowed range.
+Exit status: 0 done; 1 it failed, or its input cannot be used; 2 the settings are wrong; 130 and 143 it was interrupted.
 """
 
 import argparse
-import difflib
-import re
+import json
+import logging
+import os
 import sys
-from collections.abc import Sequence
+import tempfile
+import textwrap
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
-import yaml
-from pydantic import ValidationError
-from pydantic.fields import FieldInfo
-
-from neurostorm.config import Config, ConfigError, Section
+from neurostorm.config import Config, ConfigError
+from neurostorm.config_base import SQLITE
+from neurostorm.errors import UserError
+from neurostorm.options import (
+    Tree,
+    argparse_options,
+    build,
+    descriptions,
+    explain,
+    field_of,
+    is_path,
+    overlay,
+    preset,
+    read_yaml,
+    relative_paths,
+    targets_of,
+    value_of,
+)
 from neurostorm.presets import PRESETS
+from neurostorm.suggest import nearest_option
 
-Tree = dict[str, dict[str, Any]]
+_WIDTH, _INDENT = 120, 11  # of the summary
+_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # which Ray sets for a submitted job
 
 
 @dataclass(frozen=True)
 class Job:
-    """One entry point: its name, what it does, the sections it reads and its short options (`--store` etc.)."""
+    """One entry point.
+
+    Attributes:
+        name: of `jobs/NAME.py`.
+        purpose: one sentence for `--help`.
+        settings: what it reads of the configuration: whole sections, or single `section.field`.
+        aliases: short option -> `section.field`.
+        presets: whether `--preset` is of use.
+        defaults: settings whose default is another one in this job.
+        facts: what its summary says beside paths and changed settings, name -> text.
+    """
 
     name: str
     purpose: str
-    sections: tuple[str, ...]
+    settings: tuple[str, ...]
     aliases: dict[str, str] = field(default_factory=dict)
+    presets: bool = False
+    defaults: Tree = field(default_factory=dict)
+    facts: Callable[[Config], Mapping[str, str]] = lambda config: {}
 
-    def parse(self, argv: Sequence[str] | None = None) -> Config:
-        """The job's configuration from `argv` (default: the process's), or exit status 2 with the reason."""
-        try:
-            return self.load(sys.argv[1:] if argv is None else argv)
-        except ConfigError as error:
-            sys.exit(f"jobs/{self.name}.py: {error}\nSee: python jobs/{self.name}.py --help")
+    @property
+    def targets(self) -> list[str]:
+        """`section.field` of everything that the job can be told."""
+        return targets_of(self.settings)
 
     def load(self, argv: Sequence[str]) -> Config:
-        """As `parse`, but raises ConfigError instead of leaving the process."""
+        """The configuration of a command line; ConfigError with the reason when there is none."""
+        return self._read(argv)[1]
+
+    def run(self, work: Callable[[Config], int], argv: Sequence[str] | None = None) -> int:
+        """Does the job of a command line, `work(config)`; returns the exit status.
+
+        Args:
+            work: does it and returns 0, or another status with the reason on stderr.
+            argv: words of the command line; default: the process's.
+        """
+        try:
+            options, config = self._read(sys.argv[1:] if argv is None else argv)
+        except ConfigError as error:
+            self._say(f"{error}\nSee: python jobs/{self.name}.py --help")
+            return 2
+        if options.print_config:
+            print(self.as_yaml(config), end="")
+            return 0
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        print("\n".join(self.summary(config, options.preset)), flush=True)
+        try:
+            return work(config)
+        except ConfigError as error:
+            self._say(error)
+            return 2
+        except UserError as error:
+            self._say(error)
+            return 1
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            self._say(f"{reason.rstrip(': ')}\nThe traceback is in {write_traceback(self.name, config.run.folder)}")
+            return 1
+
+    def as_yaml(self, config: Config) -> str:
+        """Everything that the job reads of a configuration, as YAML that `--config` reads back."""
+        return config.to_yaml(*dict.fromkeys(target.partition(".")[0] for target in self.targets))
+
+    def summary(self, config: Config, preset_name: str | None = None) -> list[str]:
+        """The words with which a job begins: where things lie, what is special, how to see the rest."""
+        facts = {"preset": preset_name} if preset_name else {}
+        now, usual = config.flat(), self._usual(preset_name).flat()
+        if {"run.output", "run.name"} <= set(self.targets):
+            facts["run"] = str(config.run.folder)
+        facts |= {
+            target.partition(".")[2]: now[target]
+            for target in self.targets
+            if is_path(target) and now[target] is not None and target != "run.output"
+        }
+        facts |= self.facts(config)
+        changed = [f"{target} {now[target]}" for target in self.targets
+                   if now[target] != usual[target] and not is_path(target) and target != "run.name"]  # fmt: skip
+        facts |= {"changed": ", ".join(changed)} if changed else {}
+        facts["settings"] = f"python jobs/{self.name}.py ... --print-config shows all, --help explains them"
+        lines = [f"{self.name}: {self.purpose}"]
+        for name, text in facts.items():
+            lines += textwrap.wrap(
+                text, _WIDTH, initial_indent=f"  {name:<{_INDENT - 2}}", subsequent_indent=" " * _INDENT,
+                break_long_words=False, break_on_hyphens=False,
+            )  # fmt: skip
+        return lines
+
+    def parser(self) -> argparse.ArgumentParser:
+        """An argparse parser with one option per setting of the job, and the aliases."""
+        parser = argparse.ArgumentParser(
+            prog=f"python jobs/{self.name}.py",
+            usage="%(prog)s [--help] [OPTION VALUE ...]",
+            description=self.purpose,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if self.presets:
+            parser.add_argument("--preset", metavar="NAME", help=f"named settings to start from: {', '.join(PRESETS)}")
+        parser.add_argument(
+            "--config", metavar="FILE.yaml", type=Path, help="settings as YAML, `section: {field: value}`"
+        )
+        parser.add_argument("--print-config", action="store_true", help="print all settings as YAML, and end")
+        for alias, target in self.aliases.items():
+            parser.add_argument(alias, **argparse_options(target), help=f"the same as --{target}")
+        groups: dict[str, Any] = {}
+        for target in self.targets:
+            section, name = target.split(".")
+            if section not in groups:
+                groups[section] = parser.add_argument_group(section, type(getattr(Config(), section)).__doc__)
+            default = self.defaults.get(section, {}).get(name)
+            default = field_of(target).get_default(call_default_factory=True) if default is None else default
+            groups[section].add_argument(f"--{target}", **argparse_options(target), help=explain(target, default))
+        return parser
+
+    def _read(self, argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
         options, unknown = self.parser().parse_known_args(list(argv))
         for word in unknown:
-            raise ConfigError(
-                unknown_option(word, [*self.aliases, "--preset", "--config", *option_names(self.sections)])
-            )
-        tree: Tree = {}
-        if options.preset is not None:
-            overlay(tree, preset(options.preset))
+            raise ConfigError(self._unknown(word))
+        options.preset = getattr(options, "preset", None)
+        tree = self._tree(options.preset)
         if options.config is not None:
             overlay(tree, read_yaml(options.config))
         for target, text in vars(options).items():
             if text is not None and "." in target:
                 section, name = target.split(".")
                 try:
-                    value = from_text(text, field_of(section, name))
+                    value = value_of(text, field_of(target))
                 except ValueError as error:
                     raise ConfigError(f"--{target}: {error}") from error
                 overlay(tree, {section: {name: value}})
-        return build(tree)
+        if submitted():
+            self._refuse_relative(tree)
+        return options, build(tree)
 
-    def parser(self) -> argparse.ArgumentParser:
-        """An argparse parser with one option per field of the job's sections, and the aliases."""
-        parser = argparse.ArgumentParser(
-            prog=f"python jobs/{self.name}.py",
-            description=self.purpose,
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        parser.add_argument("--preset", metavar="NAME", help=f"named settings to start from: {', '.join(PRESETS)}")
-        parser.add_argument(
-            "--config", metavar="FILE.yaml", type=Path, help="settings as YAML, `section: {field: value}`"
-        )
-        for alias, target in self.aliases.items():
-            parser.add_argument(alias, **option(target), help=f"the same as --{target}")
-        for section in self.sections:
-            model = section_of(section)
-            group = parser.add_argument_group(section, model.__doc__)
-            for name, info in model.model_fields.items():
-                group.add_argument(f"--{section}.{name}", **option(f"{section}.{name}"), help=explain(info))
-        return parser
+    def _tree(self, preset_name: str | None) -> Tree:
+        tree: Tree = {}
+        overlay(tree, self.defaults)
+        if preset_name is not None:
+            overlay(tree, preset(preset_name))
+        return tree
 
+    def _usual(self, preset_name: str | None) -> Config:
+        """The configuration without what was typed."""
+        return build(self._tree(preset_name))
 
-def option(target: str) -> dict[str, Any]:
-    """How argparse takes the value of `section.field`; one that is true or false needs none to be true."""
-    section, name = target.split(".")
-    if field_of(section, name).annotation is bool:
-        return {"dest": target, "metavar": "true|false", "nargs": "?", "const": "true"}
-    return {"dest": target, "metavar": "VALUE"}
+    def _unknown(self, word: str) -> str:
+        """The message for an option that the job does not have."""
+        plain = [*self.aliases, "--config", "--print-config", *(["--preset"] if self.presets else [])]
+        known = dict.fromkeys(plain, "")
+        near = nearest_option(word, known | descriptions(self.targets, "--"))
+        return f"unknown option {word.partition('=')[0]}" + (f"; did you mean {near}?" if near else "")
 
+    def _refuse_relative(self, tree: Tree) -> None:
+        """ConfigError for paths that would lie in the copy of the working directory that Ray made for the job."""
+        short = {target: alias for alias, target in self.aliases.items()}
+        named, typed = [], []
+        for target, path, given in relative_paths(tree, self.targets):
+            option = short.get(target, f"--{target}")
+            named.append(f"{option} {path}" if given else f"{option} (default {path})")
+            scheme = SQLITE if path.startswith(SQLITE) else ""
+            typed.append(f"{option} {scheme}/SHARED/{path.removeprefix(scheme)}")
+        if named:
+            raise ConfigError(
+                f"{', '.join(named)}: relative paths have no meaning under `ray job submit`, which runs the job in a "
+                f"temporary copy of the working directory. Give absolute paths that all nodes see, such as "
+                f"{' '.join(typed)}, or s3:// or gs:// URIs"
+            )
 
-def section_of(name: str) -> type[Section]:
-    """The model class of a section of the tree."""
-    annotation = Config.model_fields[name].annotation
-    assert isinstance(annotation, type) and issubclass(annotation, Section)
-    return annotation
-
-
-def field_of(section: str, name: str) -> FieldInfo:
-    """The description of one field of the tree."""
-    return section_of(section).model_fields[name]
+    def _say(self, text: object) -> None:
+        print(f"jobs/{self.name}.py: {text}", file=sys.stderr, flush=True)
 
 
-def option_names(sections: Sequence[str]) -> list[str]:
-    """`--section.field` of every field of `sections`."""
-    return [f"--{section}.{name}" for section in sections for name in section_of(section).model_fields]
-
-
-def explain(info: FieldInfo) -> str:
-    """A field's help line: what it is, what is allowed, its default."""
-    default = info.get_default(call_default_factory=True)
-    if isinstance(default, tuple):
-        default = ",".join(str(part) for part in default)
-    allowed = allowed_values(info)
-    return f"{info.description}{f' [{allowed}]' if allowed else ''} (default: {default})".replace("%", "%%")
-
-
-def allowed_values(info: FieldInfo) -> str:
-    """The values a field takes, in words: `> 0 and <= 10`, `voxel or global`, or nothing when any will do."""
-    choices: list[str] = []
-    for annotation in (info.annotation, *get_args(info.annotation)):
-        if get_origin(annotation) is Literal:
-            choices = [str(choice) for choice in get_args(annotation)]
-    if choices:
-        return " or ".join(choices)
-    constraints = [*info.metadata]
-    for part in get_args(info.annotation):
-        constraints += [
-            item for meta in getattr(part, "__metadata__", ()) for item in getattr(meta, "metadata", [meta])
-        ]
-    words = []
-    for attribute, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
-        words += [
-            f"{sign} {getattr(item, attribute)}" for item in constraints if getattr(item, attribute, None) is not None
-        ]
-    return " and ".join(words)
-
-
-def from_text(text: str, info: FieldInfo) -> Any:
-    """An option's text as pydantic reads it: tuples split at commas or spaces, dicts as YAML, `none` for None."""
-    options = get_args(info.annotation)
-    if type(None) in options and text.lower() in ("none", "null"):
-        return None
-    if get_origin(info.annotation) is tuple:
-        return [part for part in re.split(r"[,\s\[\]()]+", text) if part]
-    if get_origin(info.annotation) is dict:
-        return dict_from_text(text)
-    return text
-
-
-def dict_from_text(text: str) -> dict[Any, Any]:
-    """`{hcp: 2, ukb: 1}` or `hcp: 2, ukb: 1` as a dict; ValueError with an example for anything else."""
+def submitted() -> bool:
+    """Whether this process is the driver of a job that `ray job submit` started."""
     try:
-        value = yaml.safe_load(text if text.lstrip().startswith("{") else f"{{{text}}}")
-    except yaml.YAMLError:
-        value = None
-    # YAML takes `hcp:2` and `hcp=2` for a name without a value.
-    if not isinstance(value, dict) or None in value.values():
-        raise ValueError(f"{text!r} is not a list of names with values: write '{{hcp: 2, ukb: 1}}', a space after `:`")
-    return value
+        return "job_submission_id" in json.loads(os.environ.get(_JOB_CONFIG, "{}")).get("metadata", {})
+    except (ValueError, AttributeError):
+        return False
 
 
-def unknown_option(word: str, known: Sequence[str]) -> str:
-    """The message for an option that no field has, with the nearest one that exists."""
-    name = word.split("=")[0]
-    by_leaf = [option for option in known if option.split(".")[-1].lstrip("-") == name.split(".")[-1].lstrip("-")]
-    near = by_leaf or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else "")
+def write_traceback(job: str, folder: Any) -> Path:
+    """Writes the traceback of the exception that is being handled; returns the file.
 
-
-def preset(name: str) -> Tree:
-    """The partial tree of a preset; ConfigError with the nearest name for a wrong one."""
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}?" if near else "choose one of:"
-        raise ConfigError(f"--preset {name}: no such preset; {hint} (presets: {', '.join(PRESETS)})")
-    return PRESETS[name]
-
-
-def read_yaml(path: Path) -> Tree:
-    """A configuration file as a tree of sections; ConfigError naming the file when it is not one."""
+    It lies in the run's folder, if that is a local one that exists, else among the temporary files.
+    """
+    home = folder if isinstance(folder, Path) and folder.is_dir() else Path(tempfile.gettempdir())
+    name = f"error-{job}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.log"
     try:
-        tree = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"--config {path}: cannot be read ({error.strerror})") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path}: not valid YAML: {error}") from error
-    if not isinstance(tree, dict) or not all(isinstance(value, dict) for value in tree.values()):
-        raise ConfigError(f"--config {path}: expected `section:` keys with `field: value` below them")
-    return tree
-
-
-def overlay(tree: Tree, upper: Tree) -> None:
-    """Writes `upper`'s fields over `tree`'s, in place."""
-    for section, fields in upper.items():
-        tree.setdefault(section, {}).update(fields)
-
-
-def build(tree: Tree) -> Config:
-    """The validated Config of a partial tree; ConfigError with one line per wrong field."""
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError("; ".join(describe(dict(issue)) for issue in error.errors())) from error
-
-
-def describe(issue: dict[str, Any]) -> str:
-    """One pydantic issue in our words: the field, the value, what is allowed, the nearest valid name."""
-    path = [str(part) for part in issue["loc"]]
-    where = ".".join(path)
-    if issue["type"] == "extra_forbidden":
-        known = (
-            [option[2:] for option in option_names(tuple(Config.model_fields))]
-            if len(path) > 1
-            else [*Config.model_fields]
-        )
-        same_section = [name for name in known if name.startswith(f"{path[0]}.")]
-        near = difflib.get_close_matches(where, same_section, n=1, cutoff=0.5) or difflib.get_close_matches(
-            where, known, n=1
-        )
-        return f"{where}: unknown setting" + (f"; did you mean {near[0]}?" if near else "")
-    if issue["type"] == "value_error":
-        return f"{where}: {issue['ctx']['error']}" if where else str(issue["ctx"]["error"])
-    allowed = ""
-    if len(path) > 1 and path[0] in Config.model_fields and path[1] in section_of(path[0]).model_fields:
-        allowed = allowed_values(field_of(path[0], path[1]))
-    return f"{where}={issue['input']}: {issue['msg']}" + (f" (allowed: {allowed})" if allowed else "")
+        (home / name).write_text(traceback.format_exc())
+    except OSError:  # such as a full disk, which may be what went wrong
+        home = Path(tempfile.mkdtemp(prefix="neurostorm-"))
+        (home / name).write_text(traceback.format_exc())
+    return home / name

@@ -10,13 +10,25 @@ Sections are frozen pydantic models that refuse unknown keys (`config_base.py`);
 """
 
 import math
+import os
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
 
-from neurostorm.config_base import Address, ConfigError, Four, Location, Name, Positive, Section, Share, Weight
+from neurostorm.config_base import (
+    Address,
+    ConfigError,
+    Four,
+    LocalPath,
+    Location,
+    Name,
+    Positive,
+    Section,
+    Share,
+    Weight,
+)
 from neurostorm.config_evaluation import AdaptConfig, ReportConfig, SplitConfig, SweepConfig, TaskConfig
 from neurostorm.places import Place
 
@@ -35,8 +47,8 @@ class RunConfig(Section):
 
     @property
     def folder(self) -> Place:
-        """The run's own folder: OUTPUT/NAME, absolute, so that workers in other directories find it."""
-        return (self.output / self.name).absolute()
+        """The run's own folder, OUTPUT/NAME."""
+        return self.output / self.name
 
 
 class IngestConfig(Section):
@@ -157,7 +169,7 @@ class MaskConfig(Section):
     ratio: float = Field(0.5, gt=0, lt=1, description="share masked, exact for every clip")
     window: Four = Field((4, 4, 4, 4), description="tokens per masked window (kind=window, window-tube)")
     tube_frames: Positive | None = Field(None, description="frames of a masked tube (kind=tube); default: all")
-    atlas: Path | None = Field(None, description="label NIfTI whose regions are masked (kind=atlas), any grid")
+    atlas: LocalPath | None = Field(None, description="label NIfTI whose regions are masked (kind=atlas), any grid")
 
     @model_validator(mode="after")
     def _atlas_is_given(self) -> "MaskConfig":
@@ -345,6 +357,20 @@ class Config(Section):
             if not sections or section in sections
             for field, value in fields.items()
         }
+
+
+def refuse_unwritable(field: str, folder: Place) -> None:
+    """ConfigError, naming the setting `field`, unless a local `folder` exists and can be written, or can be made."""
+    if not isinstance(folder, Path):
+        return
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"{field}: {existing} is a file, and {folder} is to be a folder: choose another {field}")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"{field}: no permission to write to {existing}; choose another {field}, or change the folder's owner or "
+            "permissions"
+        )
 
 
 # What may differ between a checkpoint and the run that resumes it: everything else changes the result.

@@ -5,21 +5,32 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator
 
+from neurostorm.errors import UserError
 from neurostorm.object_store import ObjectPath
 from neurostorm.places import no_secret, one_step, place
 
+SQLITE = "sqlite:///"
 Four = tuple[int, int, int, int]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
+# Workers and trials run in folders of their own, where a relative path names something else. So a path becomes absolute
+# when a configuration is built, which the driver does in the directory where its command was typed.
 Location = Annotated[
-    Path | ObjectPath, PlainValidator(lambda value: place(value)), PlainSerializer(str, when_used="json")
+    Path | ObjectPath, PlainValidator(lambda value: place(value).absolute()), PlainSerializer(str, when_used="json")
 ]
+LocalPath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 Name = Annotated[str, AfterValidator(one_step)]  # of a folder
-Address = Annotated[str, AfterValidator(no_secret)]  # of a server; logged with the run
+Address = Annotated[str, AfterValidator(lambda uri: absolute_sqlite(no_secret(uri)))]  # logged with the run
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class ConfigError(ValueError):
+def absolute_sqlite(uri: str) -> str:
+    """`uri`, with the file of an `sqlite:///FILE` as an absolute path; other URIs as they are."""
+    file = uri.removeprefix(SQLITE)
+    return f"{SQLITE}{Path(file).expanduser().absolute()}" if file != uri else uri
+
+
+class ConfigError(UserError, ValueError):
     """A setting that cannot be used; the message names the field and the fix."""
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from neurostorm.config_base import Location, Positive, Section, Share
+from neurostorm.config_base import LocalPath, Location, Positive, Section, Share
 
 
 class TaskConfig(Section):
@@ -100,7 +100,9 @@ class AdaptConfig(Section):
     directions: Positive = Field(50, description="leading directions of the tokens (pool=covariance)")
     embedding: Positive = Field(128, description="size of a learned embedding (reid)")
     temperature: float = Field(0.1, gt=0, description="temperature of contrastive losses")
-    atlas: Path | None = Field(None, description="label NIfTI for connectivity; default: parcels of the store's mask")
+    atlas: LocalPath | None = Field(
+        None, description="label NIfTI for connectivity; default: parcels of the store's mask"
+    )
     parcels: int = Field(100, ge=2, description="parcels made from the mask when no atlas is given")
     connectivity: Literal["correlation", "partial correlation", "tangent"] = Field(
         "correlation", description="connectivity of fc, brainnetcnn and bnt"

@@ -22,6 +22,8 @@ from typing import Any, NoReturn
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
+from neurostorm.errors import UserError
+
 SCHEMES = ("s3", "gs")
 MAX_RETRIES = 6  # with pauses of 0.1 s, doubled each time: about 6 s of trouble are sat out
 RETRY_TIMEOUT_S = 120.0
@@ -32,7 +34,7 @@ _ANSWER = re.compile(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", re.DOTALL
 _clients: dict[tuple[int, str, str], Any] = {}  # by process, scheme and bucket
 
 
-class PlaceError(OSError):
+class PlaceError(UserError, OSError):
     """An object store refused or did not answer, after all retries; the message names the place."""
 
 

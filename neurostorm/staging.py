@@ -4,13 +4,15 @@
     with fetched(PLACE) as path:     read them          <-- PLACE itself if it is local, else a copy
 
 A local PLACE costs a rename. Copies of an object store's files lie in the temporary folder of the machine (TMPDIR says
-which) for as long as the `with` lasts.
+which) for as long as the `with` lasts. Files that appear have the permissions of any new file, which the umask sets.
 """
 
 import os
+import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_IMODE, S_IXUSR
 from tempfile import TemporaryDirectory
 
 from neurostorm.places import Place, copy_files, files_below, sync
@@ -35,11 +37,36 @@ def outgoing(target: Place) -> Iterator[Path]:
     target.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".", suffix=".partial", dir=target, ignore_cleanup_errors=True) as folder:
         yield Path(folder)
-        for name in sorted(name for name, _ in files_below(Path(folder))):
+        names = sorted(name for name, _ in files_below(Path(folder)))
+        follow_umask(*(Path(folder, name) for name in names))
+        for name in names:
             sync(Path(folder, name))
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(Path(folder, name), target / name)
             sync((target / name).parent)
+
+
+def follow_umask(*files: Path) -> None:
+    """Give local files the permissions that a new file beside the first of them gets: 0644 with umask 022.
+
+    safetensors and `tempfile` make files that only their owner can read. A file system that knows no permissions is
+    left as it is.
+    """
+    if not files:
+        return
+    probe = files[0].with_name(f".{uuid.uuid4().hex}")  # `os.umask` would change it for all threads, if briefly
+    probe.touch(exist_ok=False)
+    try:
+        plain = S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink()
+    executable = plain | (plain & 0o444) >> 2  # for those who may read it, as DeepSpeed's zero_to_fp32.py
+    for file in files:
+        found = S_IMODE(file.stat().st_mode)
+        wanted = executable if found & S_IXUSR else plain
+        if found != wanted:
+            with suppress(PermissionError):
+                file.chmod(wanted)
 
 
 @contextmanager

@@ -161,17 +161,35 @@ def _is_away(error: Exception) -> bool:
 
 
 def open_run(
-    folder: Place, *, uri: str, experiment: str, name: str, parameters: dict[str, Any], tags: dict[str, str]
+    folder: Place,
+    *,
+    uri: str,
+    experiment: str,
+    name: str,
+    parameters: dict[str, Any],
+    tags: dict[str, str],
+    artifacts: Place,
 ) -> Tracker:
     """The MLflow run of the run folder `folder`: the one it began earlier, or a new one.
 
-    The run's id and server are kept in `folder/mlflow.json`, so that a restarted run goes on in the same MLflow run
-    even if it stopped before its first checkpoint. A file that names another server is left aside and a new run begins.
+    The run's id and server are kept in `folder/mlflow.json`, so that a restarted run continues the same MLflow run
+    even if it stopped before its first checkpoint. A file that names another server is ignored and a new run begins.
+
+    Args:
+        folder: of the run, which exists.
+        uri: from `tracking_uri`.
+        experiment: its name; made if it is missing.
+        name: of the MLflow run.
+        parameters, tags: of a new run.
+        artifacts: where a new experiment keeps its artifacts unless an HTTP server decides: OUTPUT/artifacts, the same
+            for every run of an output folder, however deep its own folder lies.
     """
     from mlflow import MlflowClient
     from mlflow.entities import Param
     from mlflow.exceptions import MlflowException
 
+    root = _artifact_root(artifacts, uri)
+    _make_database(uri, root)
     client = MlflowClient(tracking_uri=uri)
     kept = folder / RUN_FILE
     if kept.is_file():
@@ -183,7 +201,7 @@ def open_run(
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
-    run = client.create_run(_experiment_id(client, experiment, folder, uri), run_name=name, tags=tags)
+    run = client.create_run(_experiment_id(client, experiment, root), run_name=name, tags=tags)
     tracker = Tracker(client, run.info.run_id)
     logged = [Param(key, str(value)) for key, value in parameters.items()]
     for first in range(0, len(logged), _PARAMETERS_PER_CALL):
@@ -192,24 +210,40 @@ def open_run(
     return tracker
 
 
-def _experiment_id(client: Any, name: str, folder: Place, uri: str) -> str:
+def _experiment_id(client: Any, name: str, artifact_root: str | None) -> str:
     found = client.get_experiment_by_name(name)
     if found is not None:
         return str(found.experiment_id)
     # The kind opens MLflow's pages for training rather than those for language models.
     kind = {"mlflow.experimentKind": "custom_model_development"}
-    return str(client.create_experiment(name, artifact_location=_artifacts(folder, uri), tags=kind))
+    return str(client.create_experiment(name, artifact_location=artifact_root, tags=kind))
 
 
-def _artifacts(folder: Place, uri: str) -> str | None:
-    """Where a new experiment keeps its artifacts when no server knows a place: never in the working directory.
+def _make_database(uri: str, artifact_root: str | None) -> None:
+    """Make a new SQLite database, whose experiment `Default` keeps its artifacts in `artifact_root`/0.
 
-    In the output folder; for an output in an object store beside the SQLite file.
+    MLflow's client makes that experiment with the first call, and puts its artifacts in the working directory, which
+    on a Ray worker is a folder of the session.
+    """
+    if artifact_root is None or not uri.startswith(_SQLITE):
+        return
+    file = Path(uri.removeprefix(_SQLITE))
+    if file.is_file() and file.stat().st_size:
+        return
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    SqlAlchemyStore(uri, artifact_root)
+
+
+def _artifact_root(artifacts: Place, uri: str) -> str | None:
+    """The URI at which a new experiment keeps its artifacts; None where an HTTP server knows a place.
+
+    `artifacts`, or beside an SQLite file whose run is in an object store.
     """
     if uri.startswith("http"):
         return None
-    if isinstance(folder, Path):
-        return (folder.parent / "artifacts").absolute().as_uri()
+    if isinstance(artifacts, Path):
+        return artifacts.absolute().as_uri()
     if uri.startswith(_SQLITE):
         return Path(uri.removeprefix(_SQLITE)).with_name("artifacts").absolute().as_uri()
-    return str(folder.parent / "artifacts")
+    return str(artifacts)

@@ -1,13 +1,33 @@
 """Command lines: precedence of preset, file and option; wrong names and values are answered with the right ones."""
 
+import json
+import os
+import stat
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
 import pytest
 import yaml
 
-from neurostorm.cli import Job, build, option_names
-from neurostorm.config import Config, ConfigError, differing_keys
+from neurostorm.cli import Job
+from neurostorm.config import Config, ConfigError, differing_keys, refuse_unwritable
+from neurostorm.options import build
 from neurostorm.presets import PRESETS
+from neurostorm.store import StoreError
 
-JOB = Job("pretrain", "Test.", tuple(Config.model_fields), {"--store": "data.store", "--workers": "scale.workers"})
+JOB = Job(
+    "pretrain", "Test.", tuple(Config.model_fields), {"--store": "data.store", "--workers": "scale.workers"}, True
+)
+JOBS = Path(__file__).resolve().parents[1] / "jobs"
+
+
+def job_of(name: str) -> Job:
+    """The JOB of jobs/NAME.py."""
+    spec = spec_from_file_location(name, JOBS / f"{name}.py")
+    assert spec and spec.loader
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.JOB
 
 
 def test_options_win_over_the_file_and_the_file_over_the_preset(tmp_path):
@@ -18,7 +38,7 @@ def test_options_win_over_the_file_and_the_file_over_the_preset(tmp_path):
     assert config.train.global_batch == 16
     assert config.run.name == "from-file"
     assert config.data.clip_frames == PRESETS["tiny"]["data"]["clip_frames"]
-    assert str(config.data.store) == "somewhere"
+    assert config.data.store == Path.cwd() / "somewhere"
 
 
 def test_tuples_booleans_and_none_are_read_from_text():
@@ -42,6 +62,10 @@ def test_names_with_values_are_read_as_yaml(text):
     [
         (["--trian.lr", "1"], ["--trian.lr", "did you mean --train.lr"]),
         (["--lr", "1"], ["did you mean --train.lr"]),
+        (["--lerning_rate", "1"], ["unknown option --lerning_rate; did you mean --train.lr?"]),
+        (["--num_workers", "8"], ["did you mean --workers"]),
+        (["--wd=0.1"], ["unknown option --wd; did you mean --train.weight_decay"]),
+        (["--stochastic_depth", "0.1"], ["did you mean --model.drop_path"]),
         (["--preset", "tny"], ["tny", "tiny", "paper"]),
         (["--train.lr", "7"], ["train.lr=7", "> 0 and <= 1"]),
         (["--data.normalise", "z"], ["data.normalise=z", "voxel or global"]),
@@ -71,6 +95,7 @@ def test_a_wrong_argument_is_refused_with_what_is_right(arguments, words):
     ("text", "words"),
     [
         ("train: {lrr: 1}", ["train.lrr", "did you mean train.lr"]),
+        ("train: {learning_rate: 1}", ["train.learning_rate", "did you mean train.lr"]),
         ("trian: {lr: 1}", ["trian", "did you mean train"]),
         ("train: 3", ["expected"]),
         ("a: [", ["not valid YAML"]),
@@ -113,19 +138,142 @@ def test_our_presets_have_head_widths_that_fused_kernels_like(name):
     assert build(PRESETS[name]).data.normalise == "voxel"
 
 
-def test_help_explains_every_field_with_its_default(capsys):
-    with pytest.raises(SystemExit):
-        JOB.parse(["--help"])
-    shown = capsys.readouterr().out
-    for option in option_names(JOB.sections):
-        assert option in shown
-    assert shown.count("default:") >= len(option_names(JOB.sections))
-
-
-def test_parse_leaves_with_the_reason(capsys):
+@pytest.mark.parametrize("name", ["ingest", "pretrain", "embed", "finetune", "sweep", "report"])
+def test_help_explains_what_the_job_uses_with_its_default(name, capsys):
+    job = job_of(name)
     with pytest.raises(SystemExit) as left:
-        JOB.parse(["--train.lr", "x"])
-    assert "train.lr" in str(left.value.code)
+        job.load(["--help"])
+    shown = capsys.readouterr().out
+    assert left.value.code == 0
+    for target in job.targets:
+        assert f"--{target}" in shown
+    assert shown.count("(default:") == len(job.targets)
+
+
+def test_help_lists_nothing_that_the_job_does_not_use():
+    assert not {"tracking.pictures", "tracking.clip_ledger", "train.lr"} & set(job_of("finetune").targets)
+    assert [target for target in job_of("ingest").targets if target.startswith("data.")] == ["data.store"]
+    assert "report.run_id" not in job_of("sweep").targets
+    assert job_of("sweep").load([]).run.name == "sweep" and job_of("pretrain").load([]).run.name == "pretrain"
+
+
+def test_a_wrong_command_line_ends_with_status_2_and_the_reason(capsys):
+    assert JOB.run(lambda config: pytest.fail("started"), ["--train.lr", "x"]) == 2
+    assert "train.lr" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "field", ["data.store", "run.output", "mask.atlas", "adapt.atlas", "task.labels", "split.file"]
+)
+def test_a_relative_path_is_one_in_the_directory_where_it_was_typed(field, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    section, name = field.split(".")
+    config = JOB.load([f"--{field}", "some/where"])
+    monkeypatch.chdir("/")
+    assert getattr(getattr(config, section), name) == tmp_path / "some" / "where"
+    again = Config.model_validate(config.model_dump(mode="json"))  # as a worker in another directory does
+    assert again == config
+
+
+def test_defaults_and_the_file_of_mlflow_are_absolute_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = JOB.load(["--tracking.uri", "sqlite:///mine.db"])
+    assert config.run.folder == tmp_path / "outputs" / "pretrain"
+    assert config.tracking.uri == f"sqlite:///{tmp_path}/mine.db"
+    for uri in ("sqlite:////elsewhere/mine.db", "http://mlflow:5000"):
+        assert JOB.load(["--tracking.uri", uri]).tracking.uri == uri
+
+
+def test_under_ray_job_submit_relative_paths_are_refused_with_what_to_type(monkeypatch):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"metadata": {"job_submission_id": "raysubmit_1"}}))
+    job = job_of("pretrain")
+    with pytest.raises(ConfigError) as refused:
+        job.load(["--store", "stores/mine", "--tracking.uri", "sqlite:///m.db"])
+    for words in (
+        "--store stores/mine", "--output (default outputs)", "ray job submit",
+        "--store /SHARED/stores/mine", "--output /SHARED/outputs", "--tracking.uri sqlite:////SHARED/m.db",
+    ):  # fmt: skip
+        assert words in str(refused.value)
+    assert job.load(["--store", "/data/store", "--output", "s3://bucket/runs"]).scale.workers == 1
+
+
+@pytest.mark.parametrize(
+    ("job", "word", "option"),
+    [
+        ("pretrain", "--batch-size", "--train.global_batch"), ("finetune", "--batch-size", "--adapt.batch_clips"),
+        ("sweep", "--learning-rate", "--adapt.lr"), ("embed", "--gpus", "--embed.gpus_per_worker"),
+        ("ingest", "--tr", "--ingest.tr_s"), ("report", "--mlflow", "--uri"),
+    ],
+)  # fmt: skip
+def test_the_nearest_option_is_one_that_the_job_has(job, word, option):
+    with pytest.raises(ConfigError, match=f"did you mean {option}\\?"):
+        job_of(job).load([word, "1"])
+
+
+def test_the_configuration_is_printed_on_demand(capsys, tmp_path):
+    assert JOB.run(lambda config: pytest.fail("started"), ["--train.lr", "0.01", "--print-config"]) == 0
+    file = tmp_path / "config.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert JOB.load(["--config", str(file)]) == JOB.load(["--train.lr", "0.01"])
+
+
+@pytest.mark.parametrize("name", ["ingest", "pretrain", "embed", "finetune", "sweep", "report"])
+def test_a_job_begins_with_a_short_summary(name):
+    job = job_of(name)
+    lines = job.summary(job.load([]))
+    assert len(lines) <= 10 and max(map(len, lines)) <= 120
+    assert "--print-config" in lines[-1]
+
+
+def test_the_summary_says_what_was_changed_and_where_things_lie(capsys):
+    seen = []
+    assert JOB.run(lambda config: seen.append(config) or 0, ["--preset", "tiny", "--train.lr", "0.01"]) == 0
+    shown = capsys.readouterr().out
+    assert "train.lr 0.01" in shown and "tiny" in shown and str(seen[0].run.folder) in shown
+    assert "global_batch" not in shown, "it is the preset's"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (ConfigError("run.name is taken"), 2, "jobs/pretrain.py: run.name is taken\n"),
+        (StoreError("there is no store"), 1, "jobs/pretrain.py: there is no store\n"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(error, status, line, capsys):
+    def work(config):
+        raise error
+
+    assert JOB.run(work, []) == status
+    assert capsys.readouterr().err == line
+
+
+def test_any_other_error_is_one_line_that_names_the_file_with_the_traceback(capsys, tmp_path):
+    (tmp_path / "pretrain").mkdir()
+
+    def work(config):
+        raise ZeroDivisionError("nothing\nto divide")
+
+    assert JOB.run(work, ["--run.output", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    (file,) = (tmp_path / "pretrain").glob("error-pretrain-*.log")
+    assert said == f"jobs/pretrain.py: ZeroDivisionError: nothing\nThe traceback is in {file}\n"
+    assert "in work" in file.read_text()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_by_its_setting(tmp_path, monkeypatch):
+    refuse_unwritable("run.output", tmp_path / "new" / "run")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"run\.output: .*file is a file"):
+        refuse_unwritable("run.output", tmp_path / "file" / "run")
+    monkeypatch.setattr(os, "access", lambda path, mode: bool(os.stat(path).st_mode & stat.S_IWUSR))  # root may write
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(ConfigError, match=r"run\.output: no permission to write to"):
+            refuse_unwritable("run.output", tmp_path / "run")
+    finally:
+        tmp_path.chmod(0o700)
 
 
 def test_only_settings_that_change_the_result_hinder_resuming():

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from neurostorm.cli import build
 from neurostorm.config import Config, ConfigError
 from neurostorm.ingest.discover import DiscoverError, read_participants
 from neurostorm.ingest.names import bids_name, hcp_name, plain_name, slug
 from neurostorm.object_store import PlaceError
+from neurostorm.options import build
 from neurostorm.places import copy_files, inside, one_step
 from neurostorm.store import FrameStore, StoreError, read_manifest, run_path
 from neurostorm.store.care import withdraw

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from neurostorm.cli import build
 from neurostorm.config import Config, ConfigError
 from neurostorm.data.corpus import open_corpus
+from neurostorm.options import build
 from neurostorm.places import no_secret, place
 from neurostorm.tracking import tracking_uri
 from neurostorm.train import launch, worker

@@ -1,9 +1,13 @@
 """What is written by file name appears in its place, local or not; what is read by file name is there."""
 
+import os
+import stat
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from neurostorm.places import files_below, place, replace
 from neurostorm.staging import fetched, outgoing
@@ -78,3 +82,25 @@ def test_only_what_is_asked_for_is_fetched(make_bucket):
         assert names(local) == ["kept.bin"]
     with pytest.raises(FileNotFoundError, match=r"none\.bin"), fetched(target, ["none.bin"]):
         pass
+
+
+@pytest.fixture(params=[(0o022, 0o644), (0o027, 0o640)], ids=["022", "027"])
+def umask(request):
+    """Sets the umask and gives the permissions of a new file under it."""
+    mask, mode = request.param
+    before = os.umask(mask)
+    yield mode
+    os.umask(before)
+
+
+def test_files_have_the_permissions_that_the_umask_leaves(tmp_path, umask):
+    with outgoing(tmp_path / "out") as folder:
+        (folder / "deep").mkdir()
+        save_file({"weights": np.zeros(3)}, folder / "deep" / "model.safetensors")  # 0600 whatever the umask is
+        (folder / "metrics.json").write_text("{}")
+        os.close(tempfile.mkstemp(dir=folder, suffix=".part")[0])
+        (folder / "program.py").touch(mode=0o700)
+    found = {file: stat.S_IMODE((tmp_path / "out" / file).stat().st_mode) for file in names(tmp_path / "out")}
+    assert found.pop("program.py") == umask | (umask & 0o444) >> 2, "what is executable stays so"
+    assert set(found.values()) == {umask} and len(found) == 3
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == stat.S_IMODE((tmp_path / "out/deep").stat().st_mode)

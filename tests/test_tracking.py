@@ -2,9 +2,12 @@
 
 import json
 import shutil
+import sqlite3
 import subprocess
 import urllib.parse
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +15,9 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from neurostorm import places, tracking
+from neurostorm.config import Config
 from neurostorm.tracking import Tracker, code_revision, open_run, tracking_uri
+from neurostorm.train import worker
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*noload:DeprecationWarning")  # MLflow's use of its database library
 
@@ -38,7 +43,7 @@ def place(tmp_path, empty_database, monkeypatch):
 def begin(place, run="mine", database="mlflow.db", experiment="study", **parameters):
     return open_run(
         place / run, uri=f"sqlite:///{place / database}", experiment=experiment, name=run,
-        parameters=parameters, tags={"code_revision": "abc"},
+        parameters=parameters, tags={"code_revision": "abc"}, artifacts=place / "artifacts",
     )  # fmt: skip
 
 
@@ -81,6 +86,35 @@ def test_artifacts_lie_in_the_output_folder_and_not_where_the_job_was_started(pl
     assert (root / "config.yaml").read_text() == "a: 1"
     assert (root / "model" / "deep" / "weights").read_text() == "w"
     assert not list(Path.cwd().iterdir())
+
+
+def test_a_run_deep_in_an_output_keeps_its_artifacts_where_the_others_do(place):
+    deep = "mine/trials/sex_linear"
+    (place / deep).mkdir(parents=True)
+    (place / "second").mkdir()
+    for tracker in (begin(place, deep), begin(place, "second")):
+        location = client_of(place).get_run(tracker.run_id).info.artifact_uri
+        assert location == f"{(place / 'artifacts').as_uri()}/{tracker.run_id}/artifacts"
+
+
+def test_a_new_database_keeps_nothing_in_the_working_directory(place):
+    begin(place, database="fresh.db").close()
+    with closing(sqlite3.connect(place / "fresh.db")) as database:
+        found = dict(database.execute("SELECT name, artifact_location FROM experiments"))
+    assert found == {
+        "Default": (place / "artifacts" / "0").as_uri(),
+        "study": (place / "artifacts").as_uri(),
+    }
+    assert not list(Path.cwd().iterdir())
+
+
+def test_pretraining_names_its_mlflow_run_after_the_run_and_gives_the_outputs_artifacts(place, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(worker, "open_run", lambda folder, **given: asked.update(given, folder=folder) or Tracker())
+    config = Config(run={"output": str(place), "name": "mine"})
+    (place / "mine" / "config.yaml").write_text("a: 1")
+    worker.open_tracker(config, SimpleNamespace(content_sha256="c", split="s"))
+    assert (asked["name"], asked["folder"], asked["artifacts"]) == ("mine", place / "mine", place / "artifacts")
 
 
 def test_pictures_carry_their_key_and_step(place):
@@ -168,7 +202,10 @@ def test_a_run_in_an_object_store_keeps_its_artifacts_beside_the_database(place,
 
     def opened():
         uri = f"sqlite:///{place / 'mlflow.db'}"
-        return open_run(folder, uri=uri, experiment="study", name="mine", parameters={}, tags={})
+        artifacts = folder.parent / "artifacts"
+        return open_run(
+            folder, uri=uri, experiment="study", name="mine", parameters={}, tags={}, artifacts=artifacts
+        )  # fmt: skip
 
     tracker = opened()
     tracker.artifact(folder / "config.yaml")

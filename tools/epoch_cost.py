@@ -33,7 +33,7 @@ from neurostorm.train.build import build_model
 
 CORPUS_FRAMES = 28_650_000
 H100_BF16 = 989e12  # operations per second of an H100 SXM, dense bfloat16, as NVIDIA publishes it
-JOB = Job("pretrain", "", ("data", "model", "mask", "strd", "scale"))
+JOB = Job("pretrain", "", ("data", "model", "mask", "strd", "scale"), presets=True)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 """Look after a frame store: check it, repair it, take a participant out, merge, count, look at and export runs.
 
 store.py stats STORE                                    datasets, hours of scan, quality, labels, quarantine, disk
+store.py list STORE --subject sub-001                   the runs, one a line: path, task, frames, minutes, coverage
 store.py show STORE RUN --png run.png                   a run's figures from its stored bytes, and a picture of it
 store.py verify STORE                                   every checksum, shape and figure; a table of what is wrong
 store.py repair STORE --dry-run                         what is half-written or out of date, and would be put right
@@ -38,7 +39,7 @@ from neurostorm.store.export import nifti_zarr_name, write_nifti, write_nifti_za
 from neurostorm.store.inventory import Advance, Progress, find_run
 from neurostorm.store.layout import RUNS
 from neurostorm.store.merge import merge
-from neurostorm.store.summary import run_figures, summarise
+from neurostorm.store.summary import list_runs, run_figures, summarise
 from neurostorm.store.verify import verify
 
 
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv, __doc__)
     commands = {
         "stats": stats,
+        "list": list_of_runs,
         "show": show,
         "verify": verify_store,
         "repair": repair_store,
@@ -80,6 +82,30 @@ def stats(options: argparse.Namespace) -> int:
     print(f"quarantine   {found['quarantine']['inputs']:,} inputs")
     for kind in found["quarantine"]["reasons"]:
         print(f"  {kind['count']:>6,} x {kind['reason']} (as {kind['source']})")
+    for note in found["notes"]:
+        print(f"note: {note}")
+    write_json(options.json, found)
+    return 0
+
+
+def list_of_runs(options: argparse.Namespace) -> int:
+    """The runs, one a line."""
+    found = list_runs(options.store)
+    if options.subject:
+        people = {find_subject(options.store, name) for name in options.subject}
+        found["runs"] = [row for row in found["runs"] if (row["dataset"], row["subject"]) in people]
+    rows = found["runs"]
+    texts = {name: [str(row[name] or "-") for row in rows] for name in ("run", "subject", "session", "task")}
+    widths = {name: max([len(name), *map(len, column)]) for name, column in texts.items()}
+    titles = "  ".join(f"{name:<{width}}" for name, width in widths.items())
+    print(f"{titles}  {'frames':>8}  {'minutes':>7}  {'coverage':>8}")
+    for number, row in enumerate(rows):
+        line = "  ".join(f"{texts[name][number]:<{width}}" for name, width in widths.items())
+        coverage = "-" if row["coverage"] is None else f"{row['coverage']:.1%}"
+        print(f"{line}  {row['frames']:>8,}  {row['minutes']:>7.1f}  {coverage:>8}")
+    people = {(row["dataset"], row["subject"]) for row in rows}
+    minutes = sum(row["minutes"] for row in rows)
+    print(f"\n{len(rows):,} run(s) of {len(people):,} subject(s), {minutes:,.1f} minutes")
     for note in found["notes"]:
         print(f"note: {note}")
     write_json(options.json, found)
@@ -167,7 +193,8 @@ def merge_stores(options: argparse.Namespace) -> int:
     """What came, and what did not."""
     done = merge(options.store, options.others, progress=progress_bar("merge", "B"))
     print_problems(done.problems)
-    print(f"{done.copied:,} run(s) copied, {readable_bytes(done.size_bytes)}; {done.there:,} were there already")
+    there = f"; {done.there:,} were there already" if done.there else ""
+    print(f"{done.copied:,} run(s) copied, {readable_bytes(done.size_bytes)}{there}")
     if done.refused:
         print(f"{done.refused:,} run(s) of subjects who withdrew were left out")
     return 1 if done.problems else 0
@@ -181,7 +208,8 @@ def export(options: argparse.Namespace) -> int:
         written = 0
         for run in tqdm(runs, desc="export", unit="run", disable=None):
             written += write_nifti_zarr(store, run, options.nifti_zarr / nifti_zarr_name(run))
-        print(f"{written:,} of {len(runs):,} run(s) written to {options.nifti_zarr}; the others were there already")
+        there = f"; {len(runs) - written:,} were there already" if written < len(runs) else ""
+        print(f"{written:,} of {len(runs):,} run(s) written to {options.nifti_zarr}{there}")
         return 0
     store, run = open_run(options)
     bar = progress_bar("export", " frames")

@@ -9,7 +9,7 @@ from typing import Any
 from neurostorm.places import place
 from neurostorm.store.inventory import OLDER_THAN_S
 
-RUN_HELP = "as in <dataset>/<subject>/<entities>; an unknown one is answered with the nearest"
+RUN_HELP = "as `list` names it, <dataset>/<subject>/<entities>, or parts that only one run has: sub-001, sub-001_ses-2"
 WORKERS_HELP = "runs read at a time, 32 MB each (64 MB in an object store); default: the cores, 8 at most"
 
 
@@ -17,7 +17,7 @@ def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Names
     """The command line; exits with status 2 and the reason when it makes no sense."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
-    for add in (add_stats, add_show, add_verify, add_repair, add_remove, add_merge, add_export):
+    for add in (add_stats, add_list, add_show, add_verify, add_repair, add_remove, add_merge, add_export):
         add(commands)
     options = parser.parse_args(argv)
     if error := nonsense(options):
@@ -36,6 +36,19 @@ def add_stats(commands: Any) -> None:
     """`stats`."""
     added = add_command(commands, "stats", "Datasets, hours of scan, quality, labels, quarantine, disk.")
     added.add_argument("--json", metavar="FILE", type=Path, help="also write it as JSON")
+
+
+def add_list(commands: Any) -> None:
+    """`list`."""
+    added = add_command(commands, "list", "The runs: path, subject, session, task, frames, minutes, coverage.")
+    added.add_argument(
+        "--subject",
+        metavar="[DATASET/]sub-ID",
+        action="append",
+        default=[],
+        help="only the runs of this subject; may be given several times",
+    )
+    added.add_argument("--json", metavar="FILE", type=Path, help="also write them as JSON")
 
 
 def add_show(commands: Any) -> None:

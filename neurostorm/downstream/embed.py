@@ -50,8 +50,8 @@ class EmbedReport:
         """The closing words: counts, where the tables are, each reason of what was left out."""
         tables = self.tables
         lines = [
-            f"{self.runs - self.already_there} of {self.runs} run(s) worked on in {self.seconds:.0f} s; "
-            f"{self.already_there} were there already",
+            f"{self.runs - self.already_there} of {self.runs} run(s) worked on in {self.seconds:.0f} s"
+            + (f"; {self.already_there} were there already" if self.already_there else ""),
             f"{self.out} holds {tables.clips} clip(s), {tables.runs} run(s), {tables.subjects} subject(s) as vectors "
             f"of {tables.width}: {CLIPS}, {RUNS}, {SUBJECTS}",
         ]

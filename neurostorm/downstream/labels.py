@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from neurostorm.errors import UserError
 from neurostorm.ingest.names import safe_label, slug
 from neurostorm.places import Place
 from neurostorm.store import read_participants
@@ -32,7 +33,7 @@ _LISTED_COLUMNS = 20
 _Value = TypeVar("_Value", bound=Hashable)
 
 
-class LabelError(ValueError):
+class LabelError(UserError, ValueError):
     """A table of labels cannot be used; the message names it, the column or subject, and the fix."""
 
 

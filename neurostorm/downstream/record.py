@@ -42,6 +42,7 @@ def record_start(trial: Trial, parent: str = "") -> Tracker:
         name=f"{label} {method} {fraction:.0%} seed {seed}",
         parameters=_parameters(trial),
         tags=tags,
+        artifacts=config.run.output / "artifacts",
     )
 
 

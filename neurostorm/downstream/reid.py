@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from neurostorm.downstream.metrics import chance_of
+from neurostorm.errors import UserError
 
 Real = NDArray[np.float64]
 Index = NDArray[np.int64]
@@ -24,7 +25,7 @@ TIE = 1e-12  # difference of two cosines that is rounding, not evidence
 _BLOCK_ROWS = 256  # queries of the released metric that are ranked at a time: bounds what is held
 
 
-class ReidError(ValueError):
+class ReidError(UserError, ValueError):
     """The runs do not allow an honest re-identification; says which and what to do."""
 
 

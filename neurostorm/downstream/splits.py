@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from neurostorm import places
+from neurostorm.errors import UserError
 from neurostorm.places import Place
 
 JSON = str | int | float | bool | None | Sequence["JSON"] | Mapping[str, "JSON"]
@@ -35,7 +36,7 @@ TIE_DIGITS = 9  # gains that are equal to so many decimals are a tie, so that no
 _Group = tuple[str, str]  # ("group", its name) or ("subject", who has none)
 
 
-class SplitError(ValueError):
+class SplitError(UserError, ValueError):
     """A split cannot be made or used; the message says what is there and the fix."""
 
 

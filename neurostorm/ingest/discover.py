@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 
+from neurostorm.errors import UserError
 from neurostorm.ingest.names import Name, bids_name, hcp_name, is_bids_bold, plain_name, safe_label, slug
 from neurostorm.ingest.nifti import RunError
 from neurostorm.ingest.tree import Ancestors, around, walk
@@ -26,7 +27,7 @@ from neurostorm.store import run_path
 EMPTY = {"", "n/a", "na", "nan"}  # what stands for no value in a table, in small letters
 
 
-class DiscoverError(ValueError):
+class DiscoverError(UserError, ValueError):
     """The source folder, or a table beside it, is not usable; the message names it and the fix."""
 
 

@@ -47,9 +47,12 @@ class IngestReport:
         subjects = len(
             set(zip(*(self.manifest.column(name).to_pylist() for name in ("dataset", "subject")), strict=True))
         )
+        there = self.in_store - len(new)
+        others = [f"{there} were there already"] if there else []
+        others += [f"{len(bad)} quarantined"] if bad else []
         lines = [
-            f"{len(new)} of {len(self.outcomes)} run(s) ingested in {self.seconds:.0f} s; "
-            f"{self.in_store - len(new)} were there already, {len(bad)} quarantined",
+            f"{len(new)} of {len(self.outcomes)} run(s) ingested in {self.seconds:.0f} s"
+            + (f"; {', '.join(others)}" if others else ""),
             f"{self.store} now holds {self.manifest.num_rows} run(s) of {subjects} subject(s)",
         ]
         if new:

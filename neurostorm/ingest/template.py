@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from neurostorm.errors import UserError
 from neurostorm.ingest.nifti import RunError, read_volume
 from neurostorm.ingest.standardize import plan_spatial
 from neurostorm.places import Place
@@ -26,7 +27,7 @@ TEMPLATE_SHARE = 0.75
 MASK_SHARE = 0.5  # a user's mask is taken as it is: the nearer of in and out
 
 
-class MaskError(ValueError):
+class MaskError(UserError, ValueError):
     """A mask file that cannot be the store's mask; the message names it and the fix."""
 
 

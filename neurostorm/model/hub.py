@@ -4,7 +4,9 @@
                        "normalise_targets", "decoder", "decoder_depth", "predicted"
     model.safetensors  parameters and buffers under the released names; ``brain`` uint8 (X, Y, Z) if there is a mask
 
-    NeuroStorm.from_pretrained(DIR) -> .embed(clip or NIfTI file) -> float32 (C',)
+    NeuroStorm.from_pretrained(DIR or RUN) -> .embed(clip or NIfTI file) -> float32 (C',)
+
+A folder may be local, or s3://BUCKET/KEY or gs://BUCKET/KEY; that of a pretraining run has the model in its `model/`.
 
 ``extra`` is any JSON that travels along; pretraining puts there how its clips were made (grid, TR, normalisation), and
 that is what a NIfTI file is prepared by. Files of an older format are brought up step by step (``_STEPS``).
@@ -25,22 +27,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from neurostorm.model.locate import CONFIG, WEIGHTS, HubError, find_model, place_of
 from neurostorm.model.mae import MaskedAutoencoder
 from neurostorm.model.masking import MaskConfig
 from neurostorm.model.strd import StrdConfig
 from neurostorm.model.swin4d import SwinEncoder
 from neurostorm.model.swin_config import SwinConfig
+from neurostorm.places import Place
+from neurostorm.staging import fetched, follow_umask, outgoing
 
 FORMAT = 3
-WEIGHTS = "model.safetensors"
-CONFIG = "config.json"
 _AUTOENCODER = ("loss_on", "normalise_targets", "decoder", "decoder_depth", "predicted")  # of a MaskedAutoencoder alone
 
 Saved = tuple[dict[str, Any], dict[str, Tensor]]  # what the two files hold
-
-
-class HubError(ValueError):
-    """A saved model, or what it is given, cannot be used: the message names the file, the field and the fix."""
 
 
 class ClipRecipe(NamedTuple):
@@ -69,7 +68,7 @@ class NeuroStorm(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> "NeuroStorm":
-        """The model saved in ``directory``, on the CPU, in eval mode. HubError as :func:`load_pretrained`."""
+        """The model saved in ``directory``, on the CPU, in eval mode. Errors as :func:`load_pretrained`."""
         return cls(load_pretrained(directory)).eval()
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
@@ -107,7 +106,7 @@ class NeuroStorm(nn.Module):
             ValueError: a clip of another size.
         """
         if isinstance(clip, str | os.PathLike):
-            volumes = (volume[None, None] for volume in self._read(Path(clip)))
+            volumes = (volume[None, None] for volume in self._read(clip))
             return _mean([self._embed_clip(volume) for volume in volumes])[0]
         volume = torch.as_tensor(clip)
         if not 4 <= volume.ndim <= 6:
@@ -153,9 +152,14 @@ class NeuroStorm(nn.Module):
         device = next(self.network.parameters()).device
         return self.embed_patches(self.network.to_patches(volume.to(device).float()))
 
-    def _read(self, path: Path) -> Iterator[Tensor]:
+    def _read(self, path: str | os.PathLike[str]) -> Iterator[Tensor]:
         """The clips of a NIfTI file, float32 (X, Y, Z, T)."""
-        recipe = self.clip_recipe()
+        file, recipe = place_of(path), self.clip_recipe()
+        if isinstance(file, Path) and file.is_dir():
+            raise HubError(
+                f"{file} is a folder: give one 4D NIfTI file, or embed all that it holds with "
+                f"python jobs/embed.py --source {file} --model MODEL --out FOLDER"
+            )
         try:  # the one import from above the model's floor, and only here: a model is of use without the rest
             from neurostorm.ingest.clip import read_clips
         except ImportError as error:
@@ -164,7 +168,7 @@ class NeuroStorm(nn.Module):
                 "clip (X, Y, Z, T) as a tensor"
             ) from error
         try:
-            return read_clips(path, **recipe._asdict(), frames=self.network.config.frames)
+            return read_clips(file, **recipe._asdict(), frames=self.network.config.frames)
         except ValueError as error:
             raise HubError(f"{path}: {error}") from error
 
@@ -179,14 +183,20 @@ def save_pretrained(
 
     Args:
         model: MaskedAutoencoder or SwinEncoder.
-        directory: made if missing; files of an earlier save are replaced.
+        directory: made if missing; files of an earlier save are replaced. Local, s3:// or gs://.
         extra: JSON-serialisable; the model's own ``extra`` by default.
         state_dict: full parameters when the model's own are partitioned (ZeRO stage 3).
 
     Raises:
-        HubError: ``state_dict`` does not hold exactly the model's parameters.
+        HubError: ``state_dict`` does not hold exactly the model's parameters, or ``directory`` cannot be a folder.
     """
-    target = Path(directory)
+    target = place_of(directory)
+    if not isinstance(target, Path):
+        with outgoing(target) as local:
+            save_pretrained(model, local, extra, state_dict)
+        return
+    if target.exists() and not target.is_dir():
+        raise HubError(f"{target} is a file: name a folder for {WEIGHTS} and {CONFIG}")
     target.mkdir(parents=True, exist_ok=True)
     tensors = dict(model.state_dict() if state_dict is None else state_dict)
     _require_keys(target / WEIGHTS, set(tensors), set(model.state_dict()))
@@ -201,6 +211,7 @@ def save_pretrained(
     text = json.dumps(config, indent=2) + "\n"
     part = target / (WEIGHTS + ".part")
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part)
+    follow_umask(part)
     os.replace(part, target / WEIGHTS)
     part = target / (CONFIG + ".part")
     part.write_text(text)
@@ -210,13 +221,18 @@ def save_pretrained(
 def load_pretrained(directory: str | os.PathLike[str]) -> SwinEncoder:
     """The model saved in ``directory``: same class, configuration, dtype and parameters, on the CPU, in eval mode.
 
+    Args:
+        directory: of the model, or of the pretraining run (OUTPUT/NAME) that has it in its ``model/``. Local, s3:// or
+            gs://.
+
     Raises:
         HubError: a file is missing or unreadable, the format is unknown, or fields and parameters do not match.
     """
-    source = Path(directory)
+    source = find_model(place_of(directory))
     config = _read_config(source / CONFIG)
     try:
-        tensors = load_file(source / WEIGHTS)
+        with fetched(source / WEIGHTS) as local:
+            tensors = load_file(local)
     except (OSError, SafetensorError) as error:
         raise HubError(f"{source / WEIGHTS}: cannot be read ({error}); save the model again") from error
     for step in _STEPS[config["format"] - 1 :]:
@@ -262,7 +278,7 @@ def upgrade_2(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Saved
 _STEPS: tuple[Callable[[Mapping[str, Any], Mapping[str, Tensor]], Saved], ...] = (upgrade_1, upgrade_2)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Place) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -278,7 +294,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _build(config: dict[str, Any], brain: Tensor | None, atlas: Tensor | None, path: Path) -> SwinEncoder:
+def _build(config: dict[str, Any], brain: Tensor | None, atlas: Tensor | None, path: Place) -> SwinEncoder:
     known = {"format", "class", "swin", "strd", "extra"}
     if config.get("class") == "MaskedAutoencoder":
         known |= {"mask", *_AUTOENCODER}
@@ -300,7 +316,7 @@ def _build(config: dict[str, Any], brain: Tensor | None, atlas: Tensor | None, p
         raise HubError(f"{path}: {error}") from error
 
 
-def _require_keys(path: Path, found: set[str], expected: set[str]) -> None:
+def _require_keys(path: Place, found: set[str], expected: set[str]) -> None:
     if found != expected:
         missing, unexpected = sorted(expected - found), sorted(found - expected)
         raise HubError(f"{path}: missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}")

@@ -61,7 +61,8 @@ class MaeOutput(NamedTuple):
     strd_rates: Tensor  # (stages,): attention elements or tokens dropped over all, per encoder stage
     masked_fraction: Tensor  # (): share of tokens hidden
     clip_loss: Tensor  # (B,): squared error averaged over the clip's counted voxels, 0 if there are none
-    clip_baseline: Tensor  # (B,): the same of predicting each voxel's mean
+    # (B,): the same of predicting each voxel's mean; of normalised targets each patch's mean, which costs 1
+    clip_baseline: Tensor
 
 
 class MaskedAutoencoder(SwinEncoder):
@@ -188,7 +189,8 @@ class MaskedAutoencoder(SwinEncoder):
                 volume (B, S * T) or (B, blocks) in raster order with the frame fastest, as the released models take it.
                 It had better be on the CPU: with the light decoder the host counts what is hidden.
             inside: the run's field of view, True = measured: bool (B, X, Y, Z) for a volume, (B, S, p^3) for patches.
-            centre: each voxel's own mean, shaped as ``clip``, for the baseline; None when it is zero (voxel z).
+            centre: each voxel's own mean, shaped as ``clip``, for the baseline; None when it is zero (voxel z). The
+                baseline of normalised targets is each patch's mean, which needs none.
 
         Raises:
             ValueError: a size is another than the model's; with the light decoder also a mask that hides nothing,
@@ -235,12 +237,13 @@ class MaskedAutoencoder(SwinEncoder):
         valid = self._valid(geometry, inside)
         counted = mask.unsqueeze(-1) if valid is None else mask.unsqueeze(-1) & valid
         target = patches.float()
-        deviation = target if centre is None else target - centre.float()
         if self.normalise_targets:
             mean, std = patch_moments(target, valid)
-            error = prediction - (target - mean) / std
-            prediction, deviation = prediction * std + mean, deviation / std
+            deviation = (target - mean) / std  # the mean of what is predicted is 0
+            error = prediction - deviation
+            prediction = prediction * std + mean
         else:
+            deviation = target if centre is None else target - centre.float()
             error = prediction - target
         squares, voxels = square_sums(error, counted)
         scores = Scores(squares, square_sums(deviation, counted)[0], voxels)

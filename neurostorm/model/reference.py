@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import pickle
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from neurostorm.errors import UserError
 from neurostorm.model.hub import save_pretrained
 from neurostorm.model.mae import MaskedAutoencoder
 from neurostorm.model.masking import MaskConfig
@@ -48,6 +50,32 @@ _FIELDS = {
     "qkv_bias": "qkv_bias",
 }
 _REQUIRED = ("img_size", "patch_size", "embed_dim", "depths", "num_heads", "window_size")
+# Of the released NeuroSTORM, as an example of what a checkpoint without hyperparameters needs; the last three are of
+# its autoencoder alone.
+RELEASED = {
+    "img_size": [96, 96, 96, 20],
+    "patch_size": [6, 6, 6, 1],
+    "in_chans": 1,
+    "embed_dim": 36,
+    "depths": [2, 2, 6, 2],
+    "num_heads": [3, 6, 12, 24],
+    "window_size": [4, 4, 4, 4],
+    "first_window_size": [4, 4, 4, 4],
+    "last_layer_full_MSA": True,
+    "c_multiplier": 2,
+    "spatial_mask": "window",
+    "time_mask": "random",
+    "mask_ratio": 0.5,
+}
+# Plain containers: to unpickle one runs no code of the file.
+_SAFE_CLASSES: list[Any] = [argparse.Namespace]
+_REFUSED = re.compile(r"GLOBAL (\S+)")  # in torch's words, the class that a weights-only load refused
+_PLAIN = """\
+  import torch
+  kept = torch.load({path!r}, map_location="cpu", weights_only=False)  # runs code: only if you trust the file
+  plain = (bool, int, float, str, list, tuple)
+  hparams = {{k: v for k, v in dict(kept["hyper_parameters"]).items() if isinstance(v, plain)}}
+  torch.save({{"state_dict": kept["state_dict"], "hyper_parameters": hparams}}, "plain.ckpt")"""
 
 # (spatial_mask, time_mask) of the released code -> our strategy; its atlas masks are the same for both time masks
 _MASKS = {
@@ -64,7 +92,7 @@ _IGNORED = ("norm.weight", "norm.bias")  # the released SwiFT has a final norm t
 _OF_MAE = ("mask_token", "first_patch_expanding.", "layers_up.", "norm_up.", "decoder_pred.")
 
 
-class ReferenceMismatch(ValueError):
+class ReferenceMismatch(UserError, ValueError):
     """The checkpoint and the hyperparameters do not describe the same released model; lists every key."""
 
 
@@ -119,7 +147,12 @@ def load_reference(
     hparams = hparams or {}
     absent = [name for name in _REQUIRED if name not in hparams]
     if absent:
-        raise ReferenceMismatch(f"hyperparameters missing: {', '.join(absent)}")
+        example = ",\n  ".join(f'"{name}": {json.dumps(value)}' for name, value in RELEASED.items())
+        raise ReferenceMismatch(
+            f"hyperparameters missing: {', '.join(absent)}. Write those that the model was trained with to a JSON file "
+            "and convert with it: python -m neurostorm.model.reference CKPT OUT --hparams FILE.json. Those of the "
+            f"released NeuroSTORM:\n{{\n  {example}\n}}"
+        )
     try:
         module = _build(given, hparams)
     except (TypeError, ValueError) as error:
@@ -140,22 +173,72 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises ReferenceMismatch naming the file when it cannot be read or holds no state dict.
     """
+    _require_file(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path), {}
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        _require_pickle(path)
+        with torch.serialization.safe_globals(_SAFE_CLASSES):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        refused = _REFUSED.search(str(error))
         raise ReferenceMismatch(
-            f"{path}: refused, it holds more than tensors and plain values. Save its 'state_dict' and "
-            f"'hyper_parameters' alone. ({str(error).splitlines()[0]})"
+            f"{path}: refused, it holds more than tensors and plain values"
+            f"{f' ({refused[1]})' if refused else ''}, and to load that could run code. If you trust the file, save "
+            f"what is needed of it, and convert plain.ckpt:\n{_PLAIN.format(path=str(path))}"
         ) from error
     except (OSError, RuntimeError, EOFError, SafetensorError) as error:
-        raise ReferenceMismatch(f"{path}: cannot be read ({error})") from error
+        raise ReferenceMismatch(f"{path}: cannot be read ({error}); download or copy it again") from error
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
-        raise ReferenceMismatch(f"{path}: no state dict in it: expected a Lightning checkpoint, or names and tensors")
+        found = f"a {type(content).__name__}" if weights is None else f"entries {', '.join(map(str, content))[:200]}"
+        raise ReferenceMismatch(
+            f"{path}: no state dict in it, but {found}: expected a Lightning checkpoint, or names and tensors"
+        )
     stored = content.get("hyper_parameters") if weights is not content else None
-    return dict(weights), dict(stored or {})
+    return dict(weights), _named(stored, path)
+
+
+def _named(stored: object, path: Path) -> dict[str, Any]:
+    """Hyperparameters by name, out of a dict or of an argparse.Namespace, which may itself be an entry."""
+    if stored is None:
+        return {}
+    found = vars(stored) if isinstance(stored, argparse.Namespace) else stored
+    if not isinstance(found, Mapping):
+        raise ReferenceMismatch(
+            f"{path}: its 'hyper_parameters' are a {type(found).__name__}, not names and values: give them with "
+            "--hparams FILE.json"
+        )
+    inner = [vars(value) for value in found.values() if isinstance(value, argparse.Namespace)]
+    return {name: value for part in (*inner, found) for name, value in part.items()}
+
+
+def _require_file(path: Path) -> None:
+    """ReferenceMismatch unless `path` is a file, with the checkpoints of the folder that it names, or that it is in."""
+    if path.is_file():
+        return
+    folder = path if path.is_dir() else path.parent
+    names = sorted(str(file) for file in folder.glob("*") if file.suffix in (".ckpt", ".pt", ".pth", ".safetensors"))
+    what = "is a folder" if path.is_dir() else "is not there"
+    there = f"{folder} holds {', '.join(names[:3])}" if names else f"{folder} holds none (.ckpt, .pt, .safetensors)"
+    raise ReferenceMismatch(f"{path}: {what}; give the file of a checkpoint, {there}")
+
+
+def _require_pickle(path: Path) -> None:
+    """ReferenceMismatch for what torch.save cannot have written, such as the page or pointer that a download gave."""
+    with path.open("rb") as file:
+        start = file.read(60)
+    if start[:2] == b"PK" or start[:1] == b"\x80":  # a zip file, or a pickle of old
+        return
+    shown = start.decode(errors="replace").split("\n")[0].strip()
+    if not start:
+        raise ReferenceMismatch(f"{path}: is empty; download or copy it again")
+    if shown.startswith("version https://git-lfs"):
+        raise ReferenceMismatch(f"{path}: is a Git LFS pointer, not the checkpoint: run `git lfs pull` in its folder")
+    raise ReferenceMismatch(
+        f"{path}: is no checkpoint, it starts with {shown[:40]!r}. Download the file itself, not a page about it; a "
+        "safetensors file must be named *.safetensors"
+    )
 
 
 def _build(given: Mapping[str, Tensor], hparams: Mapping[str, Any]) -> ReferenceEncoder | ReferenceMae:
@@ -206,7 +289,8 @@ def _require_match(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]
     if missing or unexpected or shapes:
         raise ReferenceMismatch(
             f"the state dict does not fit the hyperparameters. Missing: {missing or 'nothing'}. "
-            f"Unexpected: {unexpected or 'nothing'}. Other shapes: {shapes or 'nothing'}."
+            f"Unexpected: {unexpected or 'nothing'}. Other shapes: {shapes or 'nothing'}.\n"
+            "Give the hyperparameters that this checkpoint was trained with: --hparams FILE.json"
         )
 
 
@@ -217,13 +301,19 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="Lightning .ckpt, state dict or safetensors file")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for model.safetensors and config.json")
-    parser.add_argument("--hparams", type=Path, metavar="FILE.json", help="hyperparameters, where the file has none")
+    parser.add_argument(
+        "--hparams",
+        type=Path,
+        metavar="FILE.json",
+        help="hyperparameters by their released names; they go before those in CKPT",
+    )
     options = parser.parse_args(argv)
     try:
-        module = load_reference(options.checkpoint, json.loads(options.hparams.read_text()) if options.hparams else {})
+        module = load_reference(options.checkpoint, _read_hparams(options.hparams))
         module.save_pretrained(options.out)
     except (OSError, ValueError) as error:
-        print(f"{options.checkpoint}: {error}" if options.hparams else str(error), file=sys.stderr)
+        named = "" if str(options.checkpoint) in str(error) else f"{options.checkpoint}: "
+        print(f"{named}{error}", file=sys.stderr)
         return 1
     parameters = sum(parameter.numel() for parameter in module.parameters())
     print(
@@ -233,6 +323,21 @@ def main(argv: list[str] | None = None) -> int:
         f"not used: {', '.join(module.unused_keys) or 'nothing'}; zero: {', '.join(module.missing_keys) or 'nothing'}"
     )
     return 0
+
+
+def _read_hparams(file: Path | None) -> dict[str, Any]:
+    """The hyperparameters in a JSON file. ReferenceMismatch naming it when it holds none."""
+    if file is None:
+        return {}
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ReferenceMismatch(f"--hparams {file}: cannot be read as JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ReferenceMismatch(
+            f'--hparams {file}: holds a {type(found).__name__}, expected {{"img_size": [96, 96, 96, 20], ...}}'
+        )
+    return found
 
 
 if __name__ == "__main__":

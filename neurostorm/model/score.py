@@ -31,14 +31,18 @@ class Targets(NamedTuple):
     sample: Tensor  # long (R,), whose it is
     samples: int  # B
     space: Tensor  # long (R,), the patch of space of each row
-    centre: Tensor | None = None  # (B * P, p^3), each voxel's mean; None: zero
+    centre: Tensor | None = None  # (B * P, p^3), each voxel's mean; None: zero. Not used where targets are normalised
     brain: Tensor | None = None  # bool (S, p^3), voxels that count in each patch of space; None: all
     inside: Tensor | None = None  # bool (B, S, p^3), the field of view; None: everything
     normalise: bool = False  # the error is that of targets with mean 0 and variance 1 in each patch
 
 
 class Scores(NamedTuple):
-    """Float32 (B,): squares of the error summed, the same of predicting each voxel's mean, voxels that count."""
+    """Float32 (B,): squares of the error summed, the same of predicting the mean, voxels that count.
+
+    The mean is each voxel's own over its run. Of normalised targets it is each patch's own, which costs exactly 1 per
+    voxel, except in flat patches, where it costs what little they vary.
+    """
 
     squares: Tensor
     baseline: Tensor
@@ -90,14 +94,18 @@ class _Score(torch.autograd.Function):
 
 
 def _block(h: Tensor, weight: Tensor, bias: Tensor, targets: Targets, part: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """Error and distance from the mean (rows, p^3), 0 where a voxel does not count, and which do."""
+    """Error and distance from the mean, both (rows, p^3) and 0 where a voxel does not count, and which voxels count.
+
+    The mean is that of each voxel over its run or, of normalised targets, that of each patch.
+    """
     row = targets.row[part]
     target = targets.patches.index_select(0, row).to(h.dtype)
-    away = target if targets.centre is None else target - targets.centre.index_select(0, row).to(h.dtype)
     counted = _counted(targets, part, h.device)
     if targets.normalise:
         mean, std = patch_moments(target, counted)
-        target, away = (target - mean) / std, away / std
+        target = away = (target - mean) / std  # the mean of what is predicted is 0
+    else:
+        away = target if targets.centre is None else target - targets.centre.index_select(0, row).to(h.dtype)
     error = torch.addmm(bias, h, weight.T).sub_(target)
     return error.masked_fill_(~counted, 0.0), torch.where(counted, away, 0.0), counted
 

@@ -15,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neurostorm.downstream.metrics import higher_is_better
+from neurostorm.errors import UserError
 from neurostorm.report.methods import ordered
 
 REGRESSION, CLASSIFICATION, IDENTIFICATION = "regression", "classification", "identification"
 KINDS = (REGRESSION, CLASSIFICATION, IDENTIFICATION)
 
 
-class ReportError(ValueError):
+class ReportError(UserError, ValueError):
     """A report cannot be made from what lies in MLflow; the message names the run, the field and the fix."""
 
 

@@ -21,6 +21,7 @@ from neurostorm.store.files import find_runs, is_node
 from neurostorm.store.layout import METADATA, RUNS, StoreError
 from neurostorm.store.partials import find_partials
 
+LISTED = 20  # names in an error
 OLDER_THAN_S = 3600.0  # an object store's shard without metadata may be one that is being written; after this it is not
 
 Advance = Callable[[int], None]
@@ -76,15 +77,37 @@ def take_inventory(root: Place, older_than_s: float = OLDER_THAN_S) -> Inventory
 
 
 def find_run(root: Place, name: str) -> str:
-    """The path of the complete run that `name` means, `runs/` left out or not. StoreError with the nearest names."""
+    """The path of the complete run that `name` means.
+
+    Args:
+        root: the store.
+        name: `<dataset>/<subject>/<entities>` with or without `runs/` before it, or any of its parts that say which run
+            is meant: `sub-001`, `made/sub-001`, `sub-001_ses-1_task-rest`.
+
+    Raises:
+        StoreError: it means no run (with the nearest names) or several (with their names).
+    """
     wanted = name.strip("/")
     wanted = wanted if wanted.startswith(f"{RUNS}/") else f"{RUNS}/{wanted}"
     if wanted.count("/") == 3 and is_node(root / wanted):
         return wanted
-    runs = find_runs(root)
+    runs, parts = sorted(find_runs(root)), _parts_of(wanted.removeprefix(f"{RUNS}/"))
+    found = [run for run in runs if parts and parts <= _parts_of(run)]
+    exact = [run for run in found if parts == _parts_of(run.split("/", 2)[2])]  # all but its dataset
+    if len(exact or found) == 1:
+        return (exact or found)[0]
+    if found:
+        names = "".join(f"\n  {run.removeprefix(f'{RUNS}/')}" for run in found[:LISTED])
+        more = f"\n  ... and {len(found) - LISTED:,} more" if len(found) > LISTED else ""
+        raise StoreError(f"{name!r} means {len(found):,} runs of {root}, name one of them:{names}{more}")
     near = difflib.get_close_matches(wanted, runs, n=3, cutoff=0.3)
     hint = f"; the nearest: {', '.join(near)}" if near else f"; it holds {len(runs):,} runs"
-    raise StoreError(f"{root} has no run {name!r}{hint}")
+    raise StoreError(f"{root} has no run {name!r}{hint}. `store.py list {root}` lists them")
+
+
+def _parts_of(name: str) -> set[str]:
+    """`made/sub-1/ses-1_task-rest` -> made, sub-1, ses-1, task-rest."""
+    return set(name.replace("/", "_").split("_")) - {""}
 
 
 @contextlib.contextmanager

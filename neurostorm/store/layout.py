@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from neurostorm.errors import UserError
+
 FORMAT = 2
 RECIPE_VERSION = 1
 SPACE = "MNI152NLin6Asym"
@@ -38,7 +40,7 @@ _SAFE = re.compile(_STEP)
 RUN_PATTERN = rf"\A{RUNS}(?:/{_STEP}){{3}}\z"  # all that `split_run` takes, in the words of Arrow's regular expressions
 
 
-class StoreError(RuntimeError):
+class StoreError(UserError, RuntimeError):
     """A store, or something asked of it, is not as it should be; the message names the place and the fix."""
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 from neurostorm.store.codec import LIMIT
 from neurostorm.store.files import StorePath
 from neurostorm.store.inventory import Inventory, take_inventory
-from neurostorm.store.layout import FORMAT, MANIFEST, StoreError, split_run
+from neurostorm.store.layout import FORMAT, MANIFEST, RUNS, StoreError, split_run
 from neurostorm.store.manifest import (
     build_manifest,
     read_manifest,
@@ -70,6 +70,30 @@ def summarise(path: StorePath) -> dict[str, Any]:
         "withdrawn": len(withdrawn_subjects(store.path)),
         "notes": notes,
     }
+
+
+def list_runs(path: StorePath) -> dict[str, Any]:
+    """The runs of a store, from its manifest.
+
+    Returns:
+        store; runs: a list of run (its path without `runs/`), dataset, subject, session, task, frames, minutes and
+        coverage (share of the brain mask, null if it is not recorded), sorted by run; notes: what is not as it should
+        be.
+
+    Raises as `summarise`.
+    """
+    store, notes = FrameStore.open(path), list[str]()
+    manifest = _manifest(store, take_inventory(store.path), notes)
+    names = ("dataset", "subject", "session", "task", "frames", "coverage")
+    rows = [
+        {
+            "run": row["run"].removeprefix(f"{RUNS}/"),
+            **{name: row[name] for name in names},
+            "minutes": row["frames"] * store.tr_s / 60,
+        }
+        for row in manifest.sort_by("run").to_pylist()
+    ]
+    return {"store": str(store.path), "runs": rows, "notes": notes}
 
 
 def run_figures(store: FrameStore, run: str) -> dict[str, Any]:

@@ -288,14 +288,28 @@ def _check_same(target: Place, wanted: dict[str, Any]) -> None:
     """StoreError naming every property in which the store differs from what the caller wants to put in."""
     found = read_header(target)
     differing = [
-        f"{key} is {found.get(key)}, not {wanted[key]}"
-        for key in ("grid", "tr_s", "recipe")
+        f"{name} {_in_words(found.get(key))} instead of {_in_words(wanted[key])}"
+        for key, name in (("grid", "grid"), ("tr_s", "TR (s)"), ("recipe", "recipe"))
         if found.get(key) != wanted[key]
     ]
-    if found.get("mask_sha256") != wanted["mask_sha256"]:
-        differing.append(f"the mask is another ({found.get('mask_voxels')} voxels, not {wanted['mask_voxels']})")
+    if found.get("grid") == wanted["grid"] and found.get("mask_sha256") != wanted["mask_sha256"]:
+        differing.append(f"another brain mask ({found.get('mask_voxels')} voxels instead of {wanted['mask_voxels']})")
     if differing:
-        raise StoreError(f"the store at {target} holds something else: {'; '.join(differing)}. Choose another path")
+        raise StoreError(
+            f"the store at {target} has {', '.join(differing)}: choose another store, or ingest with the settings of "
+            "this one (--grid, --mask, --ingest.tr_s)"
+        )
+
+
+def _in_words(value: Any) -> str:
+    """A property of a store for people: of a grid its name, voxels and the center of the first one."""
+    if not isinstance(value, Mapping):
+        return str(value)
+    if "affine" not in value:
+        return f"{value.get('name')} (version {value.get('version')})"
+    size = " x ".join(map(str, value.get("shape", ())))
+    corner = ", ".join(f"{row[3]:g}" for row in value["affine"][:3])
+    return f"{value.get('name')} ({size} voxels of {value.get('voxel_mm', 0):g} mm from {corner})"
 
 
 def _check_arrays(run: str, frames: NDArray[Any], mean: NDArray[Any], std: NDArray[Any], voxels: int) -> None:

@@ -62,16 +62,25 @@ def swin_config(config: Config, store: FrameStore) -> SwinConfig:
     return swin
 
 
+def atlas_of(config: Config, store: FrameStore) -> torch.Tensor | None:
+    """The region of each patch, int32 (d, h, w), for masks of atlas regions; None for others.
+
+    Raises ConfigError for an atlas that cannot be used.
+    """
+    mask = config.mask
+    if mask.kind != "atlas":
+        return None
+    assert mask.atlas is not None
+    try:
+        labels = patch_labels(mask.atlas, store.grid.affine, store.grid.shape, config.model.patch)
+    except ValueError as error:
+        raise ConfigError(f"mask.atlas={mask.atlas}: {error}") from error
+    return torch.from_numpy(labels)
+
+
 def build_model(config: Config, store: FrameStore) -> MaskedAutoencoder:
     """The masked autoencoder with weights drawn from the run's seed. Raises ConfigError for an unusable atlas."""
-    mask, atlas = config.mask, None
-    if mask.kind == "atlas":
-        assert mask.atlas is not None
-        try:
-            labels = patch_labels(mask.atlas, store.grid.affine, store.grid.shape, config.model.patch)
-        except ValueError as error:
-            raise ConfigError(f"mask.atlas: {error}") from error
-        atlas = torch.from_numpy(labels)
+    mask = config.mask
     torch.manual_seed(config.run.seed)
     return MaskedAutoencoder(
         swin_config(config, store),
@@ -80,7 +89,7 @@ def build_model(config: Config, store: FrameStore) -> MaskedAutoencoder:
         loss_on=config.model.loss_on,
         brain=torch.from_numpy(store.mask),
         normalise_targets=config.model.normalise_targets,
-        atlas=atlas,
+        atlas=atlas_of(config, store),
         decoder=config.model.decoder,
         decoder_depth=config.model.decoder_depth,
         predicted=config.model.predicted,

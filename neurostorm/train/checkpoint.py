@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from neurostorm.errors import UserError
 from neurostorm.object_store import PlaceError
 from neurostorm.places import Place, copy_files, files_below, inside, remove_tree, replace
 from neurostorm.staging import fetched, outgoing
@@ -44,7 +45,7 @@ Fingerprint = list[int]  # size in bytes, CRC-32
 Gather = Callable[[Any], list[Any]]
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint cannot be used; the message names the folder and the fix."""
 
 

@@ -9,15 +9,16 @@ Both name the clips concerned, so that a person can look at them.
 from collections.abc import Sequence
 
 from neurostorm.data.clips import ClipBatch
+from neurostorm.errors import UserError
 from neurostorm.places import Place
 from neurostorm.train.journal import Journal
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(UserError, RuntimeError):
     """Loss or gradients stayed NaN or infinite."""
 
 
-class UnreadableClipsError(RuntimeError):
+class UnreadableClipsError(UserError, RuntimeError):
     """Too large a share of the clips could not be read."""
 
 

@@ -19,13 +19,13 @@ import ray.train
 from pydantic import ValidationError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from neurostorm.config import Config, ConfigError, differing_keys
+from neurostorm.config import Config, ConfigError, differing_keys, refuse_unwritable
 from neurostorm.data.corpus import Corpus
 from neurostorm.places import replace
 from neurostorm.session import ensure_ray
 from neurostorm.tracking import tracking_uri
 from neurostorm.train import checkpoint, planned
-from neurostorm.train.build import swin_config
+from neurostorm.train.build import atlas_of, swin_config
 from neurostorm.train.feed import Feed
 from neurostorm.train.goodput import now_ns
 from neurostorm.train.worker import SUMMARY, train_worker
@@ -45,6 +45,8 @@ class Plan:
 def check(config: Config, corpus: Corpus) -> Plan:
     """Whether this configuration can run in its folder now. Raises ConfigError naming the field and the fix."""
     swin_config(config, corpus.store)
+    atlas_of(config, corpus.store)
+    refuse_unwritable("run.output", config.run.folder)
     try:
         tracking_uri(config.tracking.uri, config.run.output)
     except ValueError as error:

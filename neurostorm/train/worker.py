@@ -74,6 +74,7 @@ def open_tracker(config: Config, corpus: Corpus) -> Tracker:
         name=config.run.name,
         parameters=config.flat("run", "data", "model", "mask", "strd", "augment", "train", "scale"),
         tags={"code_revision": code_revision(), "store_sha256": corpus.content_sha256, "split": corpus.split},
+        artifacts=config.run.output / "artifacts",
     )
     tracker.artifact(folder / "config.yaml")
     tracker.observe(Gauges(config.run.name))

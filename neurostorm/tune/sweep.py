@@ -262,6 +262,7 @@ def _parent(config: Config, trials: int) -> Tracker:
         name=config.run.name,
         parameters={**config.flat(*SECTIONS), "trials": trials},
         tags={KIND: "sweep", "code_revision": code_revision()},
+        artifacts=config.run.output / "artifacts",
     )
 
 

@@ -170,7 +170,11 @@ def test_the_job_makes_the_same_tables_however_often_it_is_interrupted(
     arguments = ["--model", str(model), "--store", str(ball_store), "--embed.cpus_per_worker", "0.5"]
     assert job.main([*arguments, "--out", str(whole), "--workers", "2"]) == 0
     printed = capsys.readouterr().out
-    assert "6 of 6 run(s) worked on" in printed and "24 clip(s), 6 run(s), 6 subject(s)" in printed
+    assert (
+        "6 of 6 run(s) worked on" in printed
+        and "already" not in printed
+        and "24 clip(s), 6 run(s), 6 subject(s)" in printed
+    )
     assert f"next: pandas.read_parquet('{whole}/subjects.parquet')" in printed
 
     config = EmbedConfig(model=model, store=ball_store, out=resumed)

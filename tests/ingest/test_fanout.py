@@ -67,7 +67,7 @@ def test_good_files_are_ingested_and_broken_ones_quarantined(
     store = tmp_path / "store"
     assert job.main([*arguments(dataset, store), "--dataset", "demo"]) == 0
     printed = capsys.readouterr().out
-    assert "source: " in printed.splitlines()[1]  # the resolved settings come first
+    assert str(dataset) in printed.splitlines()[1]  # the summary comes first
     assert "3 of 6 run(s) ingested" in printed
     assert "3 quarantined" in printed
     assert f"python jobs/pretrain.py --preset tiny --store {store}" in printed
@@ -139,7 +139,7 @@ def test_the_exit_status(tmp_path: Path, kit: Any, job: ModuleType, capsys: pyte
     assert job.main(arguments(tmp_path / "nothing", tmp_path / "store")) == 1
     assert "no run found" in capsys.readouterr().err
     assert job.main([*arguments(broken, tmp_path / "store"), "--ingest.tr_s", "1.5"]) == 1
-    assert "tr_s is 0.8, not 1.5" in capsys.readouterr().err
+    assert "TR (s) 0.8 instead of 1.5" in capsys.readouterr().err
 
 
 def test_no_source_is_a_setting_to_correct(tmp_path: Path) -> None:

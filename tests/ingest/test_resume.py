@@ -143,7 +143,7 @@ def test_time_is_shared_by_the_cores(dataset: Path, tmp_path: Path) -> None:
 
 
 def test_a_flag_needs_no_value() -> None:
-    job = Job("test", "", sections=("ingest",), aliases={"--dry-run": "ingest.dry_run"})
+    job = Job("test", "", settings=("ingest",), aliases={"--dry-run": "ingest.dry_run"})
     for words, expected in (
         ([], False), (["--dry-run"], True), (["--ingest.dry_run"], True), (["--dry-run", "false"], False),
         (["--dry-run", "--ingest.tr_s", "1"], True),
@@ -196,6 +196,16 @@ def test_a_report_counts_who_withdrew(tmp_path: Path) -> None:
     assert any("2 participant(s) withdrew" in line for line in lines)
     assert "  a/sub-0: 2 run(s)" in lines
     assert report.in_store == 0
+
+
+def test_a_report_counts_what_was_there_only_if_something_was(tmp_path: Path) -> None:
+    def first_line(*statuses: str) -> str:
+        outcomes = [Outcome(f"{n}.nii", f"runs/a/sub-{n}/x", status, "r") for n, status in enumerate(statuses)]
+        return IngestReport(tuple(outcomes), (), 0, 1.0, tmp_path, MANIFEST_SCHEMA.empty_table()).lines()[0]
+
+    assert first_line("ingested", "ingested") == "2 of 2 run(s) ingested in 1 s"
+    assert first_line("ingested", "complete") == "1 of 2 run(s) ingested in 1 s; 1 were there already"
+    assert first_line("quarantined") == "0 of 1 run(s) ingested in 1 s; 1 quarantined"
 
 
 def test_a_damaged_run_is_named(dataset: Path, filled: Path, source_of: Callable[..., Any]) -> None:

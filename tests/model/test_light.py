@@ -169,7 +169,7 @@ def test_the_loss_is_that_of_the_hidden_voxels_that_count(loss_on, targets):
         mean = (patches * weight).sum(-1, keepdim=True) / voxels
         variance = ((patches - mean).square() * weight).sum(-1, keepdim=True) / voxels
         std = torch.where(variance > 1e-6, variance, 1.0).sqrt()
-        error, baseline = error / std, baseline / std
+        error, baseline = error / std, (patches - mean) / std
     for found, values in ((out.clip_loss, error), (out.clip_baseline, baseline)):
         for sample in range(2):
             torch.testing.assert_close(found[sample], values[sample][counts[sample]].square().mean(), rtol=1e-4, atol=0)
@@ -297,7 +297,7 @@ def test_scores_in_blocks_have_the_values_and_gradients_of_the_plain_formula(mon
         mean = (target * counted).sum(1, keepdim=True) / voxels
         variance = ((target - mean).square() * counted).sum(1, keepdim=True) / voxels
         std = torch.where(variance > 1e-6, variance, 1.0).sqrt()
-        target, away = (target - mean) / std, away / std
+        target = away = (target - mean) / std
     squares = ((h @ weight.T + bias - target).square() * counted).view(2, 5, 8).sum((1, 2))
     found = score.score_rows(h, weight, bias, targets)
     torch.testing.assert_close(found.squares, squares)

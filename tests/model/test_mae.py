@@ -143,6 +143,19 @@ def test_normalised_targets_have_mean_zero_and_variance_one_in_each_patch(loss_o
     assert torch.allclose(out.prediction[counted], expected[counted], atol=1e-4)
 
 
+@pytest.mark.parametrize("decoder", ["paper", "light"])
+@pytest.mark.parametrize("loss_on", ["brain", "all"])
+def test_predicting_the_mean_of_normalised_targets_costs_one(decoder, loss_on):
+    """Each patch's mean is taken off, however far it is from the voxels' means over the run (`centre`)."""
+    model = tiny(loss_on=loss_on, normalise_targets=True, decoder=decoder, brain=torch.ones(12, 12, 12) > 0).eval()
+    generator = torch.Generator().manual_seed(0)
+    flat = (5 + 3 * torch.randn(2, 384, 1, generator=generator)).expand(2, 384, 27)
+    patches, mask = flat + torch.randn(2, 384, 27, generator=generator), model.draw_mask(2, 6, generator)
+    for centre in (None, torch.zeros_like(patches)):
+        assert model(patches, mask, centre=centre).clip_baseline.tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
+    assert model(flat, mask).baseline.item() == pytest.approx(0.0, abs=1e-6), "flat patches have nothing to normalise"
+
+
 def test_predictions_do_not_depend_on_what_is_hidden():
     model = tiny().eval()
     patches = model.to_patches(smooth_clips(2))

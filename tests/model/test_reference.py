@@ -1,11 +1,8 @@
-import json
-
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from neurostorm.model.hub import load_pretrained
-from neurostorm.model.reference import ReferenceEncoder, ReferenceMae, ReferenceMismatch, load_reference, main
+from neurostorm.model.reference import _FIELDS, ReferenceEncoder, ReferenceMae, ReferenceMismatch, load_reference
 from neurostorm.model.swin_config import SwinConfig
 
 ENCODERS = [
@@ -153,8 +150,6 @@ def test_default_models_have_the_released_names_shapes_and_counts(golden_names, 
 
 
 def test_released_hyperparameters_map_both_ways():
-    from neurostorm.model.reference import _FIELDS
-
     config = SwinConfig((8, 8, 8, 4))
     assert len(set(_FIELDS.values())) == len(_FIELDS)
     assert all(hasattr(config, field) for field in _FIELDS.values())
@@ -289,28 +284,3 @@ def test_bad_hyperparameters_are_named(golden):
         load_reference(case.state_dict, config)
     with pytest.raises(ReferenceMismatch, match="spatial_mask = 'tube'"):
         load_reference(case.state_dict, {**case.config, "spatial_mask": "tube"})
-
-
-@pytest.mark.parametrize("name", ["mini:neurostorm_encoder__mini", "mini:swift_encoder__mini", "mini:mae__mini_window"])
-def test_converting_a_checkpoint_keeps_every_bit(golden, tmp_path, capsys, name):
-    case = golden(name)
-    weights = {f"model.{key}": value for key, value in case.state_dict.items()}
-    torch.save({"state_dict": weights, "hyper_parameters": case.config}, tmp_path / "released.ckpt")
-    assert main([str(tmp_path / "released.ckpt"), str(tmp_path / "ours")]) == 0
-    assert "parameters" in capsys.readouterr().out
-    before, after = load_reference(tmp_path / "released.ckpt"), load_pretrained(tmp_path / "ours")
-    x = case.tensors["input"]
-    if "mae" in name:
-        ours, theirs = before(x, mask=case.tensors["mask"]), after(x, mask=case.tensors["mask"])
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    else:
-        assert torch.equal(before(x), after(x))
-
-
-def test_the_converter_says_why_it_cannot(golden, tmp_path, capsys):
-    case = golden("mini:mae__mini_window")
-    torch.save(case.state_dict, tmp_path / "bare.pt")
-    assert main([str(tmp_path / "bare.pt"), str(tmp_path / "ours")]) == 1
-    assert "hyperparameters missing: img_size" in capsys.readouterr().err
-    (tmp_path / "hparams.json").write_text(json.dumps(case.config))
-    assert main([str(tmp_path / "bare.pt"), str(tmp_path / "ours"), "--hparams", str(tmp_path / "hparams.json")]) == 0

@@ -122,7 +122,7 @@ def test_what_is_missing_or_damaged_is_named(remote: Any, make_bucket: Callable[
 
 def test_the_same_store_again_is_no_work_and_another_is_refused(remote: Any) -> None:
     create_store(remote.path, **remote.properties)
-    with pytest.raises(StoreError, match=r"tr_s is 0\.8, not 2\.0"):
+    with pytest.raises(StoreError, match=r"TR \(s\) 0\.8 instead of 2\.0"):
         create_store(remote.path, **remote.properties | {"tr_s": 2.0})
     (remote.path.parent / "thesis" / "draft.txt").write_bytes(b"chapter one")
     with pytest.raises(StoreError, match="not a frame store"):

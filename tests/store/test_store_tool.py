@@ -27,7 +27,7 @@ from neurostorm.store.files import find_runs
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 RUN = "runs/made/sub-01/ses-1_task-rest"
-COMMANDS = ("stats", "show", "verify", "repair", "remove", "merge", "export")
+COMMANDS = ("stats", "list", "show", "verify", "repair", "remove", "merge", "export")
 
 
 @pytest.fixture
@@ -85,6 +85,53 @@ def test_stats_warns_of_a_manifest_that_is_missing_or_old(main: Any, example: An
     example.add()
     assert main("stats", example.path) == 0
     assert "manifest.parquet (0 runs) is not up to date: `repair` rebuilds it" in capsys.readouterr().out
+
+
+def test_list_names_every_run_with_its_figures(main: Any, store: Any, tmp_path: Path, capsys: Any) -> None:
+    assert main("list", store.path) == 0
+    head, *rows, empty, total = capsys.readouterr().out.splitlines()
+    assert head.split() == ["run", "subject", "session", "task", "frames", "minutes", "coverage"]
+    assert [row.split()[:6] for row in rows] == [
+        [f"{dataset}/{subject}/ses-1_task-rest", subject, "1", "rest", "70", "0.9"]
+        for dataset, subject in (("made", "sub-01"), ("made", "sub-02"), ("other", "sub-01"))
+    ]
+    assert not empty and total == "3 run(s) of 3 subject(s), 2.8 minutes"
+    assert main("list", store.path, "--subject", "sub-02", "--json", tmp_path / "runs.json") == 0
+    assert "1 run(s) of 1 subject(s)" in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "runs.json").read_text())["runs"]
+    assert (row["run"], row["frames"], row["minutes"]) == ("made/sub-02/ses-1_task-rest", 70, pytest.approx(70 / 75))
+    assert rows[1].split()[6] == f"{row['coverage']:.1%}"
+    assert main("list", store.path, "--subject", "sub-2") == 1
+    assert "no subject 'sub-2'; the nearest: " in capsys.readouterr().err
+
+
+def test_list_shows_runs_that_the_manifest_lacks(main: Any, example: Any, capsys: Any) -> None:
+    example.add()
+    assert main("list", example.path) == 0
+    text = capsys.readouterr().out
+    assert "made/sub-01/ses-1_task-rest" in text and "note: " in text and "manifest.parquet is missing" in text
+
+
+@pytest.mark.parametrize("name", ["sub-02", "made/sub-02", "sub-02_task-rest", "sub-02_ses-1_task-rest", "other"])
+def test_parts_of_a_name_that_only_one_run_has_find_it(main: Any, store: Any, capsys: Any, name: str) -> None:
+    assert main("show", store.path, name) == 0
+    run = "other/sub-01" if name == "other" else "made/sub-02"
+    assert capsys.readouterr().out.startswith(f"run runs/{run}/ses-1_task-rest\n")
+
+
+def test_parts_of_a_name_that_several_runs_have_list_them(main: Any, store: Any, capsys: Any) -> None:
+    assert main("show", store.path, "sub-01") == 1
+    assert capsys.readouterr().err == (
+        f"store.py show: 'sub-01' means 2 runs of {store.path}, name one of them:\n"
+        "  made/sub-01/ses-1_task-rest\n  other/sub-01/ses-1_task-rest\n"
+    )
+
+
+def test_a_name_that_is_whole_but_for_the_dataset_wins_over_longer_ones(main: Any, example: Any, capsys: Any) -> None:
+    for entities in ("task-rest", "task-rest_run-2"):
+        assert write_run(example.path, f"runs/made/sub-01/{entities}", **example.arrays())
+    assert main("show", example.path, "sub-01_task-rest") == 0
+    assert capsys.readouterr().out.startswith("run runs/made/sub-01/task-rest\n")
 
 
 @pytest.mark.parametrize("name", [RUN, RUN.removeprefix("runs/"), f"{RUN}/"])
@@ -172,8 +219,15 @@ def test_merge_says_what_came(main: Any, store: Any, make_example: Any, capsys: 
     other.add_true("sub-02", seed=8)
     assert main("merge", store.path, other.path) == 1
     text = capsys.readouterr().out
-    assert "1 run(s) copied" in text and "runs/made/sub-02/ses-1_task-rest" in text and "stays" in text
+    assert (
+        "1 run(s) copied" in text
+        and "there already" not in text
+        and "runs/made/sub-02/ses-1_task-rest" in text
+        and "stays" in text
+    )
     assert main("verify", store.path) == 0 and len(find_runs(store.path)) == 4
+    assert main("merge", store.path, other.path) == 1
+    assert "0 run(s) copied, 0 B; 1 were there already" in capsys.readouterr().out
 
 
 def test_export_writes_a_run_and_the_whole_store(main: Any, store: Any, tmp_path: Path, capsys: Any) -> None:
@@ -186,7 +240,9 @@ def test_export_writes_a_run_and_the_whole_store(main: Any, store: Any, tmp_path
     assert "is there already" in capsys.readouterr().err
     for written in (3, 0):
         assert main("export", store.path, "--nifti-zarr", tmp_path / "all") == 0
-        assert f"{written} of 3 run(s) written" in capsys.readouterr().out
+        text = capsys.readouterr().out
+        assert f"{written} of 3 run(s) written" in text
+        assert ("; 3 were there already" in text) == (written == 0) and ("already" in text) == (written == 0)
     found = sorted(folder.relative_to(tmp_path / "all").as_posix() for folder in (tmp_path / "all").rglob("*.nii.zarr"))
     assert found == [f"{who}/ses-1_task-rest.nii.zarr" for who in ("made/sub-01", "made/sub-02", "other/sub-01")]
 
@@ -197,7 +253,10 @@ def test_what_is_not_there_is_said_with_the_nearest(main: Any, store: Any, tmp_p
     for words in (("show", store.path, "made/sub-1/ses-1_task-rest"),
                   ("export", store.path, "made/sub-1/ses-1_task-rest", "--nifti", tmp_path / "a.nii")):  # fmt: skip
         assert main(*words) == 1
-        assert "no run 'made/sub-1/ses-1_task-rest'; the nearest: runs/made/sub-01" in capsys.readouterr().err
+        assert "no run 'made/sub-1/ses-1_task-rest'; the nearest: runs/made/sub-01" in (
+            error := capsys.readouterr().err
+        )
+        assert f"store.py list {store.path}" in error
     damage(store)
     assert main("export", store.path, RUN, "--nifti", tmp_path / "a.nii") == 1
     assert RUN in capsys.readouterr().err and not (tmp_path / "a.nii").exists()

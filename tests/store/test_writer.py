@@ -223,7 +223,7 @@ def test_who_loses_the_race_for_the_store_checks_the_winner(
         rename(source, target)
 
     monkeypatch.setattr(os, "replace", overtaken)
-    with pytest.raises(StoreError, match=r"tr_s is 2\.0, not 0\.8"):
+    with pytest.raises(StoreError, match=r"TR \(s\) 2\.0 instead of 0\.8"):
         create_store(example.path, **example.properties)
 
 
@@ -249,14 +249,14 @@ def test_the_same_store_again_is_no_work_and_another_is_refused(example: Any) ->
     other_mask = example.mask.copy()
     other_mask.flat[0] ^= True
     for changed, named in (
-        ({"tr_s": 2.0}, "tr_s is 0.8, not 2.0"),
-        ({"mask": other_mask}, "mask is another"),
-        ({"grid": Grid("box", (6, 7, 8), 4.0, (-10.0, -12.0, -18.0))}, "grid is"),
-        ({"recipe": "reference"}, "recipe is"),
+        ({"tr_s": 2.0}, "TR (s) 0.8 instead of 2.0"),
+        ({"mask": other_mask}, "another brain mask ("),
+        ({"grid": Grid("box", (6, 7, 8), 4.0, (-10.0, -12.0, -18.0))}, "4 mm from -10, -12, -18)"),
+        ({"recipe": "reference"}, "instead of reference (version"),
     ):
-        with pytest.raises(StoreError, match="holds something else") as caught:
+        with pytest.raises(StoreError, match="choose another store") as caught:
             create_store(example.path, **(example.properties | changed))
-        assert named in str(caught.value)
+        assert named in str(caught.value) and "{" not in str(caught.value) and "\n" not in str(caught.value)
     assert FrameStore.open(example.path).runs() == [run]
 
 
