@@ -93,8 +93,10 @@ for path in sys.argv[1:]:
     loss, mean = summary["loss/validation"], summary["loss/validation_predicting_mean"]
     print(f"{path}: held-out masked loss {loss:.4f}; predicting each voxel's mean {mean:.4f}")
 PY
+# In full, so that they work as typed in any folder.
+mlflow=$(printf '%q server --backend-store-uri %q' "$bin/mlflow" "sqlite:///$output/mlflow.db")
 cat <<EOF
-Look at the run:   .venv/bin/mlflow server --backend-store-uri sqlite:///$output/mlflow.db --host 127.0.0.1 --port 5000
+Look at the run:   $mlflow --host 127.0.0.1 --port 5000
                    then open http://127.0.0.1:5000 (experiment "neurostorm": losses, reconstructions, the model)
-Inspect the store: .venv/bin/python tools/store.py stats $output/store
+Inspect the store: $(printf '%q ' "$bin/python" "$root/tools/store.py" stats "$output/store")
 EOF

@@ -1,7 +1,13 @@
 #!/usr/bin/env bash
 # Checks the whole project: set-up, lint, types, import floors, tests. Arguments go to pytest.
+#
+#   ./tools/test.sh
+#   ./tools/test.sh tests/store      paths are below the project's root
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+case ${1:-} in
+    -h | --help) sed -n '2,5s/^# \{0,1\}//p' tools/test.sh; exit 0 ;;
+esac
 tools/setup.sh dev
 
 export RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1
