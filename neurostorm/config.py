@@ -10,7 +10,6 @@ Sections are frozen pydantic models that refuse unknown keys (`config_base.py`);
 """
 
 import math
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -366,51 +365,3 @@ class Config(Section):
             if not sections or section in sections
             for field, value in fields.items()
         }
-
-
-def refuse_unwritable(field: str, folder: Place) -> None:
-    """ConfigError, naming the setting `field`, unless a local `folder` exists and can be written, or can be made."""
-    if not isinstance(folder, Path):
-        return
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    if not existing.is_dir():
-        raise ConfigError(f"{field}: {existing} is a file, and {folder} is to be a folder: choose another {field}")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"{field}: no permission to write to {existing}; choose another {field}, or change the folder's owner or "
-            "permissions"
-        )
-
-
-# What may differ between a checkpoint and the run that resumes it: everything else changes the result.
-RESUMABLE = frozenset(
-    {
-        "run.output", "run.name", "data.store", "data.max_bad_fraction", "data.read_in", "data.read_threads",
-        "data.steps_ahead", "data.batch_timeout_s", "data.verify", "train.micro_batch", "train.zero_stage",
-        "train.compile", "train.max_skipped_steps", "train.log_every", "train.validate_every",
-    }
-)  # fmt: skip
-
-
-# What versions without a setting did.
-BEFORE: dict[str, Any] = {
-    "model.decoder": "paper", "model.decoder_depth": 2, "model.predicted": 1.0,
-    **{f"augment.{name}": field.default for name, field in AugmentConfig.model_fields.items()},
-}  # fmt: skip
-
-
-def differing_keys(saved: dict[str, Any], current: Config) -> list[str]:
-    """Settings that change the mathematics of a run and differ: `field: saved -> current`, empty when resumable.
-
-    `saved` is the plain tree that a run was kept with. A setting that it lacks, because the version that wrote it had
-    none, differs too, unless it is known what that version did. Raises ValidationError for an unknown one.
-    """
-    sections = ("run", "data", "model", "mask", "strd", "augment", "train")
-    before, after = Config.model_validate(saved).flat(*sections), current.flat(*sections)
-    for key in before:
-        section, field = key.split(".")
-        if field not in saved.get(section, {}):
-            before[key] = BEFORE.get(key, "not known to the version that saved it")
-    return [
-        f"{key}: {before[key]} -> {after[key]}" for key in before if key not in RESUMABLE and before[key] != after[key]
-    ]

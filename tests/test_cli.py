@@ -1,8 +1,6 @@
 """Command lines: precedence of preset, file and option; wrong names and values are answered with the right ones."""
 
 import json
-import os
-import stat
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -10,9 +8,10 @@ import pytest
 import yaml
 
 from neurostorm.cli import Job
-from neurostorm.config import Config, ConfigError, differing_keys, refuse_unwritable
+from neurostorm.config import Config, ConfigError
 from neurostorm.options import build
 from neurostorm.presets import PRESETS
+from neurostorm.run_folder import differing_keys
 from neurostorm.store import StoreError
 
 JOB = Job(
@@ -260,21 +259,6 @@ def test_any_other_error_is_one_line_that_names_the_file_with_the_traceback(caps
     (file,) = (tmp_path / "pretrain").glob("error-pretrain-*.log")
     assert said == f"jobs/pretrain.py: ZeroDivisionError: nothing to divide\nThe traceback is in {file}\n"
     assert "in work" in file.read_text()
-
-
-def test_a_folder_that_cannot_be_written_is_refused_by_its_setting(tmp_path, monkeypatch):
-    refuse_unwritable("run.output", tmp_path / "new" / "run")
-    assert not (tmp_path / "new").exists()
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"run\.output: .*file is a file"):
-        refuse_unwritable("run.output", tmp_path / "file" / "run")
-    monkeypatch.setattr(os, "access", lambda path, mode: bool(os.stat(path).st_mode & stat.S_IWUSR))  # root may write
-    tmp_path.chmod(0o500)
-    try:
-        with pytest.raises(ConfigError, match=r"run\.output: no permission to write to"):
-            refuse_unwritable("run.output", tmp_path / "run")
-    finally:
-        tmp_path.chmod(0o700)
 
 
 def test_only_settings_that_change_the_result_hinder_resuming():

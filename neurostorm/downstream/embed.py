@@ -24,10 +24,10 @@ from neurostorm.config import Config, EmbedConfig
 from neurostorm.downstream.embed_input import Input, open_input, remember
 from neurostorm.downstream.embed_parts import CLIPS, FAILED, RUNS, SUBJECTS, Assembled, Run, assemble, unfinished
 from neurostorm.downstream.embed_run import Embedder, Task
-from neurostorm.downstream.run_folder import require_writable
 from neurostorm.places import Place
 from neurostorm.progress import progress
 from neurostorm.resources import Demand, require, room
+from neurostorm.run_folder import require_writable
 from neurostorm.session import ensure_ray
 
 logger = logging.getLogger(__name__)

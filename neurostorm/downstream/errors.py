@@ -8,21 +8,19 @@ from neurostorm.config import ConfigError
 from neurostorm.downstream.labels import LabelError
 from neurostorm.downstream.reid import ReidError
 from neurostorm.downstream.splits import SplitError
+from neurostorm.errors import UserError
 from neurostorm.model.hub import HubError
 from neurostorm.model.reference import ReferenceMismatch
-from neurostorm.object_store import PlaceError
 from neurostorm.places import Place, replace
 from neurostorm.store import StoreError
 
 ERRORS = "errors"  # folder of a run with the tracebacks of its trials
 
 
-class TrialsFailed(RuntimeError):
+class TrialsFailed(UserError, RuntimeError):
     """Training or testing failed; the message names the reasons and where the tracebacks are."""
 
 
-# Input that cannot be used, as its readers say it: the message is the whole story.
-REFUSALS = (LabelError, SplitError, ReidError, HubError, ReferenceMismatch, PlaceError, StoreError, TrialsFailed)
 # What a second try of the same trial meets again. An object store (PlaceError) may answer by then.
 PERMANENT = (ConfigError, LabelError, SplitError, ReidError, HubError, ReferenceMismatch, StoreError)
 
@@ -31,7 +29,7 @@ _PATH = re.compile(r"[^\s'\"(),;=]*/[^\s'\"(),;]*")
 _NUMBER = re.compile(r"\b(?:0x)?[0-9a-f]{8,}\b|\d+(?:[.,]\d+)*(?:e[-+]?\d+)?")
 
 
-def reason_of(text: str) -> str:
+def reason_in(text: str) -> str:
     """The last line of a traceback or message, which says what went wrong; "its process died" for an empty one.
 
     Without the package of an exception's class: `ValueError: ...`.
@@ -43,7 +41,7 @@ def reason_of(text: str) -> str:
 def told_by(error: BaseException) -> str:
     """The message of a task's error that says all there is to say; "" if only its traceback does."""
     cause = getattr(error, "cause", error)  # Ray wraps what a task raised
-    return str(cause) if isinstance(cause, (ConfigError, *REFUSALS)) else ""
+    return str(cause) if isinstance(cause, UserError) else ""
 
 
 def alike(reason: str) -> str:

@@ -15,15 +15,16 @@ from typing import Any
 import ray
 
 from neurostorm.config import Config, ConfigError
-from neurostorm.downstream.errors import REFUSALS, TrialsFailed, keep_traceback, reason_of
+from neurostorm.downstream.errors import TrialsFailed, keep_traceback
 from neurostorm.downstream.evaluation import task_of
 from neurostorm.downstream.metrics import chance_text
 from neurostorm.downstream.prepare import Wanted, prepare
 from neurostorm.downstream.record import record_end, record_epoch, record_start, record_test, uri_of
-from neurostorm.downstream.run_folder import keep_config, refuse_other
 from neurostorm.downstream.training import State
 from neurostorm.downstream.trial import PREDICTIONS, Outcome, Trial, test_trial, train_trial
+from neurostorm.errors import UserError, reason_of
 from neurostorm.places import Place, replace
+from neurostorm.run_folder import keep_config, refuse_other
 
 logger = logging.getLogger(__name__)
 Result = tuple[list[tuple[int, dict[str, float]]], Outcome, dict[str, float]]
@@ -114,9 +115,9 @@ def _result(config: Config, trial: Trial) -> Result:
     except ray.exceptions.RayError as error:
         file = keep_traceback(config.run.folder, trial.key, str(error))
         cause = getattr(error, "cause", None)
-        if isinstance(cause, (ConfigError, *REFUSALS)):
+        if isinstance(cause, UserError):
             raise cause from None
-        raise TrialsFailed(f"{trial.key} failed: {reason_of(str(error))} (traceback: {file})") from None
+        raise TrialsFailed(f"{trial.key} failed: {reason_of(error)} (traceback: {file})") from None
     return result
 
 

@@ -19,13 +19,13 @@ from neurostorm.downstream.features import compute_tokens
 from neurostorm.downstream.methods import Method, find_method
 from neurostorm.downstream.parcels import Parcels
 from neurostorm.downstream.pretrained import Pretrained, check_fits, open_pretrained
-from neurostorm.downstream.run_folder import require_writable
 from neurostorm.downstream.splits import Split, save_split
 from neurostorm.downstream.tasks import Task
 from neurostorm.downstream.trial import Trial, file_name
 from neurostorm.places import Place, replace
 from neurostorm.progress import progress
 from neurostorm.resources import Demand, require
+from neurostorm.run_folder import require_writable
 from neurostorm.train.contrastive import ContrastiveRecipe
 
 logger = logging.getLogger(__name__)

@@ -19,10 +19,10 @@ import ray.train
 from pydantic import ValidationError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from neurostorm.config import Config, ConfigError, differing_keys, refuse_unwritable
+from neurostorm.config import Config, ConfigError
 from neurostorm.data.corpus import Corpus
-from neurostorm.places import replace
 from neurostorm.resources import Demand, require
+from neurostorm.run_folder import differing_keys, keep_config, refuse_other, require_writable
 from neurostorm.tracking import tracking_uri
 from neurostorm.train import checkpoint, planned
 from neurostorm.train.build import atlas_of, swin_config
@@ -46,7 +46,8 @@ def check(config: Config, corpus: Corpus) -> Plan:
     """Whether this configuration can run in its folder now. Raises ConfigError naming the field and the fix."""
     swin_config(config, corpus.store)
     atlas_of(config, corpus.store)
-    refuse_unwritable("run.output", config.run.folder)
+    refuse_other(config, "pretrain", ())
+    require_writable(config.run.folder, f"run.output={config.run.output}")
     try:
         tracking_uri(config.tracking.uri, config.run.output)
     except ValueError as error:
@@ -99,8 +100,7 @@ def pretrain(config: Config) -> dict[str, Any]:
         # The controller polls its workers at this interval; at its default of 2 s a failure is noticed late.
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         require(demand(config), config.scale.wait_for_nodes_s)
-        folder.mkdir(parents=True, exist_ok=True)
-        replace(folder / "config.yaml", config.to_yaml().encode())
+        keep_config(config, "pretrain")
         planned.keep(config, corpus)
         logger.info(
             "%d subjects, %d runs, %d frames; %s; %d clips per epoch; steps %d to %d",

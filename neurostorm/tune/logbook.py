@@ -15,7 +15,7 @@ from typing import Any
 
 from ray.tune import Callback, Stopper
 
-from neurostorm.downstream.errors import alike, keep_traceback, reason_of
+from neurostorm.downstream.errors import alike, keep_traceback, reason_in
 from neurostorm.downstream.record import record_end, record_epoch, record_start
 from neurostorm.downstream.trial import Trial, read_outcome, settle_trial
 from neurostorm.places import Place
@@ -104,7 +104,7 @@ class Logbook(Callback):
 
     def fail(self, index: int, traceback: str, message: str = "") -> None:
         """The trial cannot be trained, or not be tested: its run says why, and a file has the traceback."""
-        key, reason = self._trials[index].key, reason_of(message or traceback)
+        key, reason = self._trials[index].key, reason_in(message or traceback)
         self.errors[index] = reason
         self.tracebacks[index] = file = keep_traceback(self._folder, key, traceback or reason)
         tracker = self.tracker(index)

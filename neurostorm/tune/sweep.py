@@ -26,11 +26,11 @@ from neurostorm.downstream.errors import ERRORS, PERMANENT, TrialsFailed, alike,
 from neurostorm.downstream.metrics import higher_is_better
 from neurostorm.downstream.prepare import prepare
 from neurostorm.downstream.record import KIND, SELECTED, record_test, uri_of
-from neurostorm.downstream.run_folder import CONFIG_FILE, PLACED, keep_config, refuse_other
 from neurostorm.downstream.training import State
 from neurostorm.downstream.trial import TEST, Trial, read_outcome, test_trial, train_trial
 from neurostorm.places import Place, replace
 from neurostorm.progress import progress
+from neurostorm.run_folder import CONFIG_FILE, PLACED, keep_config, refuse_other
 from neurostorm.tracking import Tracker, code_revision, open_run
 from neurostorm.tune.logbook import REASON, REFUSED, GiveUp, Logbook, score_of
 from neurostorm.tune.scheduler import EPOCH, CellScheduler

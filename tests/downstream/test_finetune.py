@@ -56,7 +56,7 @@ def test_a_task_of_ones_own_goes_from_the_command_line_to_mlflow(
     for _ in range(2):
         assert job.main(arguments) == 0
         summaries.append(json.loads(Path("out/mine/summary.json").read_text()))
-    assert job.main([*arguments, "--adapt.epochs", "3"]) == 1, "it would overwrite the first"
+    assert job.main([*arguments, "--adapt.epochs", "3"]) == 2, "it would overwrite the first"
     REGISTRY.pop("my_task")
     said, complained = capsys.readouterr()
     assert "out/mine holds a finetune with other settings: adapt.epochs: 2 -> 3; choose another --name" in complained
@@ -100,7 +100,7 @@ def test_a_task_of_ones_own_goes_from_the_command_line_to_mlflow(
         (["--method", "fc", "--task.runs", "motr"], "'motr'"),
         (["--method", "fc", "--split.file", "nowhere.json"], "nowhere.json"),
         (["--method", "fc", "--split.group_column", "clan"], "clan"),
-        (["--method", "fc", "--name", "pretrained"], "holds a pretraining run; choose another --name"),
+        (["--method", "fc", "--name", "pretrained"], "holds a run of jobs/pretrain.py; choose another --name"),
         (
             ["--method", "fc", "--adapt.atlas", "nowhere.nii.gz"],
             "nowhere.nii.gz: cannot be read",

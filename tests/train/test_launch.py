@@ -12,6 +12,7 @@ from neurostorm import resources
 from neurostorm.config import Config, ConfigError
 from neurostorm.data.corpus import Corpus, open_corpus
 from neurostorm.places import replace
+from neurostorm.run_folder import keep_config
 from neurostorm.store import StoreError, write_manifest
 from neurostorm.train import checkpoint, feed, launch
 from neurostorm.train.feed import training_data
@@ -298,3 +299,17 @@ def test_the_trainer_leaves_ctrl_c_and_other_rays_of_this_machine_alone(ball_con
     monkeypatch.setattr(type(trainer), "train_run_context", None, raising=False)
     names = {type(each).__name__ for each in trainer._create_default_callbacks()}
     assert "BackendSetupCallback" in names and "PlacementGroupCleanerCallback" not in names
+
+
+def test_the_folder_of_another_job_is_refused(ball_config):
+    config = ball_config()
+    keep_config(config, "finetune")
+    with pytest.raises(ConfigError, match=r"run\.name=test: .* of jobs/finetune\.py; choose another --name"):
+        outcome(config)
+
+
+def test_an_atlas_that_cannot_be_used_is_refused_before_anything_starts(ball_config, tmp_path):
+    (tmp_path / "notes.txt").write_text("not an image")
+    config = ball_config(mask={"kind": "atlas", "atlas": tmp_path / "notes.txt"})
+    with pytest.raises(ConfigError, match=r"mask\.atlas=.*notes\.txt: .*cannot be read"):
+        outcome(config)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from neurostorm.config import Config
-from neurostorm.downstream.errors import TrialsFailed, alike, count_alike, reason_of
+from neurostorm.downstream.errors import TrialsFailed, alike, count_alike, reason_in
 from neurostorm.downstream.prepare import Prepared
 from neurostorm.downstream.splits import Split
 from neurostorm.downstream.tasks import Age
@@ -56,9 +56,9 @@ def tune_trial(index: int, folder: Path, text: str = "") -> Any:
 
 
 def test_a_reason_is_the_last_line_without_its_package_numbers_and_paths() -> None:
-    assert reason_of(BAD.format(n=3)) == "StoreError: /data/run-3/0.0 has 3 damaged chunks"
-    assert reason_of("") == "its process died"
-    one, other = (reason_of(BAD.format(n=n)) for n in (3, 41))
+    assert reason_in(BAD.format(n=3)) == "StoreError: /data/run-3/0.0 has 3 damaged chunks"
+    assert reason_in("") == "its process died"
+    one, other = (reason_in(BAD.format(n=n)) for n in (3, 41))
     assert alike(one) == alike(other) != alike("StoreError: /data/run-3/0.0 is not there")
     assert alike("lr=1e-3 at s3://bucket/a") == alike("lr=0.5 at gs://other/b")
     assert count_alike(["a 1", "b", "a 2"]) == [("a 1", 2), ("b", 1)]

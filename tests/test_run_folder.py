@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from neurostorm.config import Config, ConfigError
-from neurostorm.downstream.run_folder import keep_config, refuse_other, require_writable
+from neurostorm.run_folder import keep_config, refuse_other, require_writable
 
 SECTIONS = ("run", "task", "split", "adapt")
 
@@ -32,7 +32,7 @@ def test_the_same_settings_resume_and_others_are_refused_with_what_differs(tmp_p
 
 def test_the_folder_of_another_job_is_refused(tmp_path: Path) -> None:
     start(config_of(tmp_path))
-    with pytest.raises(ConfigError, match="holds a finetune run; choose another --name"):
+    with pytest.raises(ConfigError, match=r"holds a run of jobs/finetune\.py; choose another --name"):
         start(config_of(tmp_path), "sweep")
     (tmp_path / "mine" / "config.yaml").write_text(config_of(tmp_path).to_yaml())  # of a version without a header
     start(config_of(tmp_path))
@@ -41,7 +41,7 @@ def test_the_folder_of_another_job_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds a sweep run"):
         start(config_of(tmp_path))
     (tmp_path / "mine" / "checkpoints").mkdir()
-    with pytest.raises(ConfigError, match="holds a pretraining run"):
+    with pytest.raises(ConfigError, match=r"holds a run of jobs/pretrain\.py"):
         start(config_of(tmp_path), "sweep")
 
 

@@ -1,6 +1,7 @@
 """A run's folder: one job with one set of settings lives in it, and it can be written before anything is computed.
 
-    OUTPUT/NAME/config.yaml --refuse_other--> the same job and settings, or a refusal that says what differs
+    OUTPUT/NAME/config.yaml      --refuse_other-->   the same job and settings, or a refusal that says what differs
+    OUTPUT/NAME/checkpoints/...  --differing_keys--> settings that differ and change the result
 
 A second start with the same settings resumes; anything else would overwrite results that were made otherwise.
 """
@@ -8,17 +9,34 @@ A second start with the same settings resumes; anything else would overwrite res
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from neurostorm.config import Config, ConfigError
+from neurostorm.config import AugmentConfig, Config, ConfigError
 from neurostorm.places import Place, replace
 from neurostorm.tracking import RUN_FILE
 
-CONFIG_FILE, CHECKPOINTS = "config.yaml", "checkpoints"
+CONFIG_FILE = "config.yaml"
+CHECKPOINTS, MANIFEST = "checkpoints", "manifest.parquet"  # of a pretraining run
 _HEADER = "# written by jobs/"  # of config.yaml, followed by the job's name and .py
 # The same run at another place, or on other resources.
 PLACED = frozenset({"run.output", "task.store", "adapt.cache", "adapt.gpus", "adapt.cpus", "adapt.threads"})
+# What may differ between a checkpoint and the run that resumes it: everything else changes the result.
+RESUMABLE = frozenset(
+    {
+        "run.output", "run.name", "data.store", "data.max_bad_fraction", "data.read_in", "data.read_threads",
+        "data.steps_ahead", "data.batch_timeout_s", "data.verify", "train.micro_batch", "train.zero_stage",
+        "train.compile", "train.max_skipped_steps", "train.log_every", "train.validate_every",
+    }
+)  # fmt: skip
+
+
+# What versions without a setting did.
+BEFORE: dict[str, Any] = {
+    "model.decoder": "paper", "model.decoder_depth": 2, "model.predicted": 1.0,
+    **{f"augment.{name}": field.default for name, field in AugmentConfig.model_fields.items()},
+}  # fmt: skip
 
 
 def refuse_other(config: Config, job: str, sections: tuple[str, ...], may_change: Collection[str] = PLACED) -> None:
@@ -26,7 +44,7 @@ def refuse_other(config: Config, job: str, sections: tuple[str, ...], may_change
 
     Args:
         config: the settings of this start.
-        job: "finetune" or "sweep".
+        job: "pretrain", "finetune" or "sweep".
         sections: of the configuration that are compared.
         may_change: settings, as `section.field`, that may differ.
 
@@ -36,7 +54,7 @@ def refuse_other(config: Config, job: str, sections: tuple[str, ...], may_change
     folder, other = config.run.folder, "choose another --name"
     held = _job_of(folder)
     if held not in (None, job):
-        raise ConfigError(f"run.name={config.run.name}: {folder} holds a {held} run; {other}")
+        raise ConfigError(f"run.name={config.run.name}: {folder} holds a run of jobs/{held}.py; {other}")
     file = folder / CONFIG_FILE
     if not file.is_file():
         return
@@ -77,10 +95,27 @@ def require_writable(folder: Place, setting: str) -> None:
         ) from error
 
 
+def differing_keys(saved: dict[str, Any], current: Config) -> list[str]:
+    """Settings that change the mathematics of a run and differ: `field: saved -> current`, empty when resumable.
+
+    `saved` is the plain tree that a run was kept with. A setting that it lacks, because the version that wrote it had
+    none, differs too, unless it is known what that version did. Raises ValidationError for an unknown one.
+    """
+    sections = ("run", "data", "model", "mask", "strd", "augment", "train")
+    before, after = Config.model_validate(saved).flat(*sections), current.flat(*sections)
+    for key in before:
+        section, field = key.split(".")
+        if field not in saved.get(section, {}):
+            before[key] = BEFORE.get(key, "not known to the version that saved it")
+    return [
+        f"{key}: {before[key]} -> {after[key]}" for key in before if key not in RESUMABLE and before[key] != after[key]
+    ]
+
+
 def _job_of(folder: Place) -> str | None:
-    """The job that a folder holds a run of: "pretraining", "finetune", "sweep"; None if it holds none."""
-    if (folder / CHECKPOINTS).is_dir():
-        return "pretraining"
+    """The job that a folder holds a run of: "pretrain", "finetune", "sweep"; None if it holds none."""
+    if (folder / CHECKPOINTS).is_dir() or (folder / MANIFEST).is_file():
+        return "pretrain"
     file = folder / CONFIG_FILE
     if not file.is_file():
         return None
