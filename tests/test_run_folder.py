@@ -38,7 +38,7 @@ def test_the_folder_of_another_job_is_refused(tmp_path: Path) -> None:
     start(config_of(tmp_path))
     (tmp_path / "mine" / "config.yaml").write_text(config_of(tmp_path).to_yaml())
     (tmp_path / "mine" / "mlflow.json").write_text("{}")
-    with pytest.raises(ConfigError, match="holds a sweep run"):
+    with pytest.raises(ConfigError, match=r"holds a run of jobs/sweep\.py"):
         start(config_of(tmp_path))
     (tmp_path / "mine" / "checkpoints").mkdir()
     with pytest.raises(ConfigError, match=r"holds a run of jobs/pretrain\.py"):
