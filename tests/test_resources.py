@@ -9,11 +9,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neurostorm import resources
-from neurostorm.cli import build
+from neurostorm.capacity import (
+    Capacity,
+    Demand,
+    Node,
+    fits,
+    pretrain_suggestion,
+    refusal,
+    room,
+    suggestions,
+    training_demand,
+)
+from neurostorm.cli import Job, build
 from neurostorm.config import ConfigError
 from neurostorm.presets import PRESETS
-from neurostorm.resources import Capacity, Demand, Node, fits, refusal, require, room, suggestions, torch_problem
-from neurostorm.train.launch import demand
+from neurostorm.resources import require, torch_problem
 
 TWO_CORES = Capacity((Node(2),))
 OPTIONS = {"workers": "--workers", "least": "--scale.min_workers"} | {
@@ -44,7 +54,7 @@ def test_room_counts_processes_node_by_node(nodes, cpus, gpus, task_cpus, count)
 
 
 def test_base_without_a_gpu_names_what_is_there_and_what_to_type():
-    words = refusal(demand(build(PRESETS["base"])), TWO_CORES)
+    words = refusal(training_demand(build(PRESETS["base"])), TWO_CORES)
     assert words == (
         "asked for 4 workers x (1 GPU, 8 CPU); this cluster has 0 GPU and 2 CPU on 1 node: use "
         "--preset tiny --workers 2, or --workers 1 --scale.gpus_per_worker 0 --scale.cpus_per_worker 2"
@@ -52,22 +62,22 @@ def test_base_without_a_gpu_names_what_is_there_and_what_to_type():
 
 
 def test_too_many_workers_are_told_the_most_that_fit_and_divide_the_batch():
-    many = demand(build({"train": {"global_batch": 64, "micro_batch": 1}, "scale": {"workers": 64}}))
+    many = training_demand(build({"train": {"global_batch": 64, "micro_batch": 1}, "scale": {"workers": 64}}))
     assert suggestions(many, TWO_CORES) == ["--workers 2"]
     assert suggestions(many, Capacity((Node(7),))) == ["--workers 4"]
-    large = demand(build({"train": {"global_batch": 8, "micro_batch": 8}}))
+    large = training_demand(build({"train": {"global_batch": 8, "micro_batch": 8}}))
     assert suggestions(large, Capacity((Node(0.5),))) == []
     assert "no setting fits" in refusal(large, Capacity((Node(0.5),)))
 
 
 def test_workers_with_too_many_cores_may_have_fewer():
-    base = demand(build(PRESETS["base"]))
+    base = training_demand(build(PRESETS["base"]))
     assert suggestions(base, Capacity((Node(16, 4),))) == ["--workers 2", "--scale.cpus_per_worker 4"]
     assert suggestions(base, Capacity((Node(6, 1),))) == ["--workers 1 --scale.cpus_per_worker 6"]
 
 
 def test_reading_tasks_need_a_core_beside_the_workers():
-    tasks = demand(build(PRESETS["tiny"] | {"data": {"clip_frames": 8, "read_in": "tasks"}}))
+    tasks = training_demand(build(PRESETS["tiny"] | {"data": {"clip_frames": 8, "read_in": "tasks"}}))
     assert not fits(tasks, TWO_CORES)
     words = refusal(tasks, TWO_CORES)
     assert "2 workers x (0 GPU, 1 CPU) and 1 CPU for reading tasks" in words
@@ -75,7 +85,7 @@ def test_reading_tasks_need_a_core_beside_the_workers():
 
 
 def test_with_min_workers_the_least_must_fit():
-    elastic = demand(build({"train": {"global_batch": 24}, "scale": {"workers": 3, "min_workers": 2}}))
+    elastic = training_demand(build({"train": {"global_batch": 24}, "scale": {"workers": 3, "min_workers": 2}}))
     assert fits(elastic, TWO_CORES) and not fits(elastic, Capacity((Node(1),)))
     assert "2 to 3 workers x (0 GPU, 1 CPU)" in refusal(elastic, Capacity((Node(1),)))
     assert suggestions(elastic, Capacity((Node(1),))) == ["--workers 1 --scale.min_workers 1"]
@@ -121,6 +131,38 @@ def test_every_suggestion_fits(nodes, workers, cpus, gpus, task_cpus, counts, sh
         assert not values and fewest <= count <= workers
         assert fits(changed, capacity), words
         assert count == workers or not counts or count in counts
+
+
+@pytest.mark.parametrize(
+    ("grid", "nodes", "words"),
+    [
+        ("4mm", [Node(2)], "--preset tiny --store /s"),
+        ("4mm", [Node(1)], "--preset tiny --store /s --workers 1"),
+        ("4mm", [Node(16, 1)], "--preset base --store /s --workers 1"),
+        ("2mm", [Node(64, 7)], "--preset base --store /s --workers 4"),
+        ("2mm", [Node(8, 4)], "--preset base --store /s --workers 4 --scale.cpus_per_worker 2"),
+        ("2mm", [Node(64, 8)] * 4, "--preset base --store /s --workers 32 --train.micro_batch 4"),
+        ("2mm", [Node(64, 8)] * 32, "--preset base --store /s --workers 128 --train.micro_batch 1"),
+        ("reference", [Node(64, 8)], "--preset paper --store /s --workers 8 --train.micro_batch 4"),
+    ],
+)
+def test_the_command_after_ingest_fits_the_machine(grid, nodes, words):
+    capacity = Capacity(tuple(nodes))
+    assert pretrain_suggestion(grid, capacity, "/s") == f"python jobs/pretrain.py {words}"
+    sections = ("data", "train", "scale")
+    options = Job("pretrain", "", sections, {"--store": "data.store", "--workers": "scale.workers"}).load(words.split())
+    assert fits(training_demand(options), capacity)
+
+
+@pytest.mark.parametrize("grid", ["2mm", "reference"])
+def test_a_2_mm_store_without_a_gpu_gets_a_first_look_and_the_way_on(grid):
+    words = pretrain_suggestion(grid, TWO_CORES, "/s")
+    command, hint = words.split("\n")
+    assert command == "python jobs/pretrain.py --preset tiny --store /s --train.max_steps 5"
+    assert "a 2 mm store needs a GPU" in hint and "--grid 4mm" in hint
+    grows = Capacity((Node(2),), grows=True)
+    preset = "paper" if grid == "reference" else "base"
+    assert pretrain_suggestion(grid, grows, "/s") == f"python jobs/pretrain.py --preset {preset} --store /s"
 
 
 def test_several_nodes_are_named_with_the_most_on_one():

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import ray
 
+from neurostorm.capacity import Demand
 from neurostorm.config import AdaptConfig, Config
 from neurostorm.downstream.backbone import Backbone, backbone_of
 from neurostorm.downstream.connectivity import build_parcels, series_cached
@@ -21,7 +22,7 @@ from neurostorm.downstream.splits import Split, save_split
 from neurostorm.downstream.tasks import Task
 from neurostorm.downstream.trial import Trial, file_name
 from neurostorm.places import Place, replace
-from neurostorm.resources import Demand, require
+from neurostorm.resources import require
 from neurostorm.train.contrastive import ContrastiveRecipe
 
 logger = logging.getLogger(__name__)

@@ -17,6 +17,7 @@ from functools import partial
 
 from tqdm import tqdm
 
+from neurostorm.capacity import Demand
 from neurostorm.config import Config
 from neurostorm.ingest.convert import RECIPE, RECIPE_VERSION, Outcome, attempt
 from neurostorm.ingest.estimate import free_bytes, sampled_growth
@@ -26,7 +27,7 @@ from neurostorm.ingest.survey import Survey, survey
 from neurostorm.ingest.tables import Tables, store_participants
 from neurostorm.ingest.template import brain_mask
 from neurostorm.places import Place
-from neurostorm.resources import Demand, require
+from neurostorm.resources import require
 from neurostorm.store import GRIDS, StoreError, create_store, remove_partials, withdrawn_subjects
 from neurostorm.store.care import readmit
 

@@ -19,10 +19,11 @@ import ray.train
 from pydantic import ValidationError
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from neurostorm.capacity import training_demand
 from neurostorm.config import Config, ConfigError, differing_keys
 from neurostorm.data.corpus import Corpus
 from neurostorm.places import replace
-from neurostorm.resources import Demand, require
+from neurostorm.resources import require
 from neurostorm.tracking import tracking_uri
 from neurostorm.train import checkpoint, planned
 from neurostorm.train.build import swin_config
@@ -93,7 +94,7 @@ def pretrain(config: Config) -> dict[str, Any]:
     if not plan.finished:
         # The controller polls its workers at this interval; at its default of 2 s a failure is noticed late.
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-        require(demand(config), config.scale.wait_for_nodes_s)
+        require(training_demand(config), config.scale.wait_for_nodes_s)
         folder.mkdir(parents=True, exist_ok=True)
         replace(folder / "config.yaml", config.to_yaml().encode())
         planned.keep(config, corpus)
@@ -106,18 +107,6 @@ def pretrain(config: Config) -> dict[str, Any]:
             trainer(config, corpus, storage, started_ns).fit()
     summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
     return {**summary, "mlflow_uri": tracking_uri(config.tracking.uri, config.run.output)}
-
-
-def demand(config: Config) -> Demand:
-    """What the run asks of the cluster; with scale.min_workers it starts with as few as these."""
-    scale, batch, micro = config.scale, config.train.global_batch, config.train.micro_batch
-    per_worker = {name: f"--scale.{name}_per_worker" for name in ("cpus", "gpus")}
-    return Demand(
-        scale.workers, scale.cpus_per_worker, scale.gpus_per_worker, least=scale.min_workers,
-        counts=tuple(count for count in range(1, scale.workers + 1) if batch % (count * micro) == 0),
-        task_cpus=1.0 if config.data.read_in == "tasks" else 0.0,
-        options=per_worker | {"workers": "--workers", "least": "--scale.min_workers"}, small_preset=True,
-    )  # fmt: skip
 
 
 def trainer(config: Config, corpus: Corpus, storage: str, started_ns: int) -> Any:
