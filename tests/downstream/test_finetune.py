@@ -108,7 +108,7 @@ def test_wrong_input_is_one_line_and_no_traceback(
     """Before a Ray is started: this one would refuse to."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out" / "pretrained" / "checkpoints").mkdir(parents=True)
-    monkeypatch.setattr("neurostorm.downstream.prepare.ensure_ray", None)
+    monkeypatch.setattr("neurostorm.downstream.prepare.require", None)
     assert job.main(["--store", str(people_store), "--output", str(tmp_path / "out"), *arguments]) == 1
     said = capsys.readouterr().err
     assert said.startswith("jobs/finetune.py: ") and message in said and said.count("\n") == 1, said
