@@ -28,7 +28,7 @@ from neurostorm.session import ensure_ray
 logger = logging.getLogger(__name__)
 
 DEFAULT_WAIT_S = 600  # for nodes of an autoscaler, and for cores that others use
-JOIN_S = 10  # for nodes that are just joining a cluster without an autoscaler
+JOIN_S = 12  # for nodes that are joining a cluster without an autoscaler, or for its first report of what it starts
 SETTLE_S = 5  # a free cluster answers in less
 SAY_EVERY_S = 30
 TORCH_TIMEOUT_S = 120  # to start a process on a GPU node and import torch
@@ -66,7 +66,7 @@ def autoscales() -> bool:
     """Whether an autoscaler runs that may bring nodes to this cluster.
 
     Ray has no public call for it. `ray start --head` and `ray.init` start a monitor that only watches, which calls each
-    node's type `node_<its ID>`; an autoscaler reports the node types of its configuration.
+    node's type `node_<its ID>`; an autoscaler reports the node types of its configuration, or none yet.
     """
     from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
     from ray.autoscaler.v2.sdk import get_cluster_status
@@ -75,20 +75,18 @@ def autoscales() -> bool:
 
     if is_autoscaler_v2(fetch_from_server=True):
         status = get_cluster_status(ray.get_runtime_context().gcs_address)
-        nodes = [*status.active_nodes, *status.idle_nodes, *status.pending_nodes]
-        return _are_configured([node.ray_node_type_name for node in nodes])
+        return _are_configured([node.ray_node_type_name for node in [*status.active_nodes, *status.idle_nodes]])
     return _are_configured(_reported_types(_internal_kv_get(DEBUG_AUTOSCALING_STATUS)))
 
 
-def _reported_types(status: bytes | None) -> list[str]:
+def _reported_types(status: bytes | None) -> list[str] | None:
     """Node types in the report that Ray's autoscaler, or the monitor in its place, leaves every five seconds."""
-    report = (json.loads(status) if status else {}).get("autoscaler_report") or {}
-    pending = [node[1] for node in report.get("pending_nodes") or []]
-    return [*(report.get("active_nodes") or {}), *(report.get("pending_launches") or {}), *pending]
+    report = json.loads(status).get("autoscaler_report") if status else None
+    return None if report is None else list(report.get("active_nodes") or {})
 
 
-def _are_configured(types: Sequence[str]) -> bool:
-    return any(not _MONITORED_NODE.fullmatch(name) for name in types)
+def _are_configured(types: Sequence[str] | None) -> bool:
+    return types is not None and not any(_MONITORED_NODE.fullmatch(name) for name in types)
 
 
 def require(demand: Demand, wait_s: int | None) -> Capacity:
@@ -117,6 +115,7 @@ def require(demand: Demand, wait_s: int | None) -> Capacity:
     try:
         while not group.wait(timeout_seconds=1):
             capacity, waited_s = cluster(), time.monotonic() - began
+            growing = growing or autoscales()  # the first report of an autoscaler may still be to come
             enough = fits(demand, capacity)
             limit_s = wait_s if wait_s is not None else DEFAULT_WAIT_S if growing or enough else joining_s
             if waited_s >= say_at_s:

@@ -171,18 +171,12 @@ def test_several_nodes_are_named_with_the_most_on_one():
 
 def test_a_monitor_that_only_watches_is_no_autoscaler():
     watched = f"node_{'7df9f600' * 7}"  # of `ray start --head`, Ray 2.60
-    report = {"active_nodes": {watched: 1}, "pending_nodes": [], "pending_launches": {}, "failed_nodes": []}
-    types = resources._reported_types(json.dumps({"autoscaler_report": report}).encode())
-    assert types == [watched] and not resources._are_configured(types)
-    for more in (
-        {"active_nodes": {"head": 1}},
-        {"active_nodes": {}, "pending_launches": {"gpu_worker": 2}},
-        {"active_nodes": {}, "pending_nodes": [["id", "10.0.0.7", "gpu_worker", "setting-up"]]},
-    ):
-        types = resources._reported_types(json.dumps({"autoscaler_report": report | more}).encode())
-        assert resources._are_configured(types)
+    for nodes, runs in (({watched: 1}, False), ({"head": 1}, True), ({"head": 1, "gpu": 2}, True), ({}, True)):
+        report = {"active_nodes": nodes, "pending_nodes": [], "pending_launches": {}, "failed_nodes": []}
+        types = resources._reported_types(json.dumps({"autoscaler_report": report}).encode())
+        assert resources._are_configured(types) is runs
     for nothing in (None, b"{}", b'{"autoscaler_report": null}'):
-        assert resources._reported_types(nothing) == []
+        assert not resources._are_configured(resources._reported_types(nothing))
 
 
 class FakeCluster:
@@ -268,6 +262,13 @@ def test_an_autoscaler_has_ten_minutes_and_what_is_waited_for_is_said_every_30_s
     )
     assert said[1].endswith("569 s left") and 18 <= len(said) <= 21
     assert not cluster.reserved
+
+
+def test_an_autoscaler_that_reports_late_is_waited_for(fake, monkeypatch):
+    cluster = fake(FakeCluster())
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.7:6379")
+    cluster.later = {8.0: lambda: setattr(cluster, "growing", True), 90.0: lambda: cluster.nodes.append(Node(4.0))}
+    assert len(require(Demand(1, 4), None).nodes) == 2
 
 
 def test_scale_wait_for_nodes_s_bounds_every_wait(fake, caplog):
