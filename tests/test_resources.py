@@ -9,11 +9,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neurostorm import resources
-from neurostorm.cli import build
+from neurostorm.capacity import (
+    Capacity,
+    Demand,
+    Node,
+    fits,
+    pretrain_suggestion,
+    refusal,
+    room,
+    suggestions,
+    training_demand,
+)
+from neurostorm.cli import Job, build
 from neurostorm.config import ConfigError
 from neurostorm.presets import PRESETS
-from neurostorm.resources import Capacity, Demand, Node, fits, refusal, require, room, suggestions, torch_problem
-from neurostorm.train.launch import demand
+from neurostorm.resources import require, torch_problem
 
 TWO_CORES = Capacity((Node(2),))
 OPTIONS = {"workers": "--workers", "least": "--scale.min_workers"} | {
@@ -44,7 +54,7 @@ def test_room_counts_processes_node_by_node(nodes, cpus, gpus, task_cpus, count)
 
 
 def test_base_without_a_gpu_names_what_is_there_and_what_to_type():
-    words = refusal(demand(build(PRESETS["base"])), TWO_CORES)
+    words = refusal(training_demand(build(PRESETS["base"])), TWO_CORES)
     assert words == (
         "asked for 4 workers x (1 GPU, 8 CPU); this cluster has 0 GPU and 2 CPU on 1 node: use "
         "--preset tiny --workers 2, or --workers 1 --scale.gpus_per_worker 0 --scale.cpus_per_worker 2"
@@ -52,22 +62,22 @@ def test_base_without_a_gpu_names_what_is_there_and_what_to_type():
 
 
 def test_too_many_workers_are_told_the_most_that_fit_and_divide_the_batch():
-    many = demand(build({"train": {"global_batch": 64, "micro_batch": 1}, "scale": {"workers": 64}}))
+    many = training_demand(build({"train": {"global_batch": 64, "micro_batch": 1}, "scale": {"workers": 64}}))
     assert suggestions(many, TWO_CORES) == ["--workers 2"]
     assert suggestions(many, Capacity((Node(7),))) == ["--workers 4"]
-    large = demand(build({"train": {"global_batch": 8, "micro_batch": 8}}))
+    large = training_demand(build({"train": {"global_batch": 8, "micro_batch": 8}}))
     assert suggestions(large, Capacity((Node(0.5),))) == []
     assert "no setting fits" in refusal(large, Capacity((Node(0.5),)))
 
 
 def test_workers_with_too_many_cores_may_have_fewer():
-    base = demand(build(PRESETS["base"]))
+    base = training_demand(build(PRESETS["base"]))
     assert suggestions(base, Capacity((Node(16, 4),))) == ["--workers 2", "--scale.cpus_per_worker 4"]
     assert suggestions(base, Capacity((Node(6, 1),))) == ["--workers 1 --scale.cpus_per_worker 6"]
 
 
 def test_reading_tasks_need_a_core_beside_the_workers():
-    tasks = demand(build(PRESETS["tiny"] | {"data": {"clip_frames": 8, "read_in": "tasks"}}))
+    tasks = training_demand(build(PRESETS["tiny"] | {"data": {"clip_frames": 8, "read_in": "tasks"}}))
     assert not fits(tasks, TWO_CORES)
     words = refusal(tasks, TWO_CORES)
     assert "2 workers x (0 GPU, 1 CPU) and 1 CPU for reading tasks" in words
@@ -75,7 +85,7 @@ def test_reading_tasks_need_a_core_beside_the_workers():
 
 
 def test_with_min_workers_the_least_must_fit():
-    elastic = demand(build({"train": {"global_batch": 24}, "scale": {"workers": 3, "min_workers": 2}}))
+    elastic = training_demand(build({"train": {"global_batch": 24}, "scale": {"workers": 3, "min_workers": 2}}))
     assert fits(elastic, TWO_CORES) and not fits(elastic, Capacity((Node(1),)))
     assert "2 to 3 workers x (0 GPU, 1 CPU)" in refusal(elastic, Capacity((Node(1),)))
     assert suggestions(elastic, Capacity((Node(1),))) == ["--workers 1 --scale.min_workers 1"]
@@ -123,24 +133,50 @@ def test_every_suggestion_fits(nodes, workers, cpus, gpus, task_cpus, counts, sh
         assert count == workers or not counts or count in counts
 
 
+@pytest.mark.parametrize(
+    ("grid", "nodes", "words"),
+    [
+        ("4mm", [Node(2)], "--preset tiny --store /s"),
+        ("4mm", [Node(1)], "--preset tiny --store /s --workers 1"),
+        ("4mm", [Node(16, 1)], "--preset base --store /s --workers 1"),
+        ("2mm", [Node(64, 7)], "--preset base --store /s --workers 4"),
+        ("2mm", [Node(8, 4)], "--preset base --store /s --workers 4 --scale.cpus_per_worker 2"),
+        ("2mm", [Node(64, 8)] * 4, "--preset base --store /s --workers 32 --train.micro_batch 4"),
+        ("2mm", [Node(64, 8)] * 32, "--preset base --store /s --workers 128 --train.micro_batch 1"),
+        ("reference", [Node(64, 8)], "--preset paper --store /s --workers 8 --train.micro_batch 4"),
+    ],
+)
+def test_the_command_after_ingest_fits_the_machine(grid, nodes, words):
+    capacity = Capacity(tuple(nodes))
+    assert pretrain_suggestion(grid, capacity, "/s") == f"python jobs/pretrain.py {words}"
+    sections = ("data", "train", "scale")
+    options = Job("pretrain", "", sections, {"--store": "data.store", "--workers": "scale.workers"}).load(words.split())
+    assert fits(training_demand(options), capacity)
+
+
+@pytest.mark.parametrize("grid", ["2mm", "reference"])
+def test_a_2_mm_store_without_a_gpu_gets_a_first_look_and_the_way_on(grid):
+    words = pretrain_suggestion(grid, TWO_CORES, "/s")
+    command, hint = words.split("\n")
+    assert command == "python jobs/pretrain.py --preset tiny --store /s --train.max_steps 5"
+    assert "a 2 mm store needs a GPU" in hint and "--grid 4mm" in hint
+    grows = Capacity((Node(2),), grows=True)
+    preset = "paper" if grid == "reference" else "base"
+    assert pretrain_suggestion(grid, grows, "/s") == f"python jobs/pretrain.py --preset {preset} --store /s"
+
+
 def test_several_nodes_are_named_with_the_most_on_one():
     assert str(Capacity((Node(64, 4), Node(8)))) == "4 GPU and 72 CPU on 2 nodes (at most 4 GPU and 64 CPU on one)"
 
 
 def test_a_monitor_that_only_watches_is_no_autoscaler():
     watched = f"node_{'7df9f600' * 7}"  # of `ray start --head`, Ray 2.60
-    report = {"active_nodes": {watched: 1}, "pending_nodes": [], "pending_launches": {}, "failed_nodes": []}
-    types = resources._reported_types(json.dumps({"autoscaler_report": report}).encode())
-    assert types == [watched] and not resources._are_configured(types)
-    for more in (
-        {"active_nodes": {"head": 1}},
-        {"active_nodes": {}, "pending_launches": {"gpu_worker": 2}},
-        {"active_nodes": {}, "pending_nodes": [["id", "10.0.0.7", "gpu_worker", "setting-up"]]},
-    ):
-        types = resources._reported_types(json.dumps({"autoscaler_report": report | more}).encode())
-        assert resources._are_configured(types)
+    for nodes, runs in (({watched: 1}, False), ({"head": 1}, True), ({"head": 1, "gpu": 2}, True), ({}, True)):
+        report = {"active_nodes": nodes, "pending_nodes": [], "pending_launches": {}, "failed_nodes": []}
+        types = resources._reported_types(json.dumps({"autoscaler_report": report}).encode())
+        assert resources._are_configured(types) is runs
     for nothing in (None, b"{}", b'{"autoscaler_report": null}'):
-        assert resources._reported_types(nothing) == []
+        assert not resources._are_configured(resources._reported_types(nothing))
 
 
 class FakeCluster:
@@ -226,6 +262,13 @@ def test_an_autoscaler_has_ten_minutes_and_what_is_waited_for_is_said_every_30_s
     )
     assert said[1].endswith("569 s left") and 18 <= len(said) <= 21
     assert not cluster.reserved
+
+
+def test_an_autoscaler_that_reports_late_is_waited_for(fake, monkeypatch):
+    cluster = fake(FakeCluster())
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.7:6379")
+    cluster.later = {8.0: lambda: setattr(cluster, "growing", True), 90.0: lambda: cluster.nodes.append(Node(4.0))}
+    assert len(require(Demand(1, 4), None).nodes) == 2
 
 
 def test_scale_wait_for_nodes_s_bounds_every_wait(fake, caplog):

@@ -20,13 +20,14 @@ from typing import Any
 
 import ray
 
+from neurostorm.capacity import Demand, room
 from neurostorm.config import Config, EmbedConfig
 from neurostorm.downstream.embed_input import Input, open_input, remember
 from neurostorm.downstream.embed_parts import CLIPS, FAILED, RUNS, SUBJECTS, Assembled, Run, assemble, unfinished
 from neurostorm.downstream.embed_run import Embedder, Task
 from neurostorm.places import Place
 from neurostorm.progress import progress
-from neurostorm.resources import Demand, require, room
+from neurostorm.resources import require
 from neurostorm.run_folder import require_writable
 from neurostorm.session import ensure_ray
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import ray
 
+from neurostorm.capacity import Demand
 from neurostorm.config import AdaptConfig, Config, ConfigError
 from neurostorm.downstream.backbone import Backbone, backbone_of
 from neurostorm.downstream.connectivity import build_parcels, series_cached
@@ -24,7 +25,7 @@ from neurostorm.downstream.tasks import Task
 from neurostorm.downstream.trial import Trial, file_name
 from neurostorm.places import Place, replace
 from neurostorm.progress import progress
-from neurostorm.resources import Demand, require
+from neurostorm.resources import require
 from neurostorm.run_folder import require_writable
 from neurostorm.train.contrastive import ContrastiveRecipe
 

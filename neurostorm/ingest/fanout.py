@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator
 from functools import partial
 
+from neurostorm.capacity import Demand
 from neurostorm.config import Config
 from neurostorm.ingest.convert import RECIPE, RECIPE_VERSION, Outcome, attempt
 from neurostorm.ingest.estimate import free_bytes, sampled_growth
@@ -24,7 +25,7 @@ from neurostorm.ingest.tables import Tables, store_participants
 from neurostorm.ingest.template import brain_mask
 from neurostorm.places import Place
 from neurostorm.progress import progress
-from neurostorm.resources import Demand, require
+from neurostorm.resources import require
 from neurostorm.store import GRIDS, StoreError, create_store, remove_partials, withdrawn_subjects
 from neurostorm.store.care import readmit
 

@@ -8,6 +8,7 @@ checkpoint there, with as many workers as are asked for; a different configurati
 
 import json
 import logging
+import math
 import os
 import tempfile
 from dataclasses import dataclass
@@ -16,21 +17,29 @@ from typing import Any
 
 import ray.data
 import ray.train
+import torch
 from pydantic import ValidationError
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from neurostorm.capacity import training_demand
 from neurostorm.config import Config, ConfigError
 from neurostorm.data.corpus import Corpus
-from neurostorm.resources import Demand, require
+from neurostorm.model.cost import clip_cost, measured_peak
+from neurostorm.presets import PRESETS
+from neurostorm.resources import require
 from neurostorm.run_folder import differing_keys, keep_config, refuse_other, require_writable
+from neurostorm.store import GRIDS, Grid
 from neurostorm.tracking import tracking_uri
 from neurostorm.train import checkpoint, planned
-from neurostorm.train.build import atlas_of, swin_config
+from neurostorm.train.build import atlas_of, build_model, swin_config
 from neurostorm.train.feed import Feed
 from neurostorm.train.goodput import now_ns
 from neurostorm.train.worker import SUMMARY, train_worker
 
 logger = logging.getLogger(__name__)
+
+SLOW_STEP_S, LOOK_STEPS = 3.0, 5
+CPU_SHARE = 0.06  # of a matrix product's rate, in steps of `tiny`: .10 to .12 of one worker alone, .05 of two
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,10 @@ def pretrain(config: Config) -> dict[str, Any]:
     if not plan.finished:
         # The controller polls its workers at this interval; at its default of 2 s a failure is noticed late.
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-        require(demand(config), config.scale.wait_for_nodes_s)
+        require(training_demand(config), config.scale.wait_for_nodes_s)
+        slow = slow_words(config, corpus.store.grid, plan, step_s(config, corpus))
+        if slow:
+            logger.warning("%s", slow)
         keep_config(config, "pretrain")
         planned.keep(config, corpus)
         logger.info(
@@ -154,16 +166,42 @@ class Trainer(TorchTrainer):
         """Leaves Ctrl-C to `interrupts.interruptible`, which says how to resume."""
 
 
-def demand(config: Config) -> Demand:
-    """What the run asks of the cluster; with scale.min_workers it starts with as few as these."""
-    scale, batch, micro = config.scale, config.train.global_batch, config.train.micro_batch
-    per_worker = {name: f"--scale.{name}_per_worker" for name in ("cpus", "gpus")}
-    return Demand(
-        scale.workers, scale.cpus_per_worker, scale.gpus_per_worker, least=scale.min_workers,
-        counts=tuple(count for count in range(1, scale.workers + 1) if batch % (count * micro) == 0),
-        task_cpus=1.0 if config.data.read_in == "tasks" else 0.0,
-        options=per_worker | {"workers": "--workers", "least": "--scale.min_workers"}, small_preset=True,
-    )  # fmt: skip
+def step_s(config: Config, corpus: Corpus) -> float:
+    """Seconds that a step will about take on CPUs like this machine's; 0 on GPUs, of which nothing is estimated.
+
+    The model's operations (on no device, so nothing is allocated) at the share of this processor's matrix product that
+    steps of `tiny` reach; takes about a second.
+    """
+    scale = config.scale
+    if scale.gpus_per_worker or config.mask.kind == "atlas":  # an atlas is not read twice for an estimate
+        return 0.0
+    with torch.device("meta"):
+        model = build_model(config, corpus.store)
+    before = torch.get_num_threads()
+    torch.set_num_threads(scale.threads_per_worker)
+    try:
+        peak = measured_peak("cpu", torch.bfloat16 if config.train.dtype == "bf16" else torch.float32)
+    finally:
+        torch.set_num_threads(before)
+    return config.clips_per_worker * clip_cost(model, config.data.clip_frames).train_flops / (CPU_SHARE * peak)
+
+
+def slow_words(config: Config, grid: Grid, plan: Plan, seconds: float) -> str:
+    """The warning for a step of so many seconds, with what is faster; empty when that is not slow."""
+    if seconds < SLOW_STEP_S:
+        return ""
+    steps, times = plan.total_steps - plan.first_step, math.prod(grid.shape) / math.prod(GRIDS["4mm"].shape)
+    faster = ["use a GPU"]
+    if times > 1:
+        shape = "x".join(map(str, grid.shape))
+        faster.append(f"ingest with --grid 4mm, as {shape} voxels are {times:.0f} times the work of its 48x48x48")
+    if config.model.embed_dim > PRESETS["tiny"]["model"]["embed_dim"]:
+        faster.append("use --preset tiny")
+    look = f"for a first look use --train.max_steps {LOOK_STEPS}; to train, " if steps > LOOK_STEPS else "to train, "
+    return (
+        f"about {seconds:.0f} s a step on this machine's CPU, {steps * seconds / 3600:.1f} h for {steps} steps: "
+        f"{look}{', or '.join(faster)}"
+    )
 
 
 def trainer(config: Config, corpus: Corpus, storage: str, started_ns: int) -> Any:

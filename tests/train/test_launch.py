@@ -13,7 +13,7 @@ from neurostorm.config import Config, ConfigError
 from neurostorm.data.corpus import Corpus, open_corpus
 from neurostorm.places import replace
 from neurostorm.run_folder import keep_config
-from neurostorm.store import StoreError, write_manifest
+from neurostorm.store import GRIDS, StoreError, write_manifest
 from neurostorm.train import checkpoint, feed, launch
 from neurostorm.train.feed import training_data
 from neurostorm.train.launch import Plan, check, worker_environment
@@ -313,3 +313,23 @@ def test_an_atlas_that_cannot_be_used_is_refused_before_anything_starts(ball_con
     config = ball_config(mask={"kind": "atlas", "atlas": tmp_path / "notes.txt"})
     with pytest.raises(ConfigError, match=r"mask\.atlas=.*notes\.txt: .*cannot be read"):
         outcome(config)
+
+
+def test_a_step_that_is_slow_on_the_cpu_says_what_is_faster(ball_config, ball_store, monkeypatch):
+    monkeypatch.setattr(launch, "measured_peak", lambda *_: 1e9)
+    config = ball_config()
+    corpus = open_corpus(config)
+    seconds = launch.step_s(config, corpus)
+    assert seconds > 0 and launch.step_s(ball_config(scale={"workers": 1}), corpus) == pytest.approx(2 * seconds)
+    assert launch.step_s(ball_config(scale={"gpus_per_worker": 1}), corpus) == 0
+    plan = Plan(4, 124, False)
+    assert launch.slow_words(config, corpus.store.grid, plan, 1.0) == ""
+    assert launch.slow_words(config, GRIDS["4mm"], plan, 15.6) == (
+        "about 16 s a step on this machine's CPU, 0.5 h for 120 steps: for a first look use --train.max_steps 5; to "
+        "train, use a GPU"
+    )
+    wide = ball_config(model={"embed_dim": 48, "heads": (3, 6)})
+    assert launch.slow_words(wide, GRIDS["2mm"], plan, 16.0).endswith(
+        "to train, use a GPU, or ingest with --grid 4mm, as 96x96x96 voxels are 8 times the work of its 48x48x48, or "
+        "use --preset tiny"
+    )
