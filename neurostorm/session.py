@@ -46,6 +46,16 @@ def ensure_ray() -> None:
     logging.getLogger("ray.data._internal").setLevel(logging.ERROR)
 
 
+def stop_ray() -> None:
+    """Leaves the cluster, or ends the local one, and says so; does nothing without one.
+
+    At a process's end Ray does this by itself, in silence, for several seconds.
+    """
+    if ray.is_initialized():
+        logger.info("stopping Ray")
+        ray.shutdown()
+
+
 def start_local(**options: Any) -> None:
     """Starts a local cluster of this process, with token authentication unless RAY_AUTH_MODE=disabled.
 

@@ -105,6 +105,7 @@ def pretrain(config: Config) -> dict[str, Any]:
         # The controller polls its workers at this interval; at its default of 2 s a failure is noticed late.
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         ensure_ray()
+        logger.info("starting %s", workers_in_words(config))
         with tempfile.TemporaryDirectory(prefix="neurostorm-ray-") as storage:
             trainer(config, corpus, storage, started_ns).fit()
     summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
@@ -115,6 +116,14 @@ def pretrain(config: Config) -> dict[str, Any]:
         "mlflow_uri": tracking_uri(config.tracking.uri, config.run.output),
         "trained_steps": plan.total_steps - plan.first_step,
     }
+
+
+def workers_in_words(config: Config) -> str:
+    """The workers that a run asks for, `2 training workers (0.5 CPU each)`."""
+    scale = config.scale
+    gpus = f"{scale.gpus_per_worker:g} GPU, " if scale.gpus_per_worker else ""
+    count = f"{scale.min_workers} to {scale.workers}" if scale.min_workers else str(scale.workers)
+    return f"{count} training worker(s) ({gpus}{scale.cpus_per_worker:g} CPU each)"
 
 
 def already_complete(config: Config, plan: Plan, summary: dict[str, Any]) -> str:
