@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 
-from neurostorm import interrupts
+from neurostorm import interrupts, ray_output
 
 LOOPBACK = "127.0.0.1"
 _MODE, _GIVEN = "RAY_AUTH_MODE", ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
@@ -31,6 +31,7 @@ def ensure_ray() -> None:
     """
     if ray.is_initialized():
         return
+    ray_output.filter_stderr()
     if os.environ.get("RAY_ADDRESS"):
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(logging_level=logging.WARNING)

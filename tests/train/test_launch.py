@@ -293,6 +293,6 @@ def test_the_trainer_leaves_ctrl_c_and_other_rays_of_this_machine_alone(ball_con
 def test_the_line_on_workers_says_what_each_asks_for(ball_config):
     assert launch.workers_in_words(ball_config()) == "2 training worker(s) (0.5 CPU each)"
     scale = {"workers": 8, "min_workers": 4, "gpus_per_worker": 1, "cpus_per_worker": 8}
-    assert launch.workers_in_words(ball_config(scale=scale, train={"global_batch": 8, "micro_batch": 1})) == (
+    assert launch.workers_in_words(ball_config(scale=scale, train={"global_batch": 840, "micro_batch": 1})) == (
         "4 to 8 training worker(s) (1 GPU, 8 CPU each)"
     )
