@@ -47,8 +47,8 @@ class _Job:
         except Exception:  # the sentence must not keep the job from ending
             advice = "start the same command again to resume"
         # Not print: the signal may have come while the main thread was inside a write of its own.
-        with suppress(OSError):
-            os.write(2, f"\nstopped by {self.received.name}: {advice}\n".encode())
+        with suppress(OSError, ValueError):
+            os.write(sys.stderr.fileno(), f"\nstopped by {self.received.name}: {advice}\n".encode())
         raise Interrupted(self.received.name)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 
-from neurostorm import interrupts
+from neurostorm import interrupts, ray_output
 
 LOOPBACK = "127.0.0.1"
 _MODE, _GIVEN = "RAY_AUTH_MODE", ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
@@ -31,6 +31,7 @@ def ensure_ray() -> None:
     """
     if ray.is_initialized():
         return
+    ray_output.filter_stderr()
     if os.environ.get("RAY_ADDRESS"):
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(logging_level=logging.WARNING)
@@ -44,6 +45,16 @@ def ensure_ray() -> None:
     interrupts.reinstall()  # Ray has set a handler of its own for SIGTERM
     # Our progress bars say enough. Ray Data resets the level of "ray.data" at each execution, but not of its children.
     logging.getLogger("ray.data._internal").setLevel(logging.ERROR)
+
+
+def stop_ray() -> None:
+    """Leaves the cluster, or ends the local one, and says so; does nothing without one.
+
+    At a process's end Ray does this by itself, in silence, for several seconds.
+    """
+    if ray.is_initialized():
+        logger.info("stopping Ray")
+        ray.shutdown()
 
 
 def start_local(**options: Any) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -61,3 +62,26 @@ def test_ray_prints_what_is_left_without_prefix_and_color() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split("\n")[:-1] == list(SHOWN)
+
+
+WRITES = """
+import os, sys
+from neurostorm import ray_output
+ray_output.filter_stderr()
+print("first", file=sys.stderr)
+os.write(2, sys.argv[1].encode())
+print("bar 1", end="\\rbar 2", file=sys.stderr, flush=True)
+os.write(2, b"last words \\xff")
+os.abort()
+"""
+
+
+def test_of_this_process_notes_alone_are_hidden_and_the_last_words_of_a_crash_are_not() -> None:
+    lines = "\n".join([HIDDEN[0], *SHOWN[:4], ""])
+    with subprocess.Popen([sys.executable, "-c", WRITES, lines], stderr=subprocess.PIPE) as program:
+        assert program.stderr is not None
+        shown = program.stderr.read()
+    assert program.returncode == -signal.SIGABRT
+    assert HIDDEN[0].encode() not in shown
+    for part in (b"first\n", b"bar 1\rbar 2", b"last words \xff", *(line.encode() + b"\n" for line in SHOWN[:4])):
+        assert part in shown

@@ -1,6 +1,7 @@
 """A Ray of our own asks for a token that its user alone can read; its dashboard is on loopback; else it is said."""
 
 import logging
+import signal
 import stat
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import ray
 
 from neurostorm import session
+from neurostorm.interrupts import interruptible
 
 GIVEN = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS")
 
@@ -91,3 +93,21 @@ def test_a_cluster_that_asks_for_no_token_is_used_with_a_warning(
     monkeypatch.setattr(session, "asks_for_token", lambda: False)
     session.ensure_ray()
     assert "10.0.0.10:6379 is used without a token" in caplog.text
+
+
+def test_the_end_of_ray_is_said_once(started: list[dict[str, Any]], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    session.start_local()
+    session.stop_ray()
+    session.stop_ray()
+    assert not started and caplog.messages == ["stopping Ray"]
+
+
+def test_starting_ray_sets_the_handlers_of_an_interruptible_job_again(
+    started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "init", lambda **options: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    with interruptible("again"):
+        own = signal.getsignal(signal.SIGTERM)
+        session.ensure_ray()
+        assert signal.getsignal(signal.SIGTERM) == own

@@ -52,6 +52,8 @@ sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
 print(*(s.getsockname()[1] for s in sockets))
 PY
 )
+# Nothing is left to do for this Ray when the script ends: without this it waits 30 s for work to drain.
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
 ray_temp=$(mktemp -d /tmp/neurostorm-ray.XXXXXX) # short: Ray's sockets live here, and a socket's path may have 107 bytes
 "$bin/ray" start --head --block --node-ip-address 127.0.0.1 --port "$gcs_port" --dashboard-host 127.0.0.1 \
     --dashboard-port "$dashboard_port" --temp-dir "$ray_temp" > "$output/ray.log" 2>&1 &
@@ -78,7 +80,8 @@ RAY_ADDRESS=127.0.0.1:$gcs_port "$bin/python" jobs/ingest.py --preset tiny --sou
 say "pretraining: ray job submit -- python jobs/pretrain.py"
 submit=(--preset tiny --store "$output/store" --output "$output" ${extra[@]+"${extra[@]}"})
 revision=$("$bin/python" -c 'from neurostorm.tracking import code_revision; print(code_revision())')
-"$bin/ray" job submit --address "$address" --working-dir "$root" \
+"$bin/ray" --logging-level error job submit --log-style pretty --log-color false \
+    --address "$address" --working-dir "$root" \
     --runtime-env-json "{\"env_vars\": {\"NEUROSTORM_REVISION\": \"$revision\"}}" \
     -- "$bin/python" jobs/pretrain.py "${submit[@]}" \
     || fail "the job did not finish; its output is above, its files are in $output"

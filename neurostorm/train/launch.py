@@ -119,6 +119,7 @@ def pretrain(config: Config) -> dict[str, Any]:
             corpus.subjects, len(corpus.runs), corpus.frames, corpus.split, corpus.plan.clips_per_epoch,
             plan.first_step, plan.total_steps,
         )  # fmt: skip
+        logger.info("starting %s", workers_in_words(config))
         with tempfile.TemporaryDirectory(prefix="neurostorm-ray-") as storage:
             trainer(config, corpus, storage, started_ns).fit()
     summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
@@ -129,6 +130,14 @@ def pretrain(config: Config) -> dict[str, Any]:
         "mlflow_uri": tracking_uri(config.tracking.uri, config.run.output),
         "trained_steps": plan.total_steps - plan.first_step,
     }
+
+
+def workers_in_words(config: Config) -> str:
+    """The workers that a run asks for, `2 training workers (0.5 CPU each)`."""
+    scale = config.scale
+    gpus = f"{scale.gpus_per_worker:g} GPU, " if scale.gpus_per_worker else ""
+    count = f"{scale.min_workers} to {scale.workers}" if scale.min_workers else str(scale.workers)
+    return f"{count} training worker(s) ({gpus}{scale.cpus_per_worker:g} CPU each)"
 
 
 def already_complete(config: Config, plan: Plan, summary: dict[str, Any]) -> str:

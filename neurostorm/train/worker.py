@@ -52,6 +52,8 @@ def train_worker(settings: dict[str, Any]) -> None:
             threads=config.data.read_threads, steps_ahead=config.data.steps_ahead,
             timeout_s=config.data.batch_timeout_s,
         )  # fmt: skip
+        if rank == 0:
+            logger.info("building the model, then waiting for the first clips")
         loop = assemble(config, corpus, tracker, account, feed, rank=rank, device=device, notice=will_be_taken)
         final = loop.run()
         export(loop, corpus, config.run.folder / "model")
@@ -70,6 +72,7 @@ def will_be_taken() -> bool:
 def open_tracker(config: Config, corpus: Corpus) -> Tracker:
     """The run's MLflow run with its parameters, tags and resolved configuration; Prometheus sees its metrics too."""
     folder = config.run.folder
+    logger.info("opening the MLflow run")
     tracker = open_run(
         folder,
         uri=tracking_uri(config.tracking.uri, config.run.output),
@@ -88,6 +91,7 @@ def open_tracker(config: Config, corpus: Corpus) -> Tracker:
 def finish(config: Config, tracker: Tracker, account: Account, final: dict[str, float], steps: int) -> None:
     """Stores the exported model and the last checkpoint with the MLflow run, closes the account, writes the summary."""
     folder = config.run.folder
+    logger.info("storing the model and the last checkpoint with the MLflow run %s", tracker.run_id)
     tracker.artifact(folder / "model", "model")
     newest = checkpoint.newest(folder / "checkpoints")
     if newest is not None:

@@ -43,6 +43,7 @@ def test_ray_is_started_by_the_session_alone() -> None:
     quickstart = (ROOT / "tools" / "quickstart.sh").read_text()
     before, started = quickstart.split('ray" start --head')
     assert "export RAY_AUTH_MODE=token" in before and "--dashboard-host 127.0.0.1" in started
+    assert "export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0" in before, "it would take 30 s to end"
 
 
 def servers(text: str) -> list[str]:

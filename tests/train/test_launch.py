@@ -333,3 +333,11 @@ def test_a_step_that_is_slow_on_the_cpu_says_what_is_faster(ball_config, ball_st
         "to train, use a GPU, or ingest with --grid 4mm, as 96x96x96 voxels are 8 times the work of its 48x48x48, or "
         "use --preset tiny"
     )
+
+
+def test_the_line_on_workers_says_what_each_asks_for(ball_config):
+    assert launch.workers_in_words(ball_config()) == "2 training worker(s) (0.5 CPU each)"
+    scale = {"workers": 8, "min_workers": 4, "gpus_per_worker": 1, "cpus_per_worker": 8}
+    assert launch.workers_in_words(ball_config(scale=scale, train={"global_batch": 840, "micro_batch": 1})) == (
+        "4 to 8 training worker(s) (1 GPU, 8 CPU each)"
+    )
