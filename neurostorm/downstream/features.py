@@ -128,7 +128,7 @@ def _run(store: FrameStore, examples: Examples, index: int, starts: NDArray[np.i
 def _failed(parts: Iterable[tuple[Run, list[ClipResult] | None]]) -> StoreError:
     """The error that names the clips of these runs that could not be read."""
     found = [
-        f"{run.place}, clip from frame {clip.start_frame}: {clip.reason}"
+        clip.reason if run.run in clip.reason else f"{run.place}, clip from frame {clip.start_frame}: {clip.reason}"
         for run, part in parts
         for clip in part or []
         if clip.reason

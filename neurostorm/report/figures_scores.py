@@ -31,7 +31,7 @@ from neurostorm.report.drawing import (
 from neurostorm.report.methods import references_of
 from neurostorm.report.results import IDENTIFICATION, REGRESSION, Results, Task
 from neurostorm.report.table import p_text
-from neurostorm.report.tables import METRICS, metric_label
+from neurostorm.report.tables import METRICS, NO_CORRELATION, metric_label
 
 _FEW = 7  # methods in a panel of a third of the page
 _BARS_PER_ROW = 48
@@ -53,6 +53,7 @@ def task_bars(results: Results, made: Sequence[Comparison]) -> list[Drawn]:
         "without pretraining. Brackets compare the best method with its references (paired t-test over replicates, "
         "p corrected by Holm over all comparisons of this report)."
     )
+    caption += f" {NO_CORRELATION}" if any(task.metric == "r" for task in tasks) else ""
     return [Drawn("tasks", "All tasks and methods", caption, figure, tuple(dict.fromkeys(runs)))]
 
 
@@ -101,9 +102,10 @@ def phenotype_bars(results: Results) -> list[Drawn]:
         axis.set_xticks(range(len(row)), [plain(short(task.name, 120 // per_row)) for task in row], fontsize=TEXT_PT)
         axis.set_xlim(-0.55, per_row - 0.45)
         quiet(axis, "Pearson's r of prediction and truth", "r")
-        chance_line(axis, 0.0, "no correlation")
+        chance_line(axis, 0.0)
     legend(figure, methods)
     caption = "Correlation of predicted and true values on the test subjects, mean, standard deviation and replicates."
+    caption += f" {NO_CORRELATION}"
     return [Drawn("phenotypes", "Phenotypes side by side", caption, figure, tuple(dict.fromkeys(runs)))]
 
 
@@ -117,7 +119,7 @@ def _panel(
         for at, method in enumerate(methods)
     )
     method_ticks(axis, methods)
-    chance_line(axis, chance, "no correlation" if metric == "r" else "chance")
+    chance_line(axis, chance)
     brackets(axis, np.nanmax([top, chance]), _brackets(results, task, methods, made))
     return [trial.run_id for method in methods for trial in results.at(task.name, method)]
 

@@ -15,7 +15,7 @@ from neurostorm.report.markup import CSS, Links, bullets, facts, figure, paragra
 from neurostorm.report.methods import CONNECTIVITY, look, references_of
 from neurostorm.report.results import CLASSIFICATION, REGRESSION, Results, Task
 from neurostorm.report.table import Table, decimals, minus, p_text, percent
-from neurostorm.report.tables import metric_label, results_table, summary_text
+from neurostorm.report.tables import NO_CORRELATION, metric_label, results_table, summary_text
 
 _SAID_ABOVE = ("Task", "Chance")  # of a table that is about one task
 REPEAT = "Start the sweep again with --replicates 5; what is done is kept"
@@ -143,7 +143,8 @@ def notes(results: Results, made: Sequence[Comparison], draws: int) -> list[str]
         ]
     told.append(
         "Chance: what guessing reaches on average; for mean absolute error and the like it depends on the target, and "
-        "the method “Mean or majority” stands for it. Chance of a correlation r is 0: no correlation."
+        "the method “Mean or majority” stands for it. "
+        f"{NO_CORRELATION}"
     )
     if results.fraction != 1:
         told.append(f"No trial had all training labels; the main tables are of {percent(results.fraction)} of them.")

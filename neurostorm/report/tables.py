@@ -46,6 +46,7 @@ METRICS = {
     "same_scan_released_rank1": "Rank-1, same scan (as released)",
     "same_scan_released_map": "mAP, same scan (as released)",
 }
+NO_CORRELATION = "Chance of a correlation r is 0: no correlation."
 TWIN_LABEL, CONNECTIVITY_LABEL = "random weights", "FC"
 _TEXT = partial(Column, number=False)
 _ENDED = {"FAILED": "failed", "KILLED": "killed", "RUNNING": "has not ended", "SCHEDULED": "has not begun"}
@@ -79,7 +80,7 @@ def headline(results: Results) -> Table:
     note = "Mean ± standard deviation over replicates (seeds). The best mean of each task is in bold"
     note += ", unless it is of one replicate." if results.single else "."
     if any(task.metric == "r" for task in results.tasks):
-        note += " Chance of a correlation r is 0: no correlation."
+        note += f" {NO_CORRELATION}"
     return Table("headline", f"Primary metric, {_labels(results)}", tuple(columns), tuple(rows), note)
 
 

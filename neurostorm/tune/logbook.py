@@ -78,7 +78,8 @@ class Logbook(Callback):
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if self._bar is not None:
             running = sum(trial.status == "RUNNING" for trial in trials)
-            self._bar.note(failed=len(self.errors), running=running or "starting")
+            state = {"running": running} if running else {} if self._bar.n else {"running": "starting"}
+            self._bar.note(failed=len(self.errors), **state)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.tracker(_index(trial))
