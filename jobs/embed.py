@@ -12,7 +12,7 @@ from neurostorm.config import Config
 JOB = Job(
     "embed",
     "Embed every run of a frame store, or of a folder of preprocessed NIfTI files, with a pretrained model.",
-    settings=("embed",),
+    settings=("embed", "scale.wait_for_nodes_s"),
     aliases={
         "--model": "embed.model",
         "--store": "embed.store",

@@ -9,7 +9,7 @@ from neurostorm.config import Config
 JOB = Job(
     "finetune",
     "Adapt a pretrained model to a task, or run a baseline on it; choose on validation, test once.",
-    settings=("run", "task", "split", "adapt", "tracking.uri", "tracking.experiment"),
+    settings=("run", "task", "split", "adapt", "tracking.uri", "tracking.experiment", "scale.wait_for_nodes_s"),
     aliases={
         "--task": "task.name",
         "--store": "task.store",

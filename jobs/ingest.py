@@ -13,7 +13,7 @@ from neurostorm.config import Config
 JOB = Job(
     "ingest",
     "Bring preprocessed fMRI (NIfTI in MNI space: BIDS derivatives, HCP or plain names) into a frame store.",
-    settings=("ingest", "data.store"),
+    settings=("ingest", "data.store", "scale.wait_for_nodes_s"),
     aliases={
         "--source": "ingest.source",
         "--store": "data.store",

@@ -1,5 +1,6 @@
 """Pretrain on a frame store: `python jobs/pretrain.py --preset tiny --store STORE`, or the same by `ray job submit`."""
 
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -20,6 +21,13 @@ def facts(config: Config) -> Mapping[str, str]:
     }
 
 
+def resume(config: Config) -> str:
+    """What a run that is interrupted says."""
+    from neurostorm.train.launch import how_to_resume
+
+    return how_to_resume(config)
+
+
 JOB = Job(
     "pretrain",
     "Pretrain the 4D Swin masked autoencoder on a frame store that jobs/ingest.py made.",
@@ -33,23 +41,28 @@ JOB = Job(
     },
     presets=True,
     facts=facts,
+    resume=resume,
 )
 
 
 def work(config: Config) -> int:
     """Trains to the end, or says that the run is complete."""
+    from neurostorm.train.closing import held_out
     from neurostorm.train.goodput import in_words
     from neurostorm.train.launch import pretrain
 
-    summary = pretrain(config)
-    better = "below" if summary["loss/validation"] < summary["loss/validation_predicting_mean"] else "NOT below"
+    done = pretrain(config)
+    loss = held_out(
+        done["loss/validation"],
+        done["loss/validation_predicting_mean"],
+        normalise_targets=config.model.normalise_targets,
+    )
+    print(f"\n{config.run.name}: {done['steps']} steps done.", *loss, sep="\n")
     print(
-        f"\n{config.run.name}: {summary['steps']} steps done. Held-out masked loss {summary['loss/validation']:.4f}, "
-        f"{better} the {summary['loss/validation_predicting_mean']:.4f} of predicting each voxel's mean.\n"
-        f"  model   {summary['model']} (model.safetensors, config.json)\n"
-        f"  time    {in_words(summary)}\n"
-        f"  MLflow  {summary['mlflow_uri']}, run {summary['mlflow_run_id']}\n"
-        f"Next: mlflow server --backend-store-uri {summary['mlflow_uri']} --host 127.0.0.1"
+        f"  model   {done['model']} (model.safetensors, config.json)\n"
+        f"  time    {in_words(done)}\n"
+        f"  MLflow  {done['mlflow_uri']}, run {done['mlflow_run_id']}\n"
+        f"next: mlflow server --backend-store-uri {shlex.quote(done['mlflow_uri'])} --host 127.0.0.1 --port 5000"
     )
     return 0
 

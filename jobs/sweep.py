@@ -9,7 +9,17 @@ from neurostorm.config import Config
 JOB = Job(
     "sweep",
     "Tasks x methods x fractions x replicates x hyperparameters on Ray Tune; selected on validation, tested once.",
-    settings=("run", "task", "split", "adapt", "sweep", "report.out", "tracking.uri", "tracking.experiment"),
+    settings=(
+        "run",
+        "task",
+        "split",
+        "adapt",
+        "sweep",
+        "report.out",
+        "tracking.uri",
+        "tracking.experiment",
+        "scale.wait_for_nodes_s",
+    ),
     aliases={
         "--tasks": "sweep.tasks",
         "--methods": "sweep.methods",

@@ -20,9 +20,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from neurostorm import ray_output
 from neurostorm.config import Config, ConfigError
 from neurostorm.config_base import SQLITE
-from neurostorm.errors import UserError
+from neurostorm.errors import UserError, reason_of
+from neurostorm.interrupts import interruptible
 from neurostorm.options import (
     Tree,
     argparse_options,
@@ -42,6 +44,7 @@ from neurostorm.presets import PRESETS
 from neurostorm.suggest import nearest_option
 
 _WIDTH, _INDENT = 120, 11  # of the summary
+ray_output.configure()  # before a job imports Ray
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # which Ray sets for a submitted job
 
 
@@ -57,6 +60,7 @@ class Job:
         presets: whether `--preset` is of use.
         defaults: settings whose default is another one in this job.
         facts: what its summary says beside paths and changed settings, name -> text.
+        resume: what it says when it is interrupted: what is kept, and how to resume.
     """
 
     name: str
@@ -66,6 +70,7 @@ class Job:
     presets: bool = False
     defaults: Tree = field(default_factory=dict)
     facts: Callable[[Config], Mapping[str, str]] = lambda config: {}
+    resume: Callable[[Config], str] = lambda config: "what is done is kept; start the same command again to resume"
 
     @property
     def targets(self) -> list[str]:
@@ -94,7 +99,8 @@ class Job:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         print("\n".join(self.summary(config, options.preset)), flush=True)
         try:
-            return work(config)
+            with interruptible(lambda: self.resume(config)):
+                return work(config)
         except ConfigError as error:
             self._say(error)
             return 2
@@ -102,8 +108,8 @@ class Job:
             self._say(error)
             return 1
         except Exception as error:
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-            self._say(f"{reason.rstrip(': ')}\nThe traceback is in {write_traceback(self.name, config.run.folder)}")
+            file = write_traceback(self.name, config.run.folder)
+            self._say(f"{reason_of(error)}\nThe traceback is in {file}")
             return 1
 
     def as_yaml(self, config: Config) -> str:

@@ -101,6 +101,9 @@ class DataConfig(Section):
     )
     read_threads: Positive = Field(2, description="reads at a time in a worker; an object store wants 16 or more")
     steps_ahead: Positive = Field(2, description="steps read ahead of training: bounds the feed's memory")
+    batch_timeout_s: Positive = Field(
+        1800, description="longest wait of a worker for the clips of one step, seconds; then it says what is missing"
+    )
     verify: Literal["first", "always"] = Field(
         "first", description="which reads compare checksums: a process's first of each frame, or all"
     )
@@ -242,6 +245,12 @@ class ScaleConfig(Section):
     gpus_per_worker: int = Field(0, ge=0, le=1, description="GPUs per worker; 0 trains on the CPU")
     cpus_per_worker: float = Field(1.0, gt=0, description="CPU cores that Ray reserves for a worker")
     threads_per_worker: Positive = Field(1, description="torch threads of a worker on the CPU")
+    wait_for_nodes_s: int | None = Field(
+        None,
+        ge=0,
+        description="longest wait for nodes, or for cores and GPUs in use by other jobs, seconds; default: 600, or 0 "
+        "if the cluster is too small and has no autoscaler",
+    )
     max_failures: int = Field(3, ge=-1, description="worker-group failures that are retried; -1: without end")
     collective_timeout_s: Positive = Field(
         1800, description="seconds before a collective counts as hung, until steps were measured, and at most"
@@ -377,8 +386,8 @@ def refuse_unwritable(field: str, folder: Place) -> None:
 RESUMABLE = frozenset(
     {
         "run.output", "run.name", "data.store", "data.max_bad_fraction", "data.read_in", "data.read_threads",
-        "data.steps_ahead", "data.verify", "train.micro_batch", "train.zero_stage", "train.compile",
-        "train.max_skipped_steps", "train.log_every", "train.validate_every",
+        "data.steps_ahead", "data.batch_timeout_s", "data.verify", "train.micro_batch", "train.zero_stage",
+        "train.compile", "train.max_skipped_steps", "train.log_every", "train.validate_every",
     }
 )  # fmt: skip
 

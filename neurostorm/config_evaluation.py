@@ -28,7 +28,9 @@ class TaskConfig(Section):
     id_column: str = Field("participant_id", min_length=1, description="column of the table that names the subject")
     target_column: str | None = Field(None, description="column with the label; default: the task's own")
     runs: str = Field(
-        "auto", description="runs by their BIDS task label; auto: rest if there are any, all if not; all: every run"
+        "auto",
+        description="runs by their BIDS task label; all: every run; auto: the task's own choice, which is rest if "
+        "there are any and all if not, and every run for state",
     )
     clip_frames: Positive | None = Field(None, description="frames per clip; default: the model's, 20 without one")
     clip_stride_frames: Positive | None = Field(None, description="frames between clip starts; default: a clip's")
@@ -138,7 +140,15 @@ class SweepConfig(Section):
     trials_at_once: Positive | None = Field(None, description="trials at a time; default: as many as fit")
     early_stopping: bool = Field(True, description="ASHA stops trials that are worse than others of their cell")
     grace_epochs: Positive = Field(2, description="epochs before a trial may be stopped")
-    retries: int = Field(1, ge=0, description="further tries of a trial that fails; the others go on")
+    retries: int = Field(
+        1, ge=0, description="further tries of a trial that fails for a reason that may pass, as a process that died"
+    )
+    stop_after_failures: int = Field(
+        3,
+        ge=0,
+        description="end the sweep when its first N trials, and no other, have ended and all failed for one reason; 0: "
+        "never",
+    )
     resume: bool = Field(True, description="go on with what an earlier start left; false refuses a used folder")
     report: bool = Field(True, description="write the report at the end")
 

@@ -1,6 +1,6 @@
 """Named starting points of the configuration tree.
 
-    tiny   two cores and no GPU: 4 mm store, four stages, minutes; what the quickstart and CI run
+    tiny   two cores and no GPU: 4 mm store, two stages, minutes; what the quickstart and CI run
     paper  the released NeuroSTORM: 96^3 x 20, widths 36-288, Mamba mixer with its quirks, global z, every voxel counts
     base   ours: visible brain tokens, light decoder, head dimension 16, voxel z, loss in the brain, bf16
     large  ours, wider and deeper: head dimension 32
@@ -22,7 +22,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "validate_every": 40, "log_every": 5,
         },
         "checkpoint": {"every": 40},
-        "scale": {"workers": 2, "cpus_per_worker": 0.5},
+        "scale": {"workers": 2},
     },
     "paper": {
         "data": {"normalise": "global"},

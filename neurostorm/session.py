@@ -17,6 +17,8 @@ from typing import Any
 
 import ray
 
+from neurostorm import interrupts
+
 LOOPBACK = "127.0.0.1"
 _MODE, _GIVEN = "RAY_AUTH_MODE", ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 logger = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ def ensure_ray() -> None:
             )  # fmt: skip
     else:
         start_local(logging_level=logging.ERROR)
+    interrupts.reinstall()  # Ray has set a handler of its own for SIGTERM
     # Our progress bars say enough. Ray Data resets the level of "ray.data" at each execution, but not of its children.
     logging.getLogger("ray.data._internal").setLevel(logging.ERROR)
 

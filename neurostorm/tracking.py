@@ -29,6 +29,7 @@ RUN_FILE = "mlflow.json"  # in a run's folder: the id of its MLflow run, and the
 _PARAMETERS_PER_CALL = 100  # MLflow takes no more
 _FAREWELL_S = 5.0  # that a run which failed waits for its server
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # not each table that it makes in a new database
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 

@@ -118,8 +118,9 @@ def test_what_is_printed_is_read_back_as_the_same_configuration(tmp_path):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_is_valid(name):
-    build(PRESETS[name])
+def test_every_preset_is_valid_and_reserves_the_cores_that_its_workers_use(name):
+    scale = build(PRESETS[name]).scale
+    assert scale.cpus_per_worker >= scale.threads_per_worker
 
 
 def test_the_papers_preset_is_the_papers():
@@ -257,7 +258,7 @@ def test_any_other_error_is_one_line_that_names_the_file_with_the_traceback(caps
     assert JOB.run(work, ["--run.output", str(tmp_path)]) == 1
     said = capsys.readouterr().err
     (file,) = (tmp_path / "pretrain").glob("error-pretrain-*.log")
-    assert said == f"jobs/pretrain.py: ZeroDivisionError: nothing\nThe traceback is in {file}\n"
+    assert said == f"jobs/pretrain.py: ZeroDivisionError: nothing to divide\nThe traceback is in {file}\n"
     assert "in work" in file.read_text()
 
 

@@ -28,10 +28,10 @@ from typing import Any
 import matplotlib.image
 import numpy as np
 from store_options import parse
-from tqdm import tqdm
 
 from neurostorm.pictures import Row, percentiles, rows_figure
 from neurostorm.places import replace
+from neurostorm.progress import progress, tracked
 from neurostorm.store import FrameStore, StoreError, dequantise
 from neurostorm.store.care import Holding, find_subject, holding, readmit, repair, withdraw
 from neurostorm.store.check_run import Problem
@@ -78,6 +78,8 @@ def stats(options: argparse.Namespace) -> int:
     people, rows = found["participants"], found["participants"]["rows"]
     labels = ", ".join(f"{name} ({count:,})" for name, count in people["labels"].items())
     print(f"\nparticipants {rows:,} rows{': ' + labels if labels else ''}")
+    if people["labels"]:
+        print("             predict one: --task phenotype:COLUMN (a number) or diagnosis:COLUMN (classes)")
     print(f"withdrawn    {found['withdrawn']:,} subjects")
     print(f"quarantine   {found['quarantine']['inputs']:,} inputs")
     for kind in found["quarantine"]["reasons"]:
@@ -206,7 +208,7 @@ def export(options: argparse.Namespace) -> int:
         store = FrameStore.open(options.store)
         runs = store.runs()
         written = 0
-        for run in tqdm(runs, desc="export", unit="run", disable=None):
+        for run in tracked(runs, len(runs), "export", "run"):
             written += write_nifti_zarr(store, run, options.nifti_zarr / nifti_zarr_name(run))
         there = f"; {len(runs) - written:,} were there already" if written < len(runs) else ""
         print(f"{written:,} of {len(runs):,} run(s) written to {options.nifti_zarr}{there}")
@@ -299,8 +301,8 @@ def progress_bar(title: str, unit: str) -> Progress:
 
     @contextmanager
     def show_progress(total: int) -> Iterator[Advance]:
-        lock, interval_s = threading.Lock(), 0.2 if sys.stderr.isatty() else 10.0
-        with tqdm(total=total, desc=title, unit=unit, unit_scale=True, mininterval=interval_s) as bar:
+        lock = threading.Lock()
+        with progress(total, title, unit, scale=True) as bar:
 
             def advance(count: int) -> None:
                 with lock:

@@ -14,11 +14,16 @@ object store. With read_in=tasks that store holds `feed_bytes` in blocks. Readin
 (tools/bench_feed.py); tasks use the cores of nodes that do not train.
 """
 
+import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+import logging
+import queue
+import threading
+import time
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +35,11 @@ from ray.data.datasource import Datasource, ReadTask
 from neurostorm.data.clips import ClipBatch, ClipReader, Columns, as_batch
 from neurostorm.data.plan import ROW, ClipPlan
 
+logger = logging.getLogger(__name__)
+
 ReadIn = Literal["worker", "tasks"]
+T = TypeVar("T")
+SAY_EVERY_S = 60  # of waiting for a batch
 STRETCH_CLIPS = 4096  # of one worker in one task of plan rows: about 0.5 MB of rows and names
 _ROW_BYTES = 120  # of a plan row with its run's path
 
@@ -114,8 +123,9 @@ def clip_dataset(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.target_max_block_size = max(context.target_max_block_size or 0, 2 * share * reader.clip_bytes)  # split none
-    # One task at a time makes rows far faster than they are used, and the plan is drawn in one process.
-    dataset = ray.data.read_datasource(source, override_num_blocks=len(source), concurrency=1)
+    # One task at a time makes rows far faster than they are used, and the plan is drawn in one process. It reserves no
+    # core: the workers may have taken them all, and it runs for milliseconds every few thousand clips.
+    dataset = ray.data.read_datasource(source, override_num_blocks=len(source), concurrency=1, num_cpus=0)
     if read_in == "worker":
         return dataset
     read = _ReadBlock(replace(reader, runs=()))
@@ -152,17 +162,73 @@ class _ReadBlock:
 _READERS: dict[tuple[Any, ...], ClipReader] = {}  # of this process: what a reader knows of runs outlives a task
 
 
+class BatchTimeout(RuntimeError):
+    """No clips came in time; the message says what was waited for and what to check."""
+
+
+@dataclass
+class _Feeding:
+    """What the feed of one worker is busy with, as the thread that waits for it reports it."""
+
+    reader: ClipReader
+    rank: int
+    clips: int
+    read_in: ReadIn | None = None  # not known before the first block
+    reads: bool = False  # in this process, with read_in=worker
+
+    def blocks(self, blocks: Iterable[Columns]) -> Iterator[Columns]:
+        """The same blocks, noting when they are waited for."""
+        for block in blocks:
+            self.read_in, self.reads = ("tasks", False) if "frames" in block else ("worker", True)
+            yield block
+            self.reads = False
+
+    def words(self) -> tuple[str, str]:
+        """What is waited for, and what to check."""
+        store = self.reader.store.path
+        answers = f"{store} answers on the workers' nodes (python tools/store.py stats {store})"
+        if self.reads:
+            return f"reads from {store}", answers
+        if self.read_in == "worker":
+            return "Ray Data's next rows of the plan", "no node is lost and Ray's object store is not full (ray status)"
+        step_mb = self.clips * self.reader.clip_bytes / 1e6
+        room = f"Ray's object store has room for steps of {step_mb:.0f} MB per worker"
+        tasks = f"a core is free for reading tasks, that {room} (ray status), and that {answers}"
+        if self.read_in == "tasks":
+            return "clips from Ray's reading tasks", tasks
+        return "Ray Data's first block", f"no node is lost (ray status); with data.read_in=tasks, that {tasks}"
+
+
 def batches(
-    shard: Any, reader: ClipReader, *, rank: int, first_step: int, clips: int, threads: int = 2, steps_ahead: int = 2
-) -> Iterator[ClipBatch]:
+    shard: Any, reader: ClipReader, *, rank: int, first_step: int, clips: int, threads: int = 2, steps_ahead: int = 2,
+    timeout_s: float = 1800,
+) -> Iterator[ClipBatch]:  # fmt: skip
     """A worker's shard of the dataset as ClipBatches for steps first_step, first_step + 1, ...
 
     The frames of a batch are good until the second one after it is asked for: their memory is used again.
 
-    Raises RuntimeError when a block is not the one that the plan has for this step and rank.
+    Args:
+        shard: the worker's part of `clip_dataset`.
+        reader: reads the clips of plan rows (read_in=worker).
+        rank: of the worker.
+        first_step: step of the first batch.
+        clips: of one batch.
+        threads: reads at a time (read_in=worker).
+        steps_ahead: batches that are begun before they are asked for.
+        timeout_s: longest wait for one batch, seconds.
+
+    Raises:
+        RuntimeError: a block is not the one that the plan has for this step and rank.
+        BatchTimeout: a batch did not come in time.
     """
+    feeding = _Feeding(reader, rank, clips)
     blocks = shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=steps_ahead)
-    parts = _steps(blocks, rank=rank, first_step=first_step, clips=clips)
+    parts = _steps(feeding.blocks(blocks), rank=rank, first_step=first_step, clips=clips)
+    return _in_time(_read(parts, reader, threads, steps_ahead), feeding, first_step, timeout_s)
+
+
+def _read(parts: Iterator[Columns], reader: ClipReader, threads: int, steps_ahead: int) -> Iterator[ClipBatch]:
+    """The parts as batches; those without clips are plan rows, whose clips are read here."""
     first = next(parts, None)
     if first is None:
         return
@@ -172,6 +238,51 @@ def batches(
     else:
         orders = ((_rows(part), part["path"].tolist()) for part in whole)
         yield from map(as_batch, reader.read_ahead(orders, threads=threads, ahead=steps_ahead))
+
+
+def _in_time(
+    stream: Iterator[ClipBatch], feeding: _Feeding, first_step: int, timeout_s: float
+) -> Generator[ClipBatch, None, None]:
+    """The same batches, each made when it is asked for, in a thread that can be given up when none comes."""
+    asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    made: queue.SimpleQueue[tuple[ClipBatch | None, BaseException | None]] = queue.SimpleQueue()
+
+    def make() -> None:
+        try:
+            while asked.get():
+                made.put((next(stream, None), None))
+        except BaseException as error:
+            made.put((None, error))
+
+    threading.Thread(target=make, name="batches", daemon=True).start()
+    try:
+        for step in itertools.count(first_step):
+            asked.put(True)
+            batch, error = _wait(made, feeding, step, timeout_s)
+            if error is not None:
+                raise error
+            if batch is None:
+                return
+            yield batch
+    finally:
+        asked.put(False)
+
+
+def _wait(made: "queue.SimpleQueue[T]", feeding: _Feeding, step: int, timeout_s: float) -> T:
+    """What comes next, with a line for each minute of waiting; BatchTimeout after `timeout_s`."""
+    began_s = time.monotonic()
+    while True:
+        waited_s = time.monotonic() - began_s
+        with contextlib.suppress(queue.Empty):
+            return made.get(timeout=max(0.0, min(SAY_EVERY_S, timeout_s - waited_s)))
+        waited_s = time.monotonic() - began_s
+        what, check = feeding.words()
+        if waited_s >= timeout_s:
+            raise BatchTimeout(
+                f"no clips of step {step} came to worker {feeding.rank} in {waited_s:.0f} s (data.batch_timeout_s): it "
+                f"waited for {what}. Check that {check}; if that is only slow, raise --data.batch_timeout_s"
+            )
+        logger.warning("worker %d waits for the clips of step %d for %.0f s: %s", feeding.rank, step, waited_s, what)
 
 
 def _steps(blocks: Iterator[Columns], *, rank: int, first_step: int, clips: int) -> Iterator[Columns]:

@@ -12,7 +12,6 @@ One run is one task and one part, so a task that dies costs its own run and no o
 
 import logging
 import pickle
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,13 +19,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from tqdm import tqdm
 
 from neurostorm.config import Config, EmbedConfig
 from neurostorm.downstream.embed_input import Input, open_input, remember
 from neurostorm.downstream.embed_parts import CLIPS, FAILED, RUNS, SUBJECTS, Assembled, Run, assemble, unfinished
 from neurostorm.downstream.embed_run import Embedder, Task
+from neurostorm.downstream.run_folder import require_writable
 from neurostorm.places import Place
+from neurostorm.progress import progress
+from neurostorm.resources import Demand, require, room
 from neurostorm.session import ensure_ray
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,8 @@ def embed(config: Config) -> EmbedReport:
     """Embed the runs of `embed.store` or `embed.source` with `embed.model`, and write the tables to `embed.out`.
 
     Raises:
-        ConfigError: a setting is missing or contradicts another; the folder holds another embedding.
+        ConfigError: a setting is missing or contradicts another; the folder holds another embedding, or cannot be
+            written; the cluster is too small for a worker.
         HubError: the model cannot be read, or does not say how its clips were made.
         DiscoverError: the source holds no run.
         StoreError: the store cannot be read, or its grid, mask or TR is not the model's.
@@ -77,13 +79,18 @@ def embed(config: Config) -> EmbedReport:
     """
     started = time.monotonic()
     settings, out = config.embed, config.embed.out.absolute()
+    require_writable(out, f"embed.out={settings.out}")
+    _say(f"reading the model {settings.model} and the list of runs of {settings.store or settings.source}")
     given = open_input(settings)
     remember(out, given)
     waiting = unfinished(out, given.runs)
-    with _progress(len(waiting)) as bar:
+    _say(f"{len(given.runs)} run(s), {len(given.runs) - len(waiting)} embedded before, {len(waiting)} to embed")
+    if waiting:
+        _require(settings, config.scale.wait_for_nodes_s)
+    with progress(len(waiting), "embed", "run") as bar:
         for failed in spread(waiting, task_of(settings, given, out), settings):
             bar.update()
-            bar.set_postfix(failed=failed, refresh=False)
+            bar.note(failed=failed)
     missing = f"its process died {CRASH_RETRIES + 1} time(s); if memory ran out, a lower embed.batch_clips helps"
     tables = assemble(out, given.runs, given.tr_s, missing)
     there = len(given.runs) - len(waiting)
@@ -98,7 +105,6 @@ def spread(runs: Sequence[Run], task: Task, settings: EmbedConfig) -> Iterator[i
     if not runs:
         return
     ensure_ray()
-    _warn_of_waiting(settings)
     failed = 0
     for first in range(0, len(runs), WAVE_RUNS):
         wave = runs[first : first + WAVE_RUNS]
@@ -124,6 +130,10 @@ def spread(runs: Sequence[Run], task: Task, settings: EmbedConfig) -> Iterator[i
         for row in dataset.iter_rows():
             failed += row["failed"]
             yield failed
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 class _Worker:
@@ -152,16 +162,12 @@ def task_of(settings: EmbedConfig, given: Input, out: Place) -> Task:
     )
 
 
-def _warn_of_waiting(settings: EmbedConfig) -> None:
-    """Ray would wait without a word for a node that is large enough; on a growing cluster it may yet come."""
-    for field, resource in (("cpus_per_worker", "CPU"), ("gpus_per_worker", "GPU")):
-        wanted = getattr(settings, field)
-        largest = max((node["Resources"].get(resource, 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
-        if wanted > largest:
-            logger.warning("embed.%s=%g, but the largest node has %g: waiting for one", field, wanted, largest)
-
-
-def _progress(total: int) -> "tqdm[Any]":
-    """A progress bar; in a log file it writes a line every ten seconds at most."""
-    interval_s = 0.2 if sys.stderr.isatty() else 10.0
-    return tqdm(total=total, desc="embed", unit="run", mininterval=interval_s, disable=total == 0)
+def _require(settings: EmbedConfig, wait_s: int | None) -> None:
+    """One worker must fit the cluster, else ConfigError; where fewer fit than were asked for, they do all the work."""
+    demand = Demand(
+        settings.workers, settings.cpus_per_worker, settings.gpus_per_worker, least=1,
+        options={name: f"--embed.{name}_per_worker" for name in ("cpus", "gpus")} | {"workers": "--workers"},
+    )  # fmt: skip
+    held = room(demand, require(demand, wait_s))
+    if held < settings.workers:
+        logger.warning("embed.workers=%d, but the cluster holds %d at once: the others wait", settings.workers, held)

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from neurostorm.ingest.discover import Source
 from neurostorm.places import Place, files_below, replace
+from neurostorm.progress import tracked
 from neurostorm.staging import outgoing
 
 PARTS = "parts"
@@ -124,7 +125,8 @@ def assemble(out: Place, runs: Sequence[Run], tr_s: float, missing: str) -> Asse
     failed: list[dict[str, object]] = []
 
     def clip_tables() -> Iterator[pa.Table]:
-        for run, part in zip(runs, read_parts(out, runs), strict=True):
+        parts = zip(runs, read_parts(out, runs), strict=True)
+        for run, part in tracked(parts, len(runs), "tables", "run"):
             clips = part or [ClipResult(None, None, missing)]
             good = [(clip.start_frame or 0, clip.embedding) for clip in clips if clip.embedding is not None]
             failed.extend(

@@ -4,6 +4,7 @@ store + labels --find_task--> Evaluation (examples, report of what did not match
                                    '--split_of(seed, fraction)--> Split, the same for every method
 """
 
+import difflib
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from neurostorm.config import ConfigError, SplitConfig, TaskConfig
 from neurostorm.downstream.cohort import Cohort, open_cohort
 from neurostorm.downstream.examples import Examples
-from neurostorm.downstream.labels import Labels, read_labels
+from neurostorm.downstream.labels import Labels, column_names, is_numeric, read_labels
 from neurostorm.downstream.splits import (
     PARTS,
     Names,
@@ -24,7 +25,7 @@ from neurostorm.downstream.splits import (
     nested_fractions,
     strata_of,
 )
-from neurostorm.downstream.tasks import Cut, Task
+from neurostorm.downstream.tasks import REGISTRY, Task, UnknownTask, find_task
 from neurostorm.places import Place, place
 
 CLIP_FRAMES = 20  # without a model that says
@@ -54,6 +55,36 @@ class Evaluation:
         return tuple(sorted(set(self.examples.subjects)))
 
 
+def task_of(text: str, settings: TaskConfig, *, option: str = "--task") -> Task:
+    """The task that `text` asks for, as `find_task`; a column of the labels is answered with how to predict it.
+
+    Args:
+        text: NAME, NAME:COLUMN or FILE.py[:COLUMN].
+        settings: the section of the configuration, which says where the labels are.
+        option: that took `text`, for the message.
+
+    Raises:
+        ConfigError: as `find_task`; for the name of a column, or nearly one, with the option to type.
+    """
+    try:
+        return find_task(text, settings.target_column)
+    except UnknownTask as error:
+        columns = column_names(settings.store.absolute(), settings.labels)
+        name, table = text.partition(":")[0], settings.labels or "the participants table"
+        near = difflib.get_close_matches(name.lower(), [column.lower() for column in columns], n=1, cutoff=0.6)
+        tasks = difflib.get_close_matches(name, REGISTRY, n=1, cutoff=0.4)
+        if not near or (tasks and _likeness(name, tasks[0]) >= _likeness(name.lower(), near[0])):
+            raise
+        column = next(column for column in columns if column.lower() == near[0])
+        base = "phenotype" if is_numeric(settings.store.absolute(), settings.labels, column) else "diagnosis"
+        what = "a column of that name" if column == name else f"a column {column!r}"
+        raise ConfigError(f"no task {text!r}; {table} has {what}: use {option} {base}:{column}") from error
+
+
+def _likeness(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
+
+
 def open_evaluation(task: Task, settings: TaskConfig, split: SplitConfig, clip_frames: int | None) -> Evaluation:
     """Read what a task needs.
 
@@ -68,12 +99,12 @@ def open_evaluation(task: Task, settings: TaskConfig, split: SplitConfig, clip_f
     frames = settings.clip_frames or clip_frames or CLIP_FRAMES
     if clip_frames is not None and frames > clip_frames:
         raise ConfigError(f"task.clip_frames={frames}: the model takes clips of up to {clip_frames} frames")
-    cohort = _cohort(str(settings.store.absolute()), settings.runs if task.name != "state" else "all")
+    cohort = _cohort(str(settings.store.absolute()), task.runs_for(settings.runs))
     wanted = [name for name in (split.group_column, *split.strata_columns) if name]
     wanted += [split.site_column] if split.scheme == "site" else []
     labels = _labels(task, settings, cohort, wanted)
-    cut = Cut(frames, settings.clip_stride_frames or frames, settings.delay_s, settings.states)
-    examples = task.examples(cohort, labels.values if labels and task.needs_labels else {}, cut)
+    values = labels.values if labels and task.needs_labels else {}
+    examples = task.examples(cohort, values, task.cut(settings, frames))
     columns = labels.columns if labels else {}
     return Evaluation(task, cohort, examples, columns, tuple(labels.report.lines()) if labels else ())
 

@@ -22,6 +22,7 @@ from neurostorm.downstream.embed_parts import ClipResult, Run, read_parts, unfin
 from neurostorm.downstream.embed_run import Task
 from neurostorm.downstream.examples import Examples
 from neurostorm.places import Place
+from neurostorm.progress import progress
 from neurostorm.store import FrameStore, StoreError
 
 NAMED = 3
@@ -36,14 +37,17 @@ def compute_tokens(
     *,
     workers: int,
     strict: bool = True,
+    title: str = "features",
 ) -> int:
     """Make the parts that are missing, on `workers` processes of the Ray cluster; how many runs that were.
 
-    StoreError naming clips that could not be read; without `strict` it is left to whoever reads them, so that of many
-    trials only those fail that need them.
+    A progress bar over these runs has the `title`.
+
+    StoreError naming clips that could not be read; without `strict`, and if only some runs have such clips, it is left
+    to whoever reads them, so that of many trials only those fail that need them.
     """
-    folder = tokens_folder(backbone, examples.clip_frames, cache)
-    waiting = unfinished(folder, _runs(cohort.store, examples))
+    folder, runs = tokens_folder(backbone, examples.clip_frames, cache), _runs(cohort.store, examples)
+    waiting = unfinished(folder, runs)
     task = Task(
         model=backbone.place,
         out=folder,
@@ -60,8 +64,12 @@ def compute_tokens(
         workers=workers, cpus_per_worker=settings.cpus, gpus_per_worker=min(1.0, settings.gpus),
         threads_per_worker=settings.threads, batch_clips=settings.batch_clips,
     )  # fmt: skip
-    failures = list(spread(waiting, task, resources))
-    if strict and failures and failures[-1]:
+    failed = 0
+    with progress(len(waiting), title, "run") as bar:
+        for failed in spread(waiting, task, resources):
+            bar.update()
+            bar.note(failed=failed)
+    if failed and (strict or failed == len(runs)):
         raise _failed(zip(waiting, read_parts(folder, waiting), strict=True))
     return len(waiting)
 

@@ -2,27 +2,34 @@
 
     config --prepare--> Trial --a Ray task--> trained, chosen on validation --> tested --> MLflow, summary.json
 
-Started again it goes on: what is trained is kept, what is tested is not tested again.
+Started again with the same settings it resumes: what is trained is kept, what is tested is not tested again. Other
+settings under the same name are refused.
 """
 
 import json
 import logging
+import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray
 
 from neurostorm.config import Config, ConfigError
+from neurostorm.downstream.errors import REFUSALS, TrialsFailed, keep_traceback, reason_of
+from neurostorm.downstream.evaluation import task_of
+from neurostorm.downstream.metrics import chance_text
 from neurostorm.downstream.prepare import Wanted, prepare
 from neurostorm.downstream.record import record_end, record_epoch, record_start, record_test, uri_of
-from neurostorm.downstream.tasks import find_task
+from neurostorm.downstream.run_folder import keep_config, refuse_other
 from neurostorm.downstream.training import State
 from neurostorm.downstream.trial import PREDICTIONS, Outcome, Trial, test_trial, train_trial
 from neurostorm.places import Place, replace
 
 logger = logging.getLogger(__name__)
+Result = tuple[list[tuple[int, dict[str, float]]], Outcome, dict[str, float]]
 
 SUMMARY = "summary.json"
+JOB, SECTIONS = "finetune", ("run", "task", "split", "adapt")
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,10 @@ class Finetuned:
         train, validation, test = self.subjects
         unit = f" {self.unit}" if self.unit else ""
         units = {"mae": unit, "rmse": unit}
-        tested = ", ".join(f"{name} {value:.4g}{units.get(name, '')}" for name, value in self.test.items())
+        shown = {name: f" {value:.4g}{units.get(name, '')}" for name, value in self.test.items()}
+        if self.metric == "r" and self.test.get("chance") == 0:
+            shown["chance"] = f" {chance_text('r', 0)}"
+        tested = ", ".join(f"{name}{value}" for name, value in shown.items())
         chosen = ", ".join(f"{name} {value:g}" for name, value in self.outcome.chosen.items())
         return [
             f"trained on {train} subjects, chosen on {validation} ({chosen}; {self.metric} "
@@ -57,22 +67,26 @@ class Finetuned:
 
 
 def finetune(config: Config) -> Finetuned:
-    """Train, choose, test. Errors as `prepare.prepare`, and those of the trial itself."""
-    task = find_task(config.task.name, config.task.target_column)
+    """Train, choose, test.
+
+    Raises:
+        ConfigError: the folder holds another run, or other settings.
+        TrialsFailed: training or testing failed, with the reason and the file of its traceback.
+        Others as `prepare.prepare`, and what the trial's data do not allow.
+    """
+    task = task_of(config.task.name, config.task)
     try:
         uri_of(config)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    folder = config.run.folder
-    if (folder / "checkpoints").is_dir():  # whose config.yaml and summary.json would be lost
-        raise ConfigError(f"run.name={config.run.name}: {folder} holds a pretraining run; choose another --name")
+    refuse_other(config, JOB, SECTIONS)
     prepared = prepare(config, [Wanted(task, config.adapt, config.run.seed)], say=_say)
     trial = prepared.trials[0]
-    replace(folder / "config.yaml", config.to_yaml().encode())
+    keep_config(config, JOB)
     tracker = record_start(trial)
     status = "FAILED"
     try:
-        history, outcome, tested = ray.get(_remote(config).remote(trial))
+        history, outcome, tested = _result(config, trial)
         for epoch, measured in history:
             record_epoch(tracker, measured, epoch)
         record_end(tracker, trial, outcome)
@@ -87,24 +101,38 @@ def finetune(config: Config) -> Finetuned:
         (len(split.train), len(split.validation), len(split.test)), uri_of(config), tracker.run_id,
     )  # fmt: skip
     facts = {**asdict(outcome), "test": tested, "trial": str(trial.folder), "mlflow_run_id": tracker.run_id}
-    replace(folder / SUMMARY, (json.dumps(facts, indent=1) + "\n").encode())
+    replace(config.run.folder / SUMMARY, (json.dumps(facts, indent=1) + "\n").encode())
     return done
 
 
-def _remote(config: Config) -> Any:
+def _result(config: Config, trial: Trial) -> Result:
+    """Metrics by epoch, what training gave and what the test gave; made by a Ray task."""
     settings = config.adapt
-    return ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus or None, max_retries=1)(_train_and_test)
+    remote: Any = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus or None, max_retries=1)(_train_and_test)
+    try:
+        result: Result = ray.get(remote.remote(trial))
+    except ray.exceptions.RayError as error:
+        file = keep_traceback(config.run.folder, trial.key, str(error))
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, (ConfigError, *REFUSALS)):
+            raise cause from None
+        raise TrialsFailed(f"{trial.key} failed: {reason_of(str(error))} (traceback: {file})") from None
+    return result
 
 
-def _train_and_test(trial: Trial) -> tuple[list[tuple[int, dict[str, float]]], Outcome, dict[str, float]]:
+def _train_and_test(trial: Trial) -> Result:
     history: list[tuple[int, dict[str, float]]] = []
+    epochs, begun = trial.config.adapt.epochs, []
 
     def note(epoch: int, measured: dict[str, float], state: State | None) -> None:
         history.append((epoch, measured))
+        begun.append(time.monotonic())
         metric = trial.task.metric
         better = ", the best so far" if state is not None else ""
-        how = f"epoch {epoch}: loss {measured['loss']:.4f}" if epoch else "epoch 0, as the linear probe begins it"
-        _say(f"{how}, validation {metric} {measured[metric]:.4f}{better}")
+        how = f"epoch {epoch}/{epochs}: loss {measured['loss']:.4f}" if epoch else "epoch 0, the linear probe alone"
+        left_s = (begun[-1] - begun[0]) / max(1, len(begun) - 1) * (epochs - epoch)
+        left = f"; at most {left_s:.0f} s left" if len(begun) > 1 else ""
+        _say(f"{how}, validation {metric} {measured[metric]:.4f}{better}{left}")
 
     outcome = train_trial(trial, note)
     return history, outcome, test_trial(trial)

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from neurostorm.errors import UserError
 from neurostorm.ingest.names import safe_label, slug
 from neurostorm.places import Place
-from neurostorm.store import read_participants
+from neurostorm.store import StoreError, read_participants
 from neurostorm.store.layout import PARTICIPANTS
 
 MISSING = frozenset({"", "n/a", "na", "nan"})  # in lower case, as ingest reads participants.tsv
@@ -163,6 +163,28 @@ def read_labels(
         raise LabelError(f"{table.where}, column {target}: no subject has a label. {'; '.join(report.lines())}")
     further = {column: _further(column, table, rows, own, subjects) for column in columns}
     return Labels(target, table.where, values, further, report)
+
+
+def column_names(store: Place, file: Place | None = None) -> tuple[str, ...]:
+    """The columns that can be labels: of `file`, or else of the store's participants; () if neither can be read."""
+    table = _any_table(store, file, set())
+    return tuple(name for name in table.names if name not in (DATASET, PARTICIPANT))
+
+
+def is_numeric(store: Place, file: Place | None, column: str) -> bool:
+    """Whether all values of a column that are there are numbers."""
+    try:
+        return all(math.isfinite(float(text)) for text in _any_table(store, file, {column}).cells[column] if text)
+    except (KeyError, ValueError):
+        return False
+
+
+def _any_table(store: Place, file: Place | None, wanted: set[str]) -> _Table:
+    """`file`, or the store's participants; without columns if it cannot be read."""
+    try:
+        return _participants(store, wanted) if file is None else _read(file, wanted)
+    except (LabelError, StoreError, OSError):
+        return _Table(str(file or store), (), {})
 
 
 def _further(

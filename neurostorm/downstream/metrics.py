@@ -137,6 +137,11 @@ def chance_of(metric: str, *, classes: int = 0, gallery: int = 0) -> float:
     return float(np.mean(1 / np.arange(1, count + 1))) if metric == "map" else 1 / count
 
 
+def chance_text(metric: str, level: float, digits: int = 2) -> str:
+    """A chance level as people read it, `0.50`; that of a correlation says what it means, `0: no correlation`."""
+    return "0: no correlation" if metric == "r" and level == 0 else f"{level:.{digits}f}"
+
+
 def higher_is_better(metric: str) -> bool:
     """Whether the larger value is the better one; raises ValueError for an unknown metric."""
     known = (*_REGRESSION, *_CLASSIFICATION, "rank1", "map")

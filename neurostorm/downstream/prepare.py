@@ -5,29 +5,34 @@ Wanted (task, settings, seed) ... --> labels matched, splits, backbones (found, 
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import ray
 
-from neurostorm.config import AdaptConfig, Config
+from neurostorm.config import AdaptConfig, Config, ConfigError
 from neurostorm.downstream.backbone import Backbone, backbone_of
 from neurostorm.downstream.connectivity import build_parcels, series_cached
 from neurostorm.downstream.evaluation import Evaluation, open_evaluation, split_of
 from neurostorm.downstream.features import compute_tokens
 from neurostorm.downstream.methods import Method, find_method
+from neurostorm.downstream.parcels import Parcels
 from neurostorm.downstream.pretrained import Pretrained, check_fits, open_pretrained
+from neurostorm.downstream.run_folder import require_writable
 from neurostorm.downstream.splits import Split, save_split
 from neurostorm.downstream.tasks import Task
 from neurostorm.downstream.trial import Trial, file_name
 from neurostorm.places import Place, replace
-from neurostorm.session import ensure_ray
+from neurostorm.progress import progress
+from neurostorm.resources import Demand, require
 from neurostorm.train.contrastive import ContrastiveRecipe
 
 logger = logging.getLogger(__name__)
 
 LABELS = "labels.txt"
-RUNS_PER_TASK = 64  # whose region series one Ray task computes
+RUNS_PER_TASK = 64  # whose region series one Ray task computes, at most
+TASKS_PER_WORKER = 4  # at least, of a small cohort: a progress bar moves, and workers end together
 SWIFT_BATCH, SWIFT_LR = 8, 1e-3
 Say = Callable[[str], None]
 
@@ -58,17 +63,22 @@ def prepare(config: Config, wanted: Sequence[Wanted], say: Say = logger.info) ->
         say: told what goes on.
 
     Raises:
-        ConfigError, LabelError, SplitError, StoreError, HubError, ReferenceMismatch: something does not fit, before
-            any trial has started.
+        ConfigError, LabelError, SplitError, StoreError, HubError, ReferenceMismatch: something does not fit, or a
+            folder cannot be written, before a Ray is started.
     """
     cache, home = cache_of(config), config.run.folder
+    require_writable(home, f"run.output={config.run.output}")
+    require_writable(cache, f"adapt.cache={cache}")
     methods = {want.adapt.method: find_method(want.adapt.method) for want in wanted}
+    for want in wanted:
+        _require_suitable(methods[want.adapt.method], want.task)
     found = None
     if any(method.needs_model for method in methods.values()):
         settings = config.adapt
         found = open_pretrained(settings.model, settings.normalise, section="adapt", converted=cache / "models")
     evaluations = _evaluations(config, wanted, found)
     labels = _say_labels(home, evaluations, say)
+    parcels = _parcels(config.adapt, wanted, methods, evaluations)
     data = {label: evaluation.examples.sha256 for label, evaluation in evaluations.items()}
     splits: dict[tuple[str, int, float], Split] = {}
     for want in wanted:
@@ -78,7 +88,9 @@ def prepare(config: Config, wanted: Sequence[Wanted], say: Say = logger.info) ->
                 evaluations[want.task.label], config.split, seed=want.seed, fraction=want.adapt.fraction
             )
             _keep_split(home, where, splits[where])
-    ensure_ray()
+    options = {"cpus": "--adapt.cpus", "gpus": "--adapt.gpus"}
+    demand = Demand(1, config.adapt.cpus, config.adapt.gpus, what="trial", options=options)
+    require(demand, config.scale.wait_for_nodes_s)
     backbones: dict[str, Backbone | None] = {}
     trials = []
     for want in wanted:
@@ -90,8 +102,38 @@ def prepare(config: Config, wanted: Sequence[Wanted], say: Say = logger.info) ->
         trials.append(
             Trial(own, want.task, split, backbones[method.name], cache, home / "trials", data[label], classes)
         )
-    _share(config, trials, evaluations, cache, say)
+    _share(config, trials, evaluations, parcels, cache, say)
     return Prepared(trials, labels)
+
+
+def suits(method: Method, task: Task) -> bool:
+    """Whether a method can do a task: one that gives every run the same vector cannot identify anybody."""
+    return not (method.adaptation == "constant" and task.kind == "identification")
+
+
+def _require_suitable(method: Method, task: Task) -> None:
+    if not suits(method, task):
+        raise ConfigError(
+            f"adapt.method={method.name} cannot do {task.label}: it gives every run the same vector. "
+            "Use --method linear"
+        )
+
+
+def _parcels(
+    settings: AdaptConfig, wanted: Sequence[Wanted], methods: dict[str, Method], evaluations: dict[str, Evaluation]
+) -> dict[str, Parcels]:
+    """Task label -> the regions of its store, of tasks with a method that sees regions. ConfigError for a bad atlas."""
+    made: dict[str, Parcels] = {}
+    for want in wanted:
+        label = want.task.label
+        if label in made or methods[want.adapt.method].sees not in ("regions", "matrices"):
+            continue
+        setting = f"adapt.parcels={settings.parcels}" if settings.atlas is None else f"adapt.atlas={settings.atlas}"
+        try:
+            made[label] = build_parcels(settings.atlas or settings.parcels, evaluations[label].cohort.store)
+        except ValueError as error:
+            raise ConfigError(f"{setting}: {error}") from error
+    return made
 
 
 def _config_of(config: Config, want: Wanted, clip_frames: int) -> Config:
@@ -167,7 +209,14 @@ def _backbone(
     return made
 
 
-def _share(config: Config, trials: Sequence[Trial], evaluations: dict[str, Evaluation], cache: Place, say: Say) -> None:
+def _share(
+    config: Config,
+    trials: Sequence[Trial],
+    evaluations: dict[str, Evaluation],
+    parcels: dict[str, Parcels],
+    cache: Place,
+    say: Say,
+) -> None:
     """Compute what probes and connectivity read, for all trials at once.
 
     A clip that cannot be read stops a single trial here; of several it stops those that need it.
@@ -186,22 +235,32 @@ def _share(config: Config, trials: Sequence[Trial], evaluations: dict[str, Evalu
             done.add(what)
             made = compute_tokens(
                 trial.backbone, evaluation.cohort, evaluation.examples, cache, settings, workers=at_once,
-                strict=len(trials) == 1,
+                strict=len(trials) == 1, title=f"features for {trial.method.name}, {trial.task.label}",
             )  # fmt: skip
             if made:
                 say(f"{trial.task.label}: frozen features of {made} runs by {trial.method.name}'s network")
         elif trial.method.sees in ("regions", "matrices"):
             done.add(what)
-            _compute_series(evaluation, settings, cache)
+            _compute_series(evaluation, parcels[trial.task.label], settings, cache, at_once)
 
 
-def _compute_series(evaluation: Evaluation, settings: AdaptConfig, cache: Place) -> None:
+def _compute_series(
+    evaluation: Evaluation, parcels: Parcels, settings: AdaptConfig, cache: Place, at_once: int
+) -> None:
+    """Compute the region series that are missing, on `at_once` processes, under a progress bar over runs."""
     store, examples = evaluation.cohort.store, evaluation.examples
-    parcels = ray.put(build_parcels(settings.atlas or settings.parcels, store))
     paths = [examples.runs[run].path for run in examples.clips_of_run()]
-    make = ray.remote(num_cpus=settings.cpus)(_series_there)
-    parts = [paths[first : first + RUNS_PER_TASK] for first in range(0, len(paths), RUNS_PER_TASK)]
-    ray.get([make.remote(store, part, parcels, cache / "series") for part in parts])
+    size = max(1, min(RUNS_PER_TASK, math.ceil(len(paths) / (TASKS_PER_WORKER * at_once))))
+    make, shared = ray.remote(num_cpus=settings.cpus)(_series_there), ray.put(parcels)
+    parts = [paths[first : first + size] for first in range(0, len(paths), size)]
+    runs = {make.remote(store, part, shared, cache / "series"): len(part) for part in parts}
+    with progress(len(paths), f"region series, {evaluation.task.label}", "run") as bar:
+        while runs:
+            ready, _ = ray.wait(list(runs), num_returns=1, timeout=1)
+            for task in ready:
+                ray.get(task)
+                bar.update(runs.pop(task))
+            bar.note()
 
 
 def _series_there(*arguments: object) -> None:

@@ -17,7 +17,7 @@ KIND, SELECTED = "neurostorm.kind", "neurostorm.selected"
 
 
 def record_start(trial: Trial, parent: str = "") -> Tracker:
-    """The trial's MLflow run, begun or gone on with."""
+    """The trial's MLflow run, new or continued; named by what it is in a sweep (`parent`), by run.name alone."""
     config, task = trial.config, trial.task
     label, method, fraction, seed = trial.cell
     trial.folder.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def record_start(trial: Trial, parent: str = "") -> Tracker:
         trial.folder,
         uri=uri_of(config),
         experiment=config.tracking.experiment,
-        name=f"{label} {method} {fraction:.0%} seed {seed}",
+        name=f"{label} {method} {fraction:.0%} seed {seed}" if parent else config.run.name,
         parameters=_parameters(trial),
         tags=tags,
         artifacts=config.run.output / "artifacts",

@@ -9,7 +9,11 @@
     class ReactionTime(Regression):      # in reaction_time.py, started as --task reaction_time
         name, column, unit = "reaction_time", "rt_ms", "ms"
 
-Whoever needs other clips overrides `examples`. A class registers itself by its `name`.
+A class registers itself by its `name`. It inherits from its base which runs it is about (`runs`), how clips are cut
+(`cut`) and what units and targets are (`examples`), and may override each:
+
+    class Tapping(State):                # the events of one task label only
+        name, runs = "tapping", "motor"
 """
 
 import difflib
@@ -27,7 +31,7 @@ from typing import ClassVar
 import numpy as np
 from ray import cloudpickle
 
-from neurostorm.config import ConfigError
+from neurostorm.config import ConfigError, TaskConfig
 from neurostorm.downstream.cohort import Cohort
 from neurostorm.downstream.examples import Examples, collect, starts_of
 from neurostorm.downstream.metrics import higher_is_better
@@ -35,6 +39,11 @@ from neurostorm.store.events import run_events
 
 REGISTRY: dict[str, type["Task"]] = {}
 KINDS = ("regression", "classification", "identification")
+AUTO = "auto"
+
+
+class UnknownTask(ConfigError):
+    """No task has the name that was asked for, and no file of that name is there."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +65,16 @@ class Task(ABC):
         metric: what selects and is shown first; a name of `metrics.py`, or "rank1", "map".
         unit: of a regression's target, for tables and axes.
         column: of the labels; None: the task needs no labels, or is asked for as NAME:COLUMN.
-        label: how the task is called where several are compared.
+        runs: which runs it is about when `--task.runs` is left at auto, in the same words: "auto" (runs at rest if
+            there are any, all if not), "all", or a BIDS task label.
+        label: how the task is called in messages, and where several are compared.
     """
 
     name: ClassVar[str]
     kind: ClassVar[str]
     metric: ClassVar[str]
     unit: ClassVar[str] = ""
+    runs: ClassVar[str] = AUTO
     column: str | None = None
 
     def __init_subclass__(cls) -> None:
@@ -87,6 +99,14 @@ class Task(ABC):
     def numeric(self) -> bool:
         """Whether labels are numbers."""
         return self.kind == "regression"
+
+    def runs_for(self, asked: str) -> str:
+        """The runs that are selected for `--task.runs asked`: what the user asked for, or else the task's own."""
+        return self.runs if asked == AUTO else asked
+
+    def cut(self, settings: TaskConfig, clip_frames: int) -> Cut:
+        """How clips of `clip_frames` frames are cut, by the settings that matter to this task."""
+        return Cut(clip_frames, settings.clip_stride_frames or clip_frames)
 
     @abstractmethod
     def examples(self, cohort: Cohort, labels: Mapping[str, float | str], cut: Cut) -> Examples:
@@ -181,6 +201,11 @@ class State(Task):
     """What the person did: a unit is an event, its clips begin when its blood response does."""
 
     name, kind, metric = "state", "classification", "balanced_accuracy"
+    runs = "all"  # events are in runs of tasks, which "auto" leaves out
+
+    def cut(self, settings: TaskConfig, clip_frames: int) -> Cut:
+        stride = settings.clip_stride_frames or clip_frames
+        return Cut(clip_frames, stride, settings.delay_s, settings.states)
 
     def examples(self, cohort: Cohort, labels: Mapping[str, float | str], cut: Cut) -> Examples:
         clips, subject_of, state_of, kinds = [], {}, {}, set()
@@ -196,14 +221,16 @@ class State(Task):
         classes = tuple(sorted(set(state_of.values())))
         if len(kinds) < 2:
             raise ConfigError(
-                f"task.name=state: the runs of {cohort.store.path} have {len(kinds)} kinds of event"
-                f"{f' of {list(cut.states)}' if cut.states else ''}, and two are needed: ingest finds *_events.tsv "
-                "beside the runs or above them; a store that was made before it did has none, ingest the files again"
+                f"task.name={self.label}: the {len(cohort.runs)} selected runs of {cohort.store.path} have "
+                f"{len(kinds)} kinds of event{f' of {list(cut.states)}' if cut.states else ''}, and two are needed. "
+                "Select runs that have events (--task.runs all); ingest finds *_events.tsv beside the runs or above "
+                "them, so a store that was made before these files were there has to be ingested again"
             )
         if len(classes) < 2:
             raise ConfigError(
-                f"task.name=state: of {len(kinds)} kinds of event in {cohort.store.path} {len(classes)} leave(s) room "
-                f"for a clip of {cut.clip_frames} frames, and two are needed: take shorter clips (task.clip_frames)"
+                f"task.name={self.label}: of {len(kinds)} kinds of event in {cohort.store.path} {len(classes)} "
+                f"leave(s) room for a clip of {cut.clip_frames} frames, and two are needed: take shorter clips "
+                "(task.clip_frames)"
             )
         target_of = {unit: float(classes.index(state)) for unit, state in state_of.items()}
         return collect(cohort.runs, cut.clip_frames, clips, subject_of, target_of, classes)
@@ -237,8 +264,8 @@ class ReId(Task):
         several = tuple(sorted(subject for subject, found in sessions.items() if len(found) > 1))
         if len(several) < 2:
             raise ConfigError(
-                f"task.name=reid: {len(several)} subject(s) of {cohort.store.path} have runs in two sessions, and two "
-                "are needed at least: a person is searched for among runs of another session"
+                f"task.name={self.label}: {len(several)} subject(s) of {cohort.store.path} have runs in two sessions, "
+                "and two are needed at least: a person is searched for among runs of another session"
             )
         clips = [
             (index, start, run.path)
@@ -258,14 +285,15 @@ def find_task(text: str, column: str | None = None) -> Task:
     or with one only. It reaches the workers by value, so that they need not have the file.
 
     Raises:
-        ConfigError: there is no such task, naming the nearest; or the file cannot be used, and why.
+        UnknownTask: there is no such task, naming the nearest.
+        ConfigError: the file cannot be used, and why.
     """
     name, _, asked = text.partition(":")
     file = Path(name) if name.endswith(".py") else Path(f"{name}.py")
     if name not in REGISTRY and not file.is_file():
         near = difflib.get_close_matches(name, REGISTRY, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(REGISTRY))}"
-        raise ConfigError(f"task.name={text}: no such task, and no file {file} in {Path.cwd()}; {hint}")
+        raise UnknownTask(f"task.name={text}: no such task, and no file {file} in {Path.cwd()}; {hint}")
     task_class = REGISTRY[name] if name in REGISTRY else _from_file(file)
     return task_class(asked or column)
 

@@ -10,12 +10,9 @@ one store, and a task that dies (killed for memory, a lost node) costs its own r
 import contextlib
 import itertools
 import logging
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from functools import partial
-
-from tqdm import tqdm
 
 from neurostorm.config import Config
 from neurostorm.ingest.convert import RECIPE, RECIPE_VERSION, Outcome, attempt
@@ -26,6 +23,8 @@ from neurostorm.ingest.survey import Survey, survey
 from neurostorm.ingest.tables import Tables, store_participants
 from neurostorm.ingest.template import brain_mask
 from neurostorm.places import Place
+from neurostorm.progress import progress
+from neurostorm.resources import Demand, require
 from neurostorm.store import GRIDS, StoreError, create_store, remove_partials, withdrawn_subjects
 from neurostorm.store.care import readmit
 
@@ -39,7 +38,7 @@ def ingest(config: Config) -> IngestReport:
     complete are left as they are, and participants who withdrew are left out.
 
     Raises:
-        ConfigError: no source is given.
+        ConfigError: no source is given, or no node has the cores of ingest.cpus_per_run.
         DiscoverError: the source holds no run.
         MaskError: `ingest.mask` cannot be used.
         StoreError: `data.store` is something else, or has another grid, mask or TR; or it cannot be written. Then what
@@ -49,6 +48,9 @@ def ingest(config: Config) -> IngestReport:
     started = time.monotonic()
     settings, store = config.ingest, config.data.store.absolute()
     found = survey(settings, store)
+    if found.waiting:
+        options = {"cpus": "--ingest.cpus_per_run"}
+        require(Demand(1, settings.cpus_per_run, what="task", options=options), config.scale.wait_for_nodes_s)
     grid = GRIDS[settings.grid]
     mask = brain_mask(grid, settings.mask)
     with _store_trouble(store):
@@ -111,12 +113,12 @@ def _kept_up(tables: Tables) -> Iterator[None]:
 def _with_progress(outcomes: Iterable[Outcome], total: int) -> Iterator[Outcome]:
     """The same outcomes under a progress bar; in a log file it writes a line every ten seconds at most."""
     bad = 0
-    interval_s = 0.2 if sys.stderr.isatty() else 10.0
-    with tqdm(outcomes, total=total, desc="ingest", unit="run", mininterval=interval_s, disable=total == 0) as bar:
-        for outcome in bar:
+    with progress(total, "ingest", "run") as bar:
+        for outcome in outcomes:
             bad += outcome.status == "quarantined"
-            bar.set_postfix(quarantined=bad, refresh=False)
+            bar.note(quarantined=bad)
             yield outcome
+            bar.update()
 
 
 def _warn_of_space(found: Survey, store: Place, tr_s: float, voxels: int) -> None:

@@ -7,7 +7,6 @@ Ray starts a task again when its process or its node dies, without end as far as
 process each time (memory, a defect below Python) is therefore counted where it begins, and answered after a few tries.
 """
 
-import logging
 import pickle
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
@@ -20,8 +19,6 @@ from neurostorm.ingest.convert import Outcome
 from neurostorm.ingest.discover import Source
 from neurostorm.ingest.tries import Tries
 from neurostorm.session import ensure_ray
-
-logger = logging.getLogger(__name__)
 
 # Runs handed to Ray Data at a time bound what the driver holds for a corpus of 66,000; between two waves cores idle
 # until the last run of the first is done, so a wave is long for every core.
@@ -40,7 +37,6 @@ def spread(
     if not sources:
         return
     ensure_ray()
-    _warn_of_waiting(cpus_per_run)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     tries = Tries.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]  # made by ray.remote
     wave_runs = max(WAVE_RUNS, round(WAVE_RUNS_PER_CORE * ray.cluster_resources().get("CPU", 0.0)))
@@ -68,12 +64,3 @@ def _task(row: dict[str, Any], work: Callable[[Source], Outcome], tries: Any) ->
         reason = f"its task died {TRIES} times; if memory ran out, a higher ingest.cpus_per_run helps"
         return {"outcome": pickle.dumps(Outcome(str(source.path), source.run, "quarantined", reason))}
     return {"outcome": pickle.dumps(work(source))}
-
-
-def _warn_of_waiting(cpus_per_run: float) -> None:
-    """Ray would wait without a word for a node that is large enough; on a growing cluster it may yet come."""
-    largest = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
-    if cpus_per_run > largest:
-        logger.warning(
-            "ingest.cpus_per_run=%g, but the largest node has %g cores: waiting for one", cpus_per_run, largest
-        )

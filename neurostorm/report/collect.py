@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from neurostorm.downstream.metrics import higher_is_better
+from neurostorm.progress import tracked
 from neurostorm.report.results import (
     CLASSIFICATION,
     IDENTIFICATION,
@@ -229,7 +230,8 @@ def _with_predictions(client: Any, results: Results, tasks: dict[str, Task]) -> 
             return replace(trial, predictions=_predictions(client, trial.run_id, task, folder))
 
     with ThreadPoolExecutor(READERS) as pool:
-        return tuple(pool.map(read, results.trials))
+        found = pool.map(read, results.trials)
+        return tuple(tracked(found, len(results.trials), "report: predictions", "trial"))
 
 
 def _predictions(client: Any, run_id: str, task: Task, folder: str) -> Predictions:

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from neurostorm.downstream.metrics import metric_of
 from neurostorm.downstream.stats import Comparison, PairedInterval, compare, paired_bootstrap, with_holm
+from neurostorm.progress import tracked
 from neurostorm.report.methods import references_of
 from neurostorm.report.results import Pair, ReportError, Results, Task, Trial
 
@@ -49,7 +49,7 @@ def comparisons(results: Results, *, draws: int = DRAWS, seed: int = 0) -> tuple
         ReportError: two methods' predictions name different targets for one test unit.
     """
     made: list[Comparison] = []
-    for task in tqdm(results.tasks, desc="compare", unit="task", disable=None, leave=False):
+    for task in tracked(results.tasks, len(results.tasks), "report: compare", "task"):
         methods = [one for one in results.methods(task.name) if results.at(task.name, one)]
         asked = {one: references_of(one, methods) for one in methods}
         for reference in methods:

@@ -87,7 +87,7 @@ def _confusion_figure(results: Results, task: Task, name: str) -> Drawn:
     caption = (
         "Rows are the true classes and sum to 100 %; the numbers "
         + ("in brackets " if roomy else "")
-        + f"are counts of predictions over all replicates. {_pair_words(methods)}"
+        + f"are counts of predictions over all replicates. {_pair_words(results, task, methods)}"
     )
     return Drawn(name, f"Confusion: {task.name}", caption, figure, _ids(results, task, methods), task.name)
 
@@ -139,7 +139,7 @@ def _scatter_figure(results: Results, task: Task, name: str) -> Drawn:
         )  # fmt: skip
     caption = (
         "A point is a test unit of one replicate; the dashed line is where prediction and truth are equal. r and MAE "
-        f"are means and standard deviations over replicates. {_pair_words(methods)}"
+        f"are means and standard deviations over replicates. {_pair_words(results, task, methods)}"
     )
     return Drawn(name, f"Prediction and truth: {task.name}", caption, figure, _ids(results, task, methods), task.name)
 
@@ -172,8 +172,9 @@ def _agreement(results: Results, task: Task, method: str) -> str:
     return "\n".join(lines)
 
 
-def _pair_words(methods: Sequence[str]) -> str:
-    best = f"{look(methods[0]).label} has the best mean"
+def _pair_words(results: Results, task: Task, methods: Sequence[str]) -> str:
+    what = "value, of one replicate" if task.name in results.single else "mean"
+    best = f"{look(methods[0]).label} has the best {what}"
     return f"{best}; {look(methods[1]).label} is its reference." if len(methods) > 1 else f"{best}."
 
 

@@ -101,7 +101,7 @@ def phenotype_bars(results: Results) -> list[Drawn]:
         axis.set_xticks(range(len(row)), [plain(short(task.name, 120 // per_row)) for task in row], fontsize=TEXT_PT)
         axis.set_xlim(-0.55, per_row - 0.45)
         quiet(axis, "Pearson's r of prediction and truth", "r")
-        chance_line(axis, 0.0)
+        chance_line(axis, 0.0, "no correlation")
     legend(figure, methods)
     caption = "Correlation of predicted and true values on the test subjects, mean, standard deviation and replicates."
     return [Drawn("phenotypes", "Phenotypes side by side", caption, figure, tuple(dict.fromkeys(runs)))]
@@ -117,7 +117,7 @@ def _panel(
         for at, method in enumerate(methods)
     )
     method_ticks(axis, methods)
-    chance_line(axis, chance)
+    chance_line(axis, chance, "no correlation" if metric == "r" else "chance")
     brackets(axis, np.nanmax([top, chance]), _brackets(results, task, methods, made))
     return [trial.run_id for method in methods for trial in results.at(task.name, method)]
 

@@ -6,6 +6,7 @@ head, glance, headline table --> figures --> each task --> comparisons --> metho
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from neurostorm.downstream.metrics import chance_text, higher_is_better
 from neurostorm.downstream.stats import Comparison, stars
 from neurostorm.report.collect import without_credentials
 from neurostorm.report.compare import find, unpaired
@@ -17,6 +18,7 @@ from neurostorm.report.table import Table, decimals, minus, p_text, percent
 from neurostorm.report.tables import metric_label, results_table, summary_text
 
 _SAID_ABOVE = ("Task", "Chance")  # of a table that is about one task
+REPEAT = "Start the sweep again with --replicates 5; what is done is kept"
 _GALLERY = ("tasks", "phenotypes", "identification", "label_efficiency", "radar")
 
 
@@ -77,8 +79,11 @@ def glance(results: Results, made: Sequence[Comparison]) -> list[str]:
             lines.append(f"{task.name}: no method was tested with {percent(results.fraction)} of the labels.")
             continue
         chance = results.chance(task.name)
-        known = f" (chance {chance:.2f})" if chance == chance else ""
-        lines.append(f"{task.name}: best is {look(best).label}, {summary_text(results, task, best)}{known}."
+        known = f" (chance {chance_text(task.metric, chance)})" if chance == chance else ""
+        single = task.name in results.single
+        order = "best" if not single else "highest" if higher_is_better(task.metric) else "lowest"
+        doubt = ", in one replicate, so that differences may be noise" if single else ""
+        lines.append(f"{task.name}: {order} is {look(best).label}, {summary_text(results, task, best)}{known}{doubt}."
                      + _against(results, made, task))  # fmt: skip
     return lines
 
@@ -90,14 +95,25 @@ def warnings(results: Results, made: Sequence[Comparison]) -> list[str]:
         told.append(f"The sweep's run is {results.status}, not FINISHED: numbers may be missing or change.")
     few = min(one.pairs for one in made) if made else 0
     if made and few < 2:
-        told.append("Some comparisons have fewer than two pairs, so no test over replicates can be made: add seeds.")
+        told.append("Some comparisons have fewer than two pairs, so no test over replicates can be made.")
+    if results.single:
+        names = ", ".join(results.single)
+        told.append(f"One replicate of {names}: differences between methods may be noise. {REPEAT}.")
     tested = [one for one in results.trials if one.test]
     if any(one.overlap is None for one in tested):
-        told.append("For some trials nobody knows how many of the test subjects pretraining saw (see the task tables).")
+        told.append(
+            "It is not known how many of the test subjects of some trials pretraining saw, because the model's files "
+            "do not name its subjects (see the task tables)."
+        )
     seen = [one for one in tested if one.overlap]
     if seen:
         most = max(one.overlap or 0.0 for one in seen)
-        told.append(f"Pretraining saw up to {percent(most)} of the test subjects of some trials (see the task tables).")
+        told.append(
+            f"Pretraining saw up to {percent(most)} of the test subjects of some trials (see the task tables), so "
+            "their scores may be too high. To avoid it, keep the people to be tested out of pretraining: leave their "
+            "dataset out with --data.weights '{DATASET: 0}', and evaluate on that dataset alone (a store of its own, "
+            "or a table of its subjects as --labels)."
+        )
     apart = sorted({one.task for one in made if unpaired(results, one.task, one.a, one.b)})
     if apart:
         told.append(f"In {', '.join(apart)} some methods had different splits under the same seed; these make no pair.")
@@ -127,7 +143,7 @@ def notes(results: Results, made: Sequence[Comparison], draws: int) -> list[str]
         ]
     told.append(
         "Chance: what guessing reaches on average; for mean absolute error and the like it depends on the target, and "
-        "the method “Mean or majority” stands for it."
+        "the method “Mean or majority” stands for it. Chance of a correlation r is 0: no correlation."
     )
     if results.fraction != 1:
         told.append(f"No trial had all training labels; the main tables are of {percent(results.fraction)} of them.")
@@ -208,7 +224,7 @@ def _task(results: Results, made: Sequence[Comparison], task: Task, drawn: Seque
             ("Question", f"{task.kind}, primary metric {metric_label(task)}"),
             ("Target", f"in {task.unit}" if task.kind == REGRESSION and task.unit else ""),
             ("Classes", ", ".join(task.classes) if task.kind == CLASSIFICATION else ""),
-            ("Chance", f"{chance:.3f}" if chance == chance else "depends on the target"),
+            ("Chance", chance_text(task.metric, chance, 3) if chance == chance else "depends on the target"),
             ("Test units per replicate", sizes),
         ]
     )

@@ -180,3 +180,12 @@ class Results:
         means = {one: sign * self.mean(task.name, one, task.metric) for one in methods}
         means = {one: mean for one, mean in means.items() if np.isfinite(mean)}
         return max(means, key=lambda one: means[one]) if means else ""
+
+    def replicates(self, task: Task) -> int:
+        """How many replicates the best method of a task has; with fewer than two, differences may be noise."""
+        return len(self.values(task.name, self.best(task), task.metric))
+
+    @property
+    def single(self) -> tuple[str, ...]:
+        """Names of the tasks whose best method has one replicate only."""
+        return tuple(task.name for task in self.tasks if self.replicates(task) == 1)

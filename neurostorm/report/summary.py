@@ -8,19 +8,23 @@ one made and the second did not (a figure of a task that is gone), and nothing e
 """
 
 import json
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from neurostorm.places import Place
+from neurostorm.progress import tracked
 from neurostorm.report.collect import collect
 from neurostorm.report.compare import DRAWS, comparisons
 from neurostorm.report.figures import all_figures
-from neurostorm.report.page import page
+from neurostorm.report.page import REPEAT, page
 from neurostorm.report.results import ReportError, Results
 from neurostorm.report.tables import all_tables
 from neurostorm.staging import fetched, outgoing
 from neurostorm.tracking import code_revision
+
+logger = logging.getLogger(__name__)
 
 PAGE, RECORD = "report.html", "report.json"
 ARTIFACTS = "report"
@@ -35,6 +39,7 @@ class ReportResult:
         files: all files, relative to its folder.
         trials, tested: trials of the sweep, and those of them with test metrics.
         tables, figures: how many.
+        single: tasks with one replicate.
     """
 
     html: Place
@@ -43,12 +48,14 @@ class ReportResult:
     tested: int
     tables: int
     figures: int
+    single: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """The closing words."""
         return [
             f"{self.tested} of {self.trials} trials were tested; {self.tables} tables and {self.figures} figures",
             f"{self.html} is the report; CSV, Markdown, PNG and SVG lie beside it and in MLflow under {ARTIFACTS}/",
+            *[f"one replicate of {', '.join(self.single)}: differences may be noise. {REPEAT}"] * bool(self.single),
         ]
 
 
@@ -68,7 +75,9 @@ def write_report(uri: str, parent_run_id: str, out: Place, *, draws: int = DRAWS
         MlflowException: the server does not answer or does not take the files.
     """
     old = _files_of_the_last(out)
+    logger.info("report: reading the sweep from MLflow")
     results = collect(uri, parent_run_id)
+    logger.info("report: %d trials of %d tasks", len(results.trials), len(results.tasks))
     contents = _contents(results, draws)
     files = tuple(sorted([*contents, RECORD]))
     record = {"parent_run_id": parent_run_id, "uri": results.uri, "files": files}
@@ -86,12 +95,14 @@ def write_report(uri: str, parent_run_id: str, out: Place, *, draws: int = DRAWS
         tested=sum(bool(one.test) for one in results.trials),
         tables=sum(name.endswith(".csv") for name in files),
         figures=sum(name.endswith(".svg") for name in files),
+        single=results.single,
     )
 
 
 def _contents(results: Results, draws: int) -> dict[str, bytes]:
     """Every file of the report but its record, by its name below the folder."""
     made = comparisons(results, draws=draws)
+    logger.info("report: drawing figures and writing tables")
     built, drawn = all_tables(results, made), all_figures(results, made)
     now = datetime.now(UTC).isoformat(timespec="minutes")
     html = page(results, made, built, drawn, written=now, revision=code_revision(), draws=draws)
@@ -123,7 +134,7 @@ def _log(uri: str, run_id: str, out: Place, files: Collection[str]) -> None:
 
     client = MlflowClient(tracking_uri=uri)
     with fetched(out, files) as folder:
-        for name in files:
+        for name in tracked(files, len(files), "report: copy to MLflow", "file"):
             below = name.rpartition("/")[0]
             client.log_artifact(run_id, str(folder / name), f"{ARTIFACTS}/{below}".rstrip("/"))
     logged = [one for path in (ARTIFACTS, f"{ARTIFACTS}/tables", f"{ARTIFACTS}/figures")

@@ -68,15 +68,18 @@ def all_tables(results: Results, made: Sequence[Comparison]) -> tuple[Table, ...
 
 def headline(results: Results) -> Table:
     """Methods x tasks: mean ± sd of each task's primary metric with all labels; the last row is chance."""
-    best = {task.name: results.best(task) for task in results.tasks}
+    strong = {task.name: _outstanding(results, task) for task in results.tasks}
     columns = [_TEXT("Method"), *(Column(f"{task.name}, {metric_label(task)}", spread=True) for task in results.tasks)]
     rows = []
     for method in _main_methods(results):
-        cells = (_replicated(results, task, method, strong=best[task.name] == method) for task in results.tasks)
+        cells = (_replicated(results, task, method, strong=strong[task.name] == method) for task in results.tasks)
         rows.append((_method(method), *cells))
     chance = {task.name: results.chance(task.name) for task in results.tasks}
     rows.append((words("Chance"), *(number(level, minus(f"{level:.3f}")) for level in chance.values())))
-    note = "Mean ± standard deviation over replicates (seeds). The best mean of each task is in bold."
+    note = "Mean ± standard deviation over replicates (seeds). The best mean of each task is in bold"
+    note += ", unless it is of one replicate." if results.single else "."
+    if any(task.metric == "r" for task in results.tasks):
+        note += " Chance of a correlation r is 0: no correlation."
     return Table("headline", f"Primary metric, {_labels(results)}", tuple(columns), tuple(rows), note)
 
 
@@ -196,7 +199,7 @@ def metric_label(task: Task) -> str:
 def _result_row(
     results: Results, made: Sequence[Comparison], task: Task, method: str, metrics: Sequence[str]
 ) -> tuple[Cell, ...]:
-    trials, best = results.at(task.name, method), results.best(task)
+    trials, best = results.at(task.name, method), _outstanding(results, task)
     ids = [trial.run_id for trial in trials]
     cells = [words(task.name), _method(method)]
     for metric in metrics:
@@ -212,6 +215,11 @@ def _result_row(
         cells += [number(raw, p_text(raw), both), number(holm, f"{p_text(holm)} {stars(holm)}".strip(), both)]
     return (*cells, _overlap(trials), _mean({one.run_id: one.parameters for one in trials}, whole=True),
             _mean({one.run_id: one.seconds for one in trials}))  # fmt: skip
+
+
+def _outstanding(results: Results, task: Task) -> str:
+    """The method that is set in bold: the best of several replicates; "" if there is one only."""
+    return "" if task.name in results.single else results.best(task)
 
 
 def _by_reference(

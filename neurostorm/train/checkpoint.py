@@ -123,6 +123,11 @@ def save(
     gather(None)
 
 
+def newest_committed(folder: Place) -> Place | None:
+    """Returns the newest checkpoint that has a commit marker, or None; its files are not checked, as `newest` does."""
+    return next((path for path in reversed(_steps(folder, (_PREFIX,))) if (path / MARKER).is_file()), None)
+
+
 def newest(folder: Place) -> Checkpoint | None:
     """The checkpoint to resume from, or None; broken ones are passed over with a warning."""
     for path in reversed(_steps(folder)):

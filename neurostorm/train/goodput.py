@@ -7,7 +7,8 @@
 
 `charge` books the time since the call before it, so the parts add up to the wall time whatever happens. What a killed
 start did after it last kept its account counts as down, and what it did after its newest checkpoint is done again:
-as `repeated` up to the last step that the account knows, so no work counts twice. Goodput is the share of `step`.
+as `repeated` up to the last step that the account knows, so no work counts twice. The first step of every start, which
+compiles and allocates, counts as `startup`. Goodput is the share of `step`.
 
 Time is counted on rank 0: where it waits for a slower rank's clips is in its step. Nanoseconds are whole numbers, so
 that sums are exact.
@@ -61,9 +62,14 @@ class Account:
         before_ns, self._alive_ns = self._alive_ns, self._clock_ns()
         self.spent_ns[part] += max(0, self._alive_ns - before_ns)
 
-    def stepped(self, done: int) -> None:
-        """Books the time since the last call as that of the step with which `done` steps are finished."""
-        self.charge("repeated" if done <= self.known else "step")
+    def stepped(self, done: int, *, startup: bool = False) -> None:
+        """Books the time since the last call as that of the step with which `done` steps are finished.
+
+        Args:
+            done: steps that are finished now.
+            startup: whether this is the first step of a start, whose time is that of compiling and allocating.
+        """
+        self.charge("startup" if startup else "repeated" if done <= self.known else "step")
         self.reached = max(self.reached, done)
 
     def saved(self) -> None:

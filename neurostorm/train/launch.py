@@ -22,7 +22,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from neurostorm.config import Config, ConfigError, differing_keys, refuse_unwritable
 from neurostorm.data.corpus import Corpus
 from neurostorm.places import replace
-from neurostorm.session import ensure_ray
+from neurostorm.resources import Demand, require
 from neurostorm.tracking import tracking_uri
 from neurostorm.train import checkpoint, planned
 from neurostorm.train.build import atlas_of, swin_config
@@ -85,14 +85,20 @@ def check(config: Config, corpus: Corpus) -> Plan:
 def pretrain(config: Config) -> dict[str, Any]:
     """Runs pretraining to its end on the Ray cluster and returns the summary.
 
-    Raises ConfigError, StoreError or PlaceError before anything starts, and Ray Train's error when the run fails for
-    good.
+    The summary also holds `mlflow_uri`, and `trained_steps`, which is 0 if the run was complete already; then a line
+    says so and nothing starts.
+
+    Raises ConfigError (also when the cluster is too small), StoreError or PlaceError before anything starts, and Ray
+    Train's error when the run fails for good.
     """
     started_ns = now_ns()
     corpus = planned.choose(config)
     plan = check(config, corpus)
     folder = config.run.folder
     if not plan.finished:
+        # The controller polls its workers at this interval; at its default of 2 s a failure is noticed late.
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        require(demand(config), config.scale.wait_for_nodes_s)
         folder.mkdir(parents=True, exist_ok=True)
         replace(folder / "config.yaml", config.to_yaml().encode())
         planned.keep(config, corpus)
@@ -101,13 +107,63 @@ def pretrain(config: Config) -> dict[str, Any]:
             corpus.subjects, len(corpus.runs), corpus.frames, corpus.split, corpus.plan.clips_per_epoch,
             plan.first_step, plan.total_steps,
         )  # fmt: skip
-        # The controller polls its workers at this interval; at its default of 2 s a failure is noticed late.
-        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-        ensure_ray()
         with tempfile.TemporaryDirectory(prefix="neurostorm-ray-") as storage:
             trainer(config, corpus, storage, started_ns).fit()
     summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
-    return {**summary, "mlflow_uri": tracking_uri(config.tracking.uri, config.run.output)}
+    if plan.finished:
+        logger.info("%s", already_complete(config, plan, summary))
+    return {
+        **summary,
+        "mlflow_uri": tracking_uri(config.tracking.uri, config.run.output),
+        "trained_steps": plan.total_steps - plan.first_step,
+    }
+
+
+def already_complete(config: Config, plan: Plan, summary: dict[str, Any]) -> str:
+    """What a start of a finished run says: that there is nothing to do, and what to type for another run."""
+    finished = f", finished {summary['finished']}" if "finished" in summary else ""  # not in older summaries
+    return (
+        f"{config.run.folder} is complete: {plan.first_step} of {plan.total_steps} steps{finished}; nothing to do. "
+        "A complete run cannot be made longer, as its learning rate has come to its end: for a longer or another run "
+        "choose another --name (longer: with a larger --train.epochs or --train.max_steps)"
+    )
+
+
+def how_to_resume(config: Config) -> str:
+    """What a run that is stopped says: its newest checkpoint, and that the same command resumes from it."""
+    path = checkpoint.newest_committed(config.run.folder / "checkpoints")
+    if path is None:
+        return f"{config.run.folder} has no checkpoint yet: the same command starts it again from step 0"
+    step = int(path.name.rpartition("-")[2])
+    return f"the newest checkpoint is {path} ({step} steps done): start the same command again to resume from it"
+
+
+class Trainer(TorchTrainer):
+    """Ray Train's trainer, without its handler of Ctrl-C and its placement group cleaner."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        """Leaves the cleaner out: it looks for the run's controller in whichever Ray of this machine it finds.
+
+        With two of them it ends with a traceback, or takes the controller for dead and the workers' resources away.
+        When the controller dies this driver ends, too, and Ray frees what the job had.
+        """
+        callbacks: list[Any] = super()._create_default_callbacks()
+        return [each for each in callbacks if type(each).__name__ != "PlacementGroupCleanerCallback"]
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Leaves Ctrl-C to `interrupts.interruptible`, which says how to resume."""
+
+
+def demand(config: Config) -> Demand:
+    """What the run asks of the cluster; with scale.min_workers it starts with as few as these."""
+    scale, batch, micro = config.scale, config.train.global_batch, config.train.micro_batch
+    per_worker = {name: f"--scale.{name}_per_worker" for name in ("cpus", "gpus")}
+    return Demand(
+        scale.workers, scale.cpus_per_worker, scale.gpus_per_worker, least=scale.min_workers,
+        counts=tuple(count for count in range(1, scale.workers + 1) if batch % (count * micro) == 0),
+        task_cpus=1.0 if config.data.read_in == "tasks" else 0.0,
+        options=per_worker | {"workers": "--workers", "least": "--scale.min_workers"}, small_preset=True,
+    )  # fmt: skip
 
 
 def trainer(config: Config, corpus: Corpus, storage: str, started_ns: int) -> Any:
@@ -119,7 +175,7 @@ def trainer(config: Config, corpus: Corpus, storage: str, started_ns: int) -> An
     """
     scale = config.scale
     resources = {"CPU": scale.cpus_per_worker} | ({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})
-    return TorchTrainer(
+    return Trainer(
         train_worker,
         train_loop_config={"config": config.model_dump(mode="json"), "started_ns": started_ns},
         torch_config=TorchConfig(

@@ -33,13 +33,17 @@ from neurostorm.train.lines import line, percent
 from neurostorm.train.patience import Patience
 from neurostorm.train.ranks import gather, mean_over_ranks, set_collective_timeout, sum_over_ranks
 from neurostorm.train.schedule import DROPOUT, MASK, draw_masks, draw_views, learning_rate, seed_for
+from neurostorm.train.time_left import TimeLeft
 from neurostorm.train.validate import Validation
 
 logger = logging.getLogger(__name__)
 
 
 class Window:
-    """Sums of the steps since the last log line, to be averaged over steps and ranks in one reduction."""
+    """Sums of the steps since the last log line, to be averaged over steps and ranks in one reduction.
+
+    The losses are those of every step, the times those of the steps since `restart` or `restart_clock`.
+    """
 
     def __init__(self, stages: int, device: torch.device) -> None:
         self._zero = torch.zeros(3 + stages, dtype=torch.float64, device=device)
@@ -47,8 +51,12 @@ class Window:
 
     def restart(self) -> None:
         """Forgets everything; the clock starts now."""
-        self.sums, self.micro_batches, self.steps = self._zero.clone(), 0, 0
-        self.wait_s, self.slowest_wait_s, self.began_s = 0.0, 0.0, time.perf_counter()
+        self.sums, self.micro_batches = self._zero.clone(), 0
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves the steps so far out of the times; their losses still count."""
+        self.steps, self.wait_s, self.slowest_wait_s, self.began_s = 0, 0.0, 0.0, time.perf_counter()
 
     def add(self, sums: torch.Tensor, micro_batches: int, wait_s: float) -> None:
         """Takes in one step: summed loss, baseline, masked fraction and STRD rates; the wait for its batch."""
@@ -68,7 +76,9 @@ class Window:
         return mean_over_ranks(self.sums / self.micro_batches)
 
     def speed(self, global_batch: int) -> dict[str, float]:
-        """Metrics of time; the wait is this rank's."""
+        """Metrics of time, none without a step that counts for it; the wait is this rank's."""
+        if not self.steps:
+            return {}
         elapsed_s = max(time.perf_counter() - self.began_s, 1e-9)
         return {
             "speed/clips_per_s": global_batch * self.steps / elapsed_s,
@@ -121,6 +131,9 @@ class Loop:
         self.window = Window(len(self.config.model.depths), self.device)
         scale = self.config.scale
         self.patience = Patience(scale.min_collective_timeout_s, scale.collective_timeout_s, set_collective_timeout)
+        self.time_left = TimeLeft(
+            self.total_steps, {"validation": train.validate_every, "checkpoint": self.config.checkpoint.every}
+        )
 
     def run(self) -> dict[str, float]:
         """Trains to the last step; returns the final validation's metrics."""
@@ -128,12 +141,14 @@ class Loop:
         told = False
         self.account.charge("startup")
         for step in range(self.first_step, self.total_steps):
+            # The first step of a process also starts the data loader, allocates and compiles: it is start-up.
+            first = step == self.first_step
             waiting_s = time.perf_counter()
             batch = next(self.batches, None)
             if batch is None:
                 raise RuntimeError(f"the feed ended before step {step} of {self.total_steps}: start the job again")
             wait_s = time.perf_counter() - waiting_s
-            self.account.charge("startup" if step == self.first_step else "wait")  # the feed starts, too
+            self.account.charge("startup" if first else "wait")
             self.bad_clips.note(batch, self.runs, step)
             with self.patience.during("step"):
                 sums, micro_batches, outcome = self.step(batch, step)
@@ -142,7 +157,13 @@ class Loop:
             done = step + 1
             if self.config.tracking.clip_ledger:
                 self.write_ledger(step, batch, sums / micro_batches)
-            self.account.stepped(done)
+            self.account.stepped(done, startup=first)
+            step_s = time.perf_counter() - waiting_s
+            if first:
+                self.window.restart_clock()
+                self.say("first_step", wait_s=wait_s, step_s=step_s - wait_s)
+            else:
+                self.time_left.took("step", step_s)
             if done % self.config.train.log_every == 0 or done == self.total_steps:
                 self.log(done, outcome.gradient_norm)
             if done % self.config.train.validate_every == 0 or done == self.total_steps:
@@ -208,7 +229,11 @@ class Loop:
         """Averages the window over ranks, logs it on rank 0 and starts a new one."""
         loss, baseline, masked, *rates = self.window.means()
         speeds = self.window.speed(self.config.train.global_batch)
-        speeds["speed/mfu"] = speeds["speed/clips_per_s"] * self.clip_flops / self.peak_flops_per_s
+        shown: dict[str, object] = {}
+        if speeds:
+            clips_per_s = speeds["speed/clips_per_s"]
+            speeds["speed/mfu"] = clips_per_s * self.clip_flops / self.peak_flops_per_s
+            shown = {"clips_per_s": clips_per_s, "wait": percent(speeds["data/wait_fraction"])}
         bad = sum_over_ranks([float(self.bad_clips.bad)], self.device)[0]
         values = {
             "loss/train": loss, "loss/train_predicting_mean": baseline, "mask/fraction": masked,
@@ -220,17 +245,16 @@ class Loop:
         }  # fmt: skip
         self.tracker.metrics({name: value for name, value in values.items() if value == value}, done)
         self.say(
-            "step", f"{done}/{self.total_steps}", loss=loss, predicting_mean=baseline,
-            clips_per_s=values["speed/clips_per_s"], wait=percent(values["data/wait_fraction"]),
+            "step", f"{done}/{self.total_steps}", loss=loss, predicting_mean=baseline, **shown,
             gradient_norm=gradient_norm, skipped_steps=self.guard.total, goodput=percent(values["time/goodput"]),
-            left_s=round((self.total_steps - done) * values["speed/step_s"]),
+            **self.time_left.values(done),
         )  # fmt: skip
         self.account.keep("log")
         self.window.restart()
 
     def validate(self, done: int) -> dict[str, float]:
         """The validation's metrics after `done` finished steps; a collective call."""
-        with self.window.aside(), self.patience.during("validation"):
+        with self.window.aside(), self.time_left.timed("validation"), self.patience.during("validation"):
             result = self.validation.run(done)
             self.account.charge("validation")
         loss, baseline = result["loss/validation"], result["loss/validation_predicting_mean"]
@@ -239,7 +263,7 @@ class Loop:
 
     def save(self, done: int) -> None:
         """Commits a checkpoint of `done` finished steps, and what was noted down to there; a collective call."""
-        with self.window.aside(), self.patience.during("checkpoint"):
+        with self.window.aside(), self.time_left.timed("checkpoint"), self.patience.during("checkpoint"):
             self.ledger.keep(done)
             self.bad_clips.keep(done)
             checkpoint.save(

@@ -8,6 +8,7 @@ Of training, only this module, `launch` and `gauges` know Ray; `build.assemble` 
 import json
 import logging
 import warnings
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -35,7 +36,8 @@ def train_worker(settings: dict[str, Any]) -> None:
 
     settings  `config`: the configuration tree; `started_ns`: when the driver started, in Unix time
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("neurostorm").setLevel(logging.INFO)  # and not matplotlib's, or torch's
     warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated", category=FutureWarning)  # DeepSpeed's
     context = ray.train.get_context()
     config = Config.model_validate(settings["config"]).for_workers(context.get_world_size())
@@ -48,6 +50,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         feed = partial(
             batches, ray.train.get_dataset_shard("train"), corpus.reader, rank=rank, clips=config.clips_per_worker,
             threads=config.data.read_threads, steps_ahead=config.data.steps_ahead,
+            timeout_s=config.data.batch_timeout_s,
         )  # fmt: skip
         loop = assemble(config, corpus, tracker, account, feed, rank=rank, device=device, notice=will_be_taken)
         final = loop.run()
@@ -95,6 +98,7 @@ def finish(config: Config, tracker: Tracker, account: Account, final: dict[str, 
         "steps": steps,
         **final,
         **account.metrics(),
+        "finished": datetime.now().astimezone().isoformat(" ", "seconds"),
         "mlflow_run_id": tracker.run_id,
         "model": str(folder / "model"),
     }

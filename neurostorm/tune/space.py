@@ -10,10 +10,10 @@ from itertools import product
 from typing import TypeVar
 
 from neurostorm.config import AdaptConfig, Config, ConfigError
+from neurostorm.downstream.evaluation import task_of
 from neurostorm.downstream.fitting import settings_of
 from neurostorm.downstream.methods import find_method
-from neurostorm.downstream.prepare import Wanted
-from neurostorm.downstream.tasks import Task, find_task
+from neurostorm.downstream.prepare import Wanted, suits
 
 HYPER = ("lr", "weight_decay", "prompts")
 Item = TypeVar("Item")
@@ -33,22 +33,17 @@ def wanted_trials(config: Config) -> list[Wanted]:
             raise ConfigError(f"sweep.{name} is empty: name at least one")
         if len(set(values)) < len(values):
             raise ConfigError(f"sweep.{name}={','.join(map(str, values))}: name each once")
-    tasks = [find_task(name, config.task.target_column) for name in sweep.tasks]
+    tasks = [task_of(name, config.task, option="--tasks") for name in sweep.tasks]
     seeds = range(config.run.seed, config.run.seed + sweep.replicates)
     wanted = [
         Wanted(task, adapt, seed)
         for task, method, fraction, seed in product(tasks, sweep.methods, sweep.fractions, seeds)
-        if applies(method, task)
+        if suits(find_method(method), task)
         for adapt in settings_tried(config, method, fraction)
     ]
     if not wanted:
         raise ConfigError(f"sweep.methods={','.join(sweep.methods)}: none of them suits {','.join(sweep.tasks)}")
     return wanted
-
-
-def applies(method: str, task: Task) -> bool:
-    """Whether a method can do a task: what is the same for everybody identifies nobody."""
-    return not (find_method(method).adaptation == "constant" and task.kind == "identification")
 
 
 def settings_tried(config: Config, method: str, fraction: float) -> list[AdaptConfig]:

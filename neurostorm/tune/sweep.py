@@ -3,8 +3,9 @@
     config --space, prepare--> trials --not done before--> Ray Tune (fractions of CPUs and GPUs, ASHA, retries)
         --select on validation--> one trial per cell --test_trial, once--> MLflow: a parent run, a child per trial
 
-A trial that is done has its `result.json`; a killed sweep, started again, repeats none of these. A trial that fails is
-tried again, then reported, and its cell takes the next best.
+A trial that is done has its `result.json`; a killed sweep, started again, repeats none of these. A trial whose process
+dies, or that fails for a reason that may pass, is tried again; then it is reported, and its cell takes the next best.
+When the first trials all fail alike, the sweep ends with that reason.
 """
 
 import json
@@ -12,38 +13,41 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+import traceback
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-import yaml
 from ray import tune
 
 from neurostorm.config import Config, ConfigError
+from neurostorm.downstream.errors import ERRORS, PERMANENT, TrialsFailed, alike, count_alike, told_by
 from neurostorm.downstream.metrics import higher_is_better
 from neurostorm.downstream.prepare import prepare
 from neurostorm.downstream.record import KIND, SELECTED, record_test, uri_of
+from neurostorm.downstream.run_folder import CONFIG_FILE, PLACED, keep_config, refuse_other
 from neurostorm.downstream.training import State
 from neurostorm.downstream.trial import TEST, Trial, read_outcome, test_trial, train_trial
 from neurostorm.places import Place, replace
+from neurostorm.progress import progress
 from neurostorm.tracking import Tracker, code_revision, open_run
-from neurostorm.tune.logbook import Logbook, score_of
+from neurostorm.tune.logbook import REASON, REFUSED, GiveUp, Logbook, score_of
 from neurostorm.tune.scheduler import EPOCH, CellScheduler
 from neurostorm.tune.space import by_key, wanted_trials
 
 logger = logging.getLogger(__name__)
 
 SUMMARY = "summary.json"
+JOB = "sweep"
 SECTIONS = ("run", "task", "split", "adapt", "sweep")
 # What may differ when a sweep goes on: it grows, or runs elsewhere.
-GROWS = frozenset(
-    {
-        "sweep.tasks", "sweep.methods", "sweep.fractions", "sweep.replicates", "sweep.trials_at_once", "sweep.retries",
-        "sweep.resume", "sweep.report", "run.output", "task.store", "task.name", "adapt.method", "adapt.fraction",
-        "adapt.cache", "adapt.gpus", "adapt.cpus", "adapt.threads",
-    }
-)  # fmt: skip
+GROWS = PLACED | {
+    "sweep.tasks", "sweep.methods", "sweep.fractions", "sweep.replicates", "sweep.trials_at_once", "sweep.retries",
+    "sweep.stop_after_failures", "sweep.resume", "sweep.report", "task.name", "adapt.method", "adapt.fraction",
+}  # fmt: skip
+# Tune prints the traceback of every try, and takes Ctrl-C for the end of the training alone.
+_QUIET = {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0", "TUNE_DISABLE_SIGINT_HANDLER": "1"}
 
 
 @dataclass(frozen=True)
@@ -74,9 +78,18 @@ class Swept:
             f"{self.trials - self.already_there} of {self.trials} trial(s) run, {self.already_there} were done before; "
             f"{self.tested} of {self.cells} cell(s) selected on validation and tested"
         ]
-        lines += [f"  failed: {name}: {why.splitlines()[-1] if why else ''}" for name, why in self.failed.items()]
+        lines += reasons(self.failed, self.folder)
         lines += [f"  no result: {cell}" for cell in self.missing]
         return lines
+
+
+def reasons(failed: Mapping[str, str], folder: Place) -> list[str]:
+    """Each distinct reason of `failed` (trial -> reason) once, with how many trials had it and one of their files."""
+    lines = []
+    for reason, count in count_alike(failed.values()):
+        example = next(name for name, why in failed.items() if alike(why) == alike(reason))
+        lines.append(f"  {count} trial(s) failed: {reason} (traceback: {folder / ERRORS / example}.txt)")
+    return lines
 
 
 def sweep(config: Config) -> Swept:
@@ -84,35 +97,48 @@ def sweep(config: Config) -> Swept:
 
     Raises:
         ConfigError: the settings contradict each other, or the folder holds another sweep.
-        Others as `prepare.prepare`, before any trial has started. A trial that fails raises nothing.
+        TrialsFailed: no trial gave a result, or the first ones all failed alike; the message has the reasons.
+        Others as `prepare.prepare`, before any trial has started. A trial that fails among others raises nothing.
     """
-    folder = config.run.folder
     try:
-        uri = uri_of(config)
+        uri_of(config)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     wanted = wanted_trials(config)
-    _claim(config)
+    _refuse_other(config)
     prepared = prepare(config, wanted, say=_say)
     trials = prepared.trials
     _refuse_changed(trials)
-    parent = _parent(config, len(trials))
+    keep_config(config, JOB)
     done = [index for index, trial in enumerate(trials) if read_outcome(trial) is not None]
-    logbook = Logbook(trials, parent.run_id)
+    parent = _parent(config, len(trials))
     status = "FAILED"
     try:
         parent.artifact(prepared.labels)
-        left = [index for index in range(len(trials)) if index not in set(done)]
-        _say(f"{len(trials)} trials, {len(done)} done before, {len(left)} to run")
-        _run(config, trials, left, logbook)
+        result = _swept(config, trials, done, parent)
+        status = "FINISHED"
+    except (KeyboardInterrupt, SystemExit):
+        status = "KILLED"
+        raise
+    finally:
+        parent.close(status)
+    return result
+
+
+def _swept(config: Config, trials: Sequence[Trial], done: Sequence[int], parent: Tracker) -> Swept:
+    """Train what is not `done`, select, test, and write the summary. TrialsFailed as `sweep`."""
+    folder, settings = config.run.folder, config.sweep
+    logbook = Logbook(trials, parent.run_id, folder, give_up_after=settings.stop_after_failures, succeeded=bool(done))
+    left = [index for index in range(len(trials)) if index not in set(done)]
+    _say(f"{len(trials)} trials, {len(done)} done before, {len(left)} to run")
+    _run(config, trials, left, logbook)
+    selected: list[int] = []
+    if not logbook.gave_up:
         for index in done:
             logbook.finish(index)
         selected = select(trials)
         _unselect(trials, selected, logbook)
         _test(config, trials, selected, logbook)
-        status = "FINISHED"
-    finally:
-        parent.close(status)
     result = Swept(
         folder=folder,
         trials=len(trials),
@@ -121,12 +147,26 @@ def sweep(config: Config) -> Swept:
         tested=sum((trials[index].folder / TEST).is_file() for index in selected),
         failed={trials[index].key: why for index, why in logbook.errors.items()},
         missing=tuple(_words(cell) for cell in {t.cell: 0 for t in trials} if cell not in _tested(trials, selected)),
-        mlflow_uri=uri,
+        mlflow_uri=uri_of(config),
         mlflow_run_id=parent.run_id,
     )
     facts = {name: value for name, value in vars(result).items() if name != "folder"}
     replace(folder / SUMMARY, (json.dumps(facts, indent=1) + "\n").encode())
+    if not result.tested:
+        raise TrialsFailed(_nothing_tested(result, len(left), logbook.gave_up))
     return result
+
+
+def _nothing_tested(result: Swept, wanted: int, gave_up: bool) -> str:
+    """Why a sweep has no result at all, and what to do."""
+    why = "\n".join(reasons(result.failed, result.folder)) or "  no trial gave a finite metric on validation"
+    if not gave_up:
+        return f"none of {result.trials} trial(s) gave a result:\n{why}\ncorrect this and start the same command again"
+    return (
+        f"the first {len(result.failed)} trial(s) all failed for one reason, so the sweep stopped; {wanted} were to "
+        f"run:\n{why}\ncorrect this and start the same command again, or run the others all the same with "
+        "--sweep.stop_after_failures 0"
+    )
 
 
 def select(trials: Sequence[Trial]) -> list[int]:
@@ -156,14 +196,16 @@ def _run(config: Config, trials: Sequence[Trial], left: Sequence[int], logbook: 
     if not left:
         return
     settings, adapt = config.sweep, config.adapt
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # repeats which trials failed; the logbook has said why
     resources = {"cpu": adapt.cpus} | ({"gpu": adapt.gpus} if adapt.gpus else {})
     scheduler = None
     if settings.early_stopping:
         cells = [trial.cell for trial in trials]
         scheduler = CellScheduler(cells, grace_epochs=settings.grace_epochs, max_epochs=adapt.epochs)
     with tempfile.TemporaryDirectory(prefix="neurostorm-tune-") as storage:
-        tune.Tuner(
+        tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(_trainable, trials=list(trials)), resources),
             param_space={"index": tune.grid_search(list(left))},
             tune_config=tune.TuneConfig(
@@ -174,9 +216,12 @@ def _run(config: Config, trials: Sequence[Trial], left: Sequence[int], logbook: 
                 storage_path=storage,
                 failure_config=tune.FailureConfig(max_failures=settings.retries),
                 callbacks=[logbook],
+                stop=GiveUp(logbook),
                 verbose=0,
             ),
-        ).fit()
+        )
+        with logbook.watching(len(left)):
+            tuner.fit()
 
 
 def _trainable(config: dict[str, Any], trials: Sequence[Trial]) -> None:
@@ -188,7 +233,11 @@ def _trainable(config: dict[str, Any], trials: Sequence[Trial]) -> None:
     def tell(epoch: int, measured: dict[str, float], state: State | None) -> None:
         tune.report({EPOCH: epoch, "measured": measured, **score_of(measured, metric, high)})
 
-    outcome = train_trial(trial, tell)
+    try:
+        outcome = train_trial(trial, tell)
+    except PERMANENT as error:  # reported, not raised: Tune tries again what is raised
+        tune.report({EPOCH: 0, REFUSED: traceback.format_exc(), REASON: str(error)})
+        return
     last = int(outcome.chosen.get(EPOCH, 0))
     tune.report({EPOCH: last, "measured": {}, **score_of(outcome.validation, metric, high)})
 
@@ -198,13 +247,19 @@ def _test(config: Config, trials: Sequence[Trial], selected: Sequence[int], logb
     adapt = config.adapt
     remote = ray.remote(num_cpus=adapt.cpus, num_gpus=adapt.gpus or None, max_retries=1)(test_trial)
     waiting = {remote.remote(trials[index]): index for index in selected}
-    while waiting:
-        (ready,), _ = ray.wait(list(waiting), num_returns=1)
-        index = waiting.pop(ready)
-        try:
-            record_test(logbook.tracker(index), trials[index], ray.get(ready))
-        except ray.exceptions.RayError as error:
-            logbook.fail(index, str(error))
+    failed = 0
+    with progress(len(selected), "test", "trial") as bar:
+        while waiting:
+            ready, _ = ray.wait(list(waiting), num_returns=1, timeout=1)
+            for task in ready:
+                index = waiting.pop(task)
+                try:
+                    record_test(logbook.tracker(index), trials[index], ray.get(task))
+                except ray.exceptions.RayError as error:
+                    logbook.fail(index, str(error), told_by(error))
+                    failed += 1
+                bar.update()
+            bar.note(failed=failed)
 
 
 def _unselect(trials: Sequence[Trial], selected: Sequence[int], logbook: Logbook) -> None:
@@ -228,30 +283,16 @@ def _refuse_changed(trials: Sequence[Trial]) -> None:
         )
 
 
-def _claim(config: Config) -> None:
-    """Write config.yaml, unless the folder holds another sweep: ConfigError with what differs.
+def _refuse_other(config: Config) -> None:
+    """ConfigError if the folder holds another run, or may not hold one yet.
 
     A sweep may grow (tasks, methods, fractions, replicates) and be placed otherwise; any other setting would put trials
     that cannot be compared into one report.
     """
     folder = config.run.folder
-    file = folder / "config.yaml"
-    if file.is_file():
-        if not config.sweep.resume:
-            raise ConfigError(f"sweep.resume=false: {folder} already holds a sweep; choose another run.name")
-        try:
-            saved = Config.model_validate(yaml.safe_load(file.read_text())).flat(*SECTIONS)
-        except (ValueError, yaml.YAMLError) as error:
-            raise ConfigError(f"{file} is of another version or damaged ({error}); choose another run.name") from error
-        now = config.flat(*SECTIONS)
-        different = [f"{key}: {saved[key]} -> {now[key]}" for key in now if key not in GROWS and saved[key] != now[key]]
-        if different:
-            raise ConfigError(
-                f"{folder} holds a sweep with other settings: {'; '.join(different)}; take those again, or another "
-                "run.name"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    replace(file, config.to_yaml().encode())
+    if not config.sweep.resume and (folder / CONFIG_FILE).is_file():
+        raise ConfigError(f"sweep.resume=false: {folder} already holds a sweep; choose another --name")
+    refuse_other(config, JOB, SECTIONS, may_change=GROWS)
 
 
 def _parent(config: Config, trials: int) -> Tracker:

@@ -14,10 +14,11 @@ import ray
 import ray.data
 import ray.train
 import torch
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from neurostorm.data import pipeline
 from neurostorm.data.clips import ClipReader
-from neurostorm.data.pipeline import OrderSource, batches, clip_dataset, feed_bytes, feed_options
+from neurostorm.data.pipeline import BatchTimeout, OrderSource, batches, clip_dataset, feed_bytes, feed_options
 from neurostorm.data.plan import ClipPlan
 from neurostorm.data.split import Segments
 from neurostorm.store.shard import SHARD_FILE
@@ -94,6 +95,18 @@ def test_each_worker_gets_its_clips_of_each_step_as_read_without_ray(
                 assert torch.equal(getattr(batch, name), values), f"{name} of worker {rank} in step {step}"
 
 
+def test_the_plan_arrives_while_workers_reserve_every_core(uneven, plan):
+    group = placement_group([{"CPU": ray.cluster_resources()["CPU"]}])
+    try:
+        assert group.wait(30)
+        taken = feed(uneven.reader(), plan, 0, "worker")
+    finally:
+        remove_placement_group(group)
+    rows = [[batch.row.tolist() for batch in stream] for stream in taken]
+    expected = [[plan.step_rows(s, rank, WORKERS)["row"].tolist() for s in range(STEPS)] for rank in range(WORKERS)]
+    assert rows == expected
+
+
 def in_order(dataset):
     """The dataset as one worker's shard."""
     dataset.context.execution_options.preserve_order = True
@@ -145,6 +158,67 @@ def test_what_ray_may_hold_of_clips_is_bounded_where_it_holds_any(uneven, plan):
     limited = feed_options(reader, plan, read_in="tasks", steps_ahead=2).resource_limits.object_store_memory
     block = reader.batch(plan.step_rows(0, 0, 1)).frames.nbytes
     assert limited == feed_bytes(reader, plan.global_batch, 2) == 6 * block
+
+
+class Stuck:
+    """A worker's shard that gives some blocks and then none."""
+
+    def __init__(self, *blocks):
+        self.blocks, self.end = blocks, threading.Event()
+
+    def iter_batches(self, **_):
+        yield from self.blocks
+        self.end.wait(60)
+
+
+def block_of(plan, reader, step, read_in):
+    rows = plan.step_rows(step, 0, 1)
+    block = {name: rows[name] for name in rows.dtype.names} | {
+        "path": np.array([reader.runs[run] for run in rows["run"]]),
+        "step": np.full(len(rows), step), "rank": np.zeros(len(rows), int),
+    }  # fmt: skip
+    return block if read_in == "worker" else reader.read(rows) | {name: block[name] for name in ("step", "rank")}
+
+
+@pytest.mark.parametrize(
+    ("read_in", "given", "words"),
+    [
+        ("worker", 0, ["step 0 ", "Ray Data's first block", "data.read_in=tasks"]),
+        ("worker", 2, ["step 1 ", "Ray Data's next rows of the plan", "ray status"]),
+        ("tasks", 2, ["step 2 ", "clips from Ray's reading tasks", "a core is free", "steps of 0 MB"]),
+    ],
+)
+def test_a_batch_that_does_not_come_ends_the_wait_with_what_it_was_for(
+    read_in, given, words, uneven, plan, monkeypatch, caplog
+):
+    monkeypatch.setattr(pipeline, "SAY_EVERY_S", 0.02)
+    reader = uneven.reader()
+    shard = Stuck(*(block_of(plan, reader, step, read_in) for step in range(given)))
+    stream = batches(shard, reader, rank=0, first_step=0, clips=plan.global_batch, steps_ahead=1, timeout_s=0.3)
+    taken = []
+    with pytest.raises(BatchTimeout) as late:
+        taken += (batch.row.tolist() for batch in stream)
+    shard.end.set()
+    for word in [*words, "worker 0", "data.batch_timeout_s"]:
+        assert word in str(late.value)
+    assert f"worker 0 waits for the clips of {words[0]}" in caplog.text
+
+
+def test_reads_that_do_not_end_are_named_with_the_store(uneven, plan):
+    end = threading.Event()
+
+    class Hanging(ClipReader):
+        def _fill(self, columns, read, run):
+            end.wait(60)
+
+    reader = uneven.reader()
+    hanging = Hanging(reader.store, reader.runs, reader.clip_frames, reader.normalise)
+    shard = Stuck(*(block_of(plan, reader, step, "worker") for step in range(4)))
+    stream = batches(shard, hanging, rank=0, first_step=0, clips=plan.global_batch, timeout_s=0.3)
+    with pytest.raises(BatchTimeout, match=rf"step 0 .*waited for reads from {uneven.path}\. Check that .* answers"):
+        next(stream)
+    end.set()
+    shard.end.set()
 
 
 @pytest.mark.parametrize(

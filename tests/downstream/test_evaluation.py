@@ -11,9 +11,9 @@ import pytest
 
 from neurostorm.config import ConfigError, SplitConfig, TaskConfig
 from neurostorm.downstream.cohort import open_cohort
-from neurostorm.downstream.evaluation import Evaluation, open_evaluation, split_of
+from neurostorm.downstream.evaluation import Evaluation, open_evaluation, split_of, task_of
 from neurostorm.downstream.splits import PARTS, Split, SplitError, save_split
-from neurostorm.downstream.tasks import find_task
+from neurostorm.downstream.tasks import REGISTRY, find_task
 from neurostorm.store import Grid, create_store, run_path, write_manifest, write_participants, write_run
 
 PEOPLE = tuple(f"sub-{number:02d}" for number in range(24))
@@ -207,6 +207,57 @@ def test_a_task_sees_the_runs_with_its_label(store: Path) -> None:
     assert states.examples.classes == ("still", "tap") and len(states.examples.units) == 24
     with pytest.raises(ConfigError, match=r"label 'walk' .*task.runs.*rest 24, tapping 12"):
         opened(store, runs="walk")
+
+
+def test_a_task_of_ones_own_selects_its_runs_and_the_user_overrides_it(store: Path, tmp_path: Path) -> None:
+    """A subclass of State has the runs with events, whatever it is called."""
+    file = tmp_path / "hands.py"
+    file.write_text("from neurostorm.downstream.tasks import State\nclass Hands(State):\n    name = 'hands'\n")
+    before = dict(REGISTRY)
+    try:
+        examples = opened(store, str(file), clip_frames=5).examples
+        assert examples.classes == ("still", "tap") and len(examples.units) == 24
+        with pytest.raises(
+            ConfigError, match=r"task\.name=hands: the 24 selected runs .* have 0 kinds .*--task\.runs all"
+        ):
+            opened(store, str(file), runs="rest")
+        file.write_text(file.read_text() + "    runs = 'rest'\n")
+        with pytest.raises(ConfigError, match=r"task\.name=hands: the 24 selected runs"):
+            opened(store, str(file))
+        assert len(opened(store, str(file), runs="tapping", clip_frames=5).examples.units) == 24
+    finally:
+        REGISTRY.clear()
+        REGISTRY.update(before)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("iq", "no task 'iq'; {table} has a column of that name: use --task phenotype:iq"),
+        ("IQ", "no task 'IQ'; {table} has a column 'iq': use --task phenotype:iq"),
+        ("heigth", "no task 'heigth'; {table} has a column 'height': use --task phenotype:height"),
+        ("handedness", "no task 'handedness'; {table} has a column of that name: use --task diagnosis:handedness"),
+        ("ages", "did you mean age?"),
+        ("qqq", "known are age"),
+    ],
+)
+def test_the_name_of_a_column_is_answered_with_the_task_that_predicts_it(
+    store: Path, tmp_path: Path, asked: str, message: str
+) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_text("participant_id,age,iq,height,handedness\nsub-00,20,100,1.8,left\nsub-01,21,n/a,1.7,right\n")
+    with pytest.raises(ConfigError) as refused:
+        task_of(asked, TaskConfig(store=store, labels=table))
+    assert message.format(table=table) in str(refused.value)
+
+
+def test_columns_of_the_stores_own_table_are_known_and_a_missing_store_hides_no_error(store: Path) -> None:
+    with pytest.raises(
+        ConfigError, match="the participants table has a column of that name: use --tasks diagnosis:site"
+    ):
+        task_of("site", TaskConfig(store=store), option="--tasks")
+    with pytest.raises(ConfigError, match=r"task\.name=site: no such task"):
+        task_of("site", TaskConfig(store=store / "nowhere"))
 
 
 def test_the_column_is_the_tasks_own_or_the_one_asked_for(store: Path, tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ from types import ModuleType
 
 import pytest
 
+from neurostorm.downstream.finetune import Finetuned
 from neurostorm.downstream.tasks import REGISTRY
+from neurostorm.downstream.trial import Outcome
 from tests.people_store import write_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,8 +56,11 @@ def test_a_task_of_ones_own_goes_from_the_command_line_to_mlflow(
     for _ in range(2):
         assert job.main(arguments) == 0
         summaries.append(json.loads(Path("out/mine/summary.json").read_text()))
+    assert job.main([*arguments, "--adapt.epochs", "3"]) == 1, "it would overwrite the first"
     REGISTRY.pop("my_task")
-    said = capsys.readouterr().out
+    said, complained = capsys.readouterr()
+    assert "out/mine holds a finetune with other settings: adapt.epochs: 2 -> 3; choose another --name" in complained
+    assert summaries[0] == json.loads(Path("out/mine/summary.json").read_text())
     assert "my_task: 16 units of 16 subjects, 192 clips" in said
     assert said.count("frozen features of 32 runs by attention's network") == 1
     assert said.count("trained on 9 subjects, chosen on 3 (epoch ") == 2 and "tested on 4: balanced_accuracy" in said
@@ -64,6 +69,8 @@ def test_a_task_of_ones_own_goes_from_the_command_line_to_mlflow(
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'out' / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("neurostorm")
     (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.run_name == "mine"
+    assert experiment.artifact_location == (tmp_path / "out" / "artifacts").as_uri()
     assert run.info.status == "FINISHED" and run.info.run_id == summaries[0]["mlflow_run_id"]
     assert run.data.metrics["test/balanced_accuracy"] == summaries[0]["test"]["balanced_accuracy"]
     assert {"validation/balanced_accuracy", "loss/train", "cost/seconds"} <= set(run.data.metrics)
@@ -94,6 +101,19 @@ def test_a_task_of_ones_own_goes_from_the_command_line_to_mlflow(
         (["--method", "fc", "--split.file", "nowhere.json"], "nowhere.json"),
         (["--method", "fc", "--split.group_column", "clan"], "clan"),
         (["--method", "fc", "--name", "pretrained"], "holds a pretraining run; choose another --name"),
+        (
+            ["--method", "fc", "--adapt.atlas", "nowhere.nii.gz"],
+            "nowhere.nii.gz: cannot be read",
+        ),
+        (["--method", "bnt", "--adapt.atlas", "notes.txt"], "adapt.atlas="),
+        (["--method", "fc", "--adapt.parcels", "9999999"], "adapt.parcels=9999999: 9999999 regions of a mask of"),
+        (
+            ["--method", "constant", "--task", "reid"],
+            "adapt.method=constant cannot do reid: it gives every run the same",
+        ),
+        (["--method", "fc", "--output", "notes.txt/out"], "notes.txt/out: cannot be written"),
+        (["--method", "fc", "--adapt.cache", "notes.txt/c"], "notes.txt/c: cannot be written"),
+        (["--task", "family_id"], "no task 'family_id'; the participants table has a column of that name: use --task"),
     ],
 )
 def test_wrong_input_is_one_line_and_no_traceback(
@@ -108,10 +128,17 @@ def test_wrong_input_is_one_line_and_no_traceback(
     """Before a Ray is started: this one would refuse to."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out" / "pretrained" / "checkpoints").mkdir(parents=True)
-    monkeypatch.setattr("neurostorm.downstream.prepare.ensure_ray", None)
+    (tmp_path / "notes.txt").write_text("no image")
+    monkeypatch.setattr("neurostorm.downstream.prepare.require", None)
     assert job.main(["--store", str(people_store), "--output", str(tmp_path / "out"), *arguments]) in (1, 2)
     said = capsys.readouterr().err
     assert said.startswith("jobs/finetune.py: ") and message in said and said.count("\n") == 1, said
+
+
+def test_the_closing_words_say_what_a_chance_of_nought_means() -> None:
+    outcome = Outcome({"r": 0.25}, {"strength": 1.0}, 3, 1.0)
+    done = Finetuned(Path("t"), "r", "years", outcome, {"r": 0.5, "mae": 3.0, "chance": 0.0}, (9, 3, 4), "uri", "id")
+    assert done.lines()[0].endswith("tested on 4: r 0.5, mae 3 years, chance 0: no correlation")
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,14 @@ def test_no_source_is_a_setting_to_correct(tmp_path: Path) -> None:
         ingest(Config.model_validate({"data": {"store": tmp_path / "store"}}))
 
 
+def test_more_cores_than_a_node_has_end_the_ingest_before_it_begins(tmp_path: Path, dataset: Path) -> None:
+    settings = {"source": dataset, "grid": "4mm", "cpus_per_run": 64}
+    config = Config.model_validate({"ingest": settings, "data": {"store": tmp_path / "store"}})
+    with pytest.raises(ConfigError, match=r"asked for 1 task x \(0 GPU, 64 CPU\); .* use --ingest\.cpus_per_run 2"):
+        ingest(config)
+    assert not (tmp_path / "store").exists()
+
+
 def test_a_dying_task_costs_its_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process of one run is killed each time, as for want of memory; all others are answered, in several waves."""
     monkeypatch.setattr(spreading, "WAVE_RUNS", 3)

@@ -5,6 +5,7 @@ start --- SIGKILL of driver and Ray    start --> every cell tested but those of 
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -129,7 +130,10 @@ def test_a_killed_sweep_goes_on_and_failures_stay_with_their_trials(sweep: Sweep
     after = sweep.done()
     assert {name: after[name] for name in before} == before, "a trial that was done was done again"
     assert len(after) == TRIALS - 2, "all but those that train on the damaged run"
-    assert said.count("  failed: sex_full_1_s0_") == 2 and "sex_full_1_s1_" in said.split("  failed: ")[-1]
+    failed = re.findall(r"^\S* ?(sex_full_1_s\d)_\w+ failed: ", said, re.MULTILINE)
+    assert sorted(failed) == ["sex_full_1_s0", "sex_full_1_s0", "sex_full_1_s1"]
+    assert said.count("3 trial(s) failed: ") == 1 and "Traceback" not in said
+    assert len(list((sweep.output / "sweep" / "errors").glob("sex_full_1_s*.txt"))) == 3
     assert said.count("  no result: sex full, 100% of the labels, seed ") == 2
     check_mlflow(sweep)
     report = sweep.output / "sweep" / "report"

@@ -118,6 +118,31 @@ def test_the_page_says_how_it_was_tested(html: str, report: ReportResult) -> Non
     assert "Pretraining saw up to 25" in words and "abc123" in words
 
 
+def test_the_warning_of_overlap_says_how_to_avoid_it(html: str) -> None:
+    words = Page(html).words
+    assert "leave their dataset out with --data.weights '{DATASET: 0}', and evaluate on that dataset alone" in words
+
+
+def test_chance_of_a_correlation_explains_itself(results: Results, report: ReportResult) -> None:
+    said = "\n".join(pages.glance(results, comparisons(results, draws=2)))
+    assert "age: best is Full fine-tuning, r " in said and "(chance 0: no correlation)." in said
+    assert "(chance 0.33)" in said
+    assert "Chance of a correlation r is 0: no correlation." in (report.html.parent / "tables/headline.md").read_text()
+
+
+def test_nothing_of_one_replicate_is_called_best_without_a_caution(results: Results) -> None:
+    one = replace(results, trials=tuple(trial for trial in results.trials if trial.seed == 0))
+    made = comparisons(one, draws=2)
+    said = pages.glance(one, made)
+    assert all("best is" not in line and "in one replicate, so that differences may be noise" in line for line in said)
+    assert any("One replicate of <b>sex & co</b>, age" in line and "--replicates 5" in line
+               for line in pages.warnings(one, made))  # fmt: skip
+    assert not [cell for table in all_tables(one, made) for row in table.rows for cell in row if cell.strong]
+    assert not [line for line in pages.warnings(results, comparisons(results, draws=2)) if "One replicate" in line]
+    lines = ReportResult(Path("report.html"), (), 1, 1, 1, 1, single=one.single).lines()
+    assert "differences may be noise. Start the sweep again with --replicates 5" in lines[-1]
+
+
 def test_links_lead_to_a_server_and_carry_no_password(results: Results) -> None:
     trial = results.at("age", "full")[0]
     html = page_of(results, uri="http://mlflow.lab:5000/", status="RUNNING")

@@ -1,12 +1,14 @@
 """What the driver decides before anything starts: fresh, resumed, refused or finished; which clips still come."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from neurostorm import resources
 from neurostorm.config import Config, ConfigError
 from neurostorm.data.corpus import Corpus, open_corpus
 from neurostorm.places import replace
@@ -139,14 +141,24 @@ def test_a_run_is_finished_when_its_last_checkpoint_and_its_summary_are_there(ba
     assert outcome(config) == Plan(STEPS, STEPS, True)
 
 
-def test_a_finished_run_answers_with_its_summary_and_starts_nothing(ball_config, stop_at, monkeypatch):
+def test_a_finished_run_says_that_it_is_complete_and_starts_nothing(ball_config, stop_at, monkeypatch, caplog):
     config = ball_config()
     stop_at(config, STEPS)
-    (config.run.folder / "summary.json").write_text(json.dumps({"steps": STEPS, "loss/validation": 0.5}))
-    monkeypatch.setattr(launch, "ensure_ray", lambda: pytest.fail("Ray was started"))
+    kept = {"steps": STEPS, "loss/validation": 0.5, "finished": "2026-01-02 03:04:05+00:00"}
+    (config.run.folder / "summary.json").write_text(json.dumps(kept))
+    monkeypatch.setattr(launch, "require", lambda *_: pytest.fail("Ray was started"))
+    caplog.set_level(logging.INFO)
     summary = launch.pretrain(config)
-    assert summary["loss/validation"] == 0.5
+    assert summary["loss/validation"] == 0.5 and summary["trained_steps"] == 0
+    said = f"{config.run.folder} is complete: 12 of 12 steps, finished 2026-01-02 03:04:05+00:00; nothing to do. "
+    assert caplog.messages[-1].startswith(said) and "another --name" in caplog.messages[-1]
     assert summary["mlflow_uri"] == f"sqlite:///{config.run.output / 'mlflow.db'}"
+
+
+def test_a_finished_run_cannot_be_made_longer_as_its_line_says(ball_config, stop_at):
+    stop_at(ball_config(train={"max_steps": 5}), 5)
+    with pytest.raises(ConfigError, match=r"train\.max_steps: 5 -> 9; .*another run\.name"):
+        outcome(ball_config(train={"max_steps": 9}))
 
 
 def test_an_output_in_an_object_store_needs_a_place_for_mlflow(ball_config, make_bucket):
@@ -168,11 +180,20 @@ def test_a_checkpoint_in_an_object_store_is_gone_on_from(ball_config, make_bucke
 
 
 def test_what_is_refused_leaves_no_folder_behind(ball_config, monkeypatch, tmp_path):
-    monkeypatch.setattr(launch, "ensure_ray", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr(launch, "require", lambda *_: pytest.fail("Ray was started"))
     with pytest.raises(StoreError):
         launch.pretrain(ball_config(data={"store": tmp_path / "nowhere"}))
     with pytest.raises(ConfigError):
         launch.pretrain(ball_config(checkpoint={"resume": "must"}))
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_machine_that_is_too_small_is_refused_before_ray_starts(ball_config, monkeypatch, tmp_path):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(resources.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(resources, "ensure_ray", lambda: pytest.fail("Ray was started"))
+    with pytest.raises(ConfigError, match=r"asked for 2 workers x \(0 GPU, 10000 CPU\); this cluster has .*: use --"):
+        launch.pretrain(ball_config(scale={"cpus_per_worker": 10_000}))
     assert not (tmp_path / "outputs").exists()
 
 
@@ -253,3 +274,27 @@ def test_a_given_build_folder_is_kept_and_gpu_workers_use_the_gpu(ball_config, m
     assert variables["TORCH_EXTENSIONS_DIR"] == "/scratch/builds"
     assert "DS_ACCELERATOR" not in variables
     assert Path(variables["TORCH_EXTENSIONS_DIR"]).is_absolute()
+
+
+def test_a_stopped_run_says_its_newest_checkpoint_and_that_the_same_command_resumes(ball_config, stop_at):
+    config = ball_config()
+    folder = config.run.folder
+    assert launch.how_to_resume(config) == (
+        f"{folder} has no checkpoint yet: the same command starts it again from step 0"
+    )
+    stop_at(config, 3)
+    (folder / "checkpoints" / "step-00000004").mkdir()
+    assert launch.how_to_resume(config) == (
+        f"the newest checkpoint is {folder}/checkpoints/step-00000003 (3 steps done): "
+        "start the same command again to resume from it"
+    )
+
+
+def test_the_trainer_leaves_ctrl_c_and_other_rays_of_this_machine_alone(ball_config, monkeypatch):
+    config = ball_config()
+    trainer = launch.trainer(config, open_corpus(config), "/scratch/of-ray", started_ns=12)
+    monkeypatch.setattr("signal.signal", lambda *handler: pytest.fail("a signal handler was set"))
+    trainer._register_sigint_handler(None)
+    monkeypatch.setattr(type(trainer), "train_run_context", None, raising=False)
+    names = {type(each).__name__ for each in trainer._create_default_callbacks()}
+    assert "BackendSetupCallback" in names and "PlacementGroupCleanerCallback" not in names

@@ -10,9 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neurostorm.config import Config, ConfigError
+from neurostorm.downstream.labels import LabelError
+from neurostorm.downstream.run_folder import keep_config
 from neurostorm.downstream.splits import Split
 from neurostorm.downstream.tasks import Age, Task
 from neurostorm.downstream.trial import RESULT, TEST, Trial
+from neurostorm.object_store import PlaceError
+from neurostorm.store import StoreError
 from neurostorm.tune import sweep as module
 from neurostorm.tune.logbook import Logbook
 from neurostorm.tune.sweep import select
@@ -84,7 +88,7 @@ def test_one_that_an_earlier_start_selected_gives_way_to_a_better_one(tmp_path: 
         def tracker(self, index: int) -> Any:
             return type("Tracker", (), {"tag": lambda self, name, value: tags.append((index, name, value))})()
 
-    book = Book(trials, "parent")
+    book = Book(trials, "parent", tmp_path)
     module._unselect(trials, select(trials), book)
     assert tags == [(0, "neurostorm.selected", "false")]
     module._unselect(trials, [0], book)
@@ -110,13 +114,48 @@ def test_a_folder_holds_one_sweep(tmp_path: Path) -> None:
             tree.setdefault(section, {}).update(fields)
         return Config.model_validate(tree)
 
-    module._claim(config())
-    module._claim(config())
-    module._claim(config(sweep={"tasks": ("age", "sex"), "replicates": 9}, adapt={"cpus": 2.0}))
-    with pytest.raises(ConfigError, match=r"other settings: split\.test: 0\.2 -> 0\.3; take those again"):
-        module._claim(config(split={"test": 0.3}))
+    def start(**sections: dict[str, Any]) -> None:
+        module._refuse_other(config(**sections))
+        keep_config(config(**sections), "sweep")
+
+    start()
+    start()
+    start(sweep={"tasks": ("age", "sex"), "replicates": 9}, adapt={"cpus": 2.0})
+    with pytest.raises(ConfigError, match=r"holds a sweep with other settings: split\.test: 0\.2 -> 0\.3; choose"):
+        start(split={"test": 0.3})
     with pytest.raises(ConfigError, match=r"sweep\.resume=false: .* already holds a sweep"):
-        module._claim(config(sweep={"resume": False}))
-    (tmp_path / "s" / "config.yaml").write_text("adapt: {nonsense: 1}")
+        start(sweep={"resume": False})
+    (tmp_path / "s" / "config.yaml").write_text("# written by jobs/sweep.py\nadapt: {nonsense: 1}")
     with pytest.raises(ConfigError, match=r"config\.yaml is of another version or damaged"):
-        module._claim(config())
+        start()
+
+
+@pytest.mark.parametrize(
+    ("error", "tried_again"),
+    [
+        (LabelError("no such column"), False),
+        (ConfigError("no"), False),
+        (StoreError("damaged"), False),
+        (PlaceError("no answer"), True),
+        (ValueError("x"), True),
+    ],
+)
+def test_an_error_that_a_second_try_meets_again_is_not_raised_to_tune(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, tried_again: bool
+) -> None:
+    """What a trial raises Tune tries again; what it reports Tune takes for its end."""
+
+    def train(trial: Trial, tell: Any) -> None:
+        raise error
+
+    reported: list[dict[str, Any]] = []
+    monkeypatch.setattr(module, "train_trial", train)
+    monkeypatch.setattr(module.tune, "report", reported.append)
+    trials = [trial_of(tmp_path, Age())]
+    if tried_again:
+        with pytest.raises(type(error)):
+            module._trainable({"index": 0}, trials)
+        assert not reported
+    else:
+        module._trainable({"index": 0}, trials)
+        assert reported[0]["reason"] == str(error) and "Traceback" in reported[0]["refused"]
