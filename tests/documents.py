@@ -137,7 +137,7 @@ class Project:
     Attributes:
         folder: the project's root; its parent also gets `home`.
         words: text of the documents -> what stands there instead.
-        options: script, such as jobs/pretrain.py -> options behind those of the block.
+        options: how a command begins, such as `jobs/pretrain.py` -> options behind those of the block.
         environment: variables for all blocks.
     """
 
@@ -176,9 +176,9 @@ class Project:
         for program in (Path(sys.prefix) / "bin").iterdir():
             if not program.name.startswith(("python", "activate")):
                 (programs / program.name).symlink_to(program)
-        cases = "".join(f'    */{name} | {name}) set -- "$@" {extra} ;;\n' for name, extra in self.options.items())
+        cases = "".join(f'    "{words} "*) set -- "$@" {extra} ;;\n' for words, extra in self.options.items())
         (programs / "python").write_text(
-            f'#!/usr/bin/env bash\ncase "${{1:-}}" in\n{cases}esac\nexec {shlex.quote(sys.executable)} "$@"\n'
+            f'#!/usr/bin/env bash\ncase "$* " in\n{cases}esac\nexec {shlex.quote(sys.executable)} "$@"\n'
         )
         (programs / "python").chmod(0o755)
         (programs / "activate").write_text(f'export PATH={shlex.quote(str(programs))}:"$PATH"\n')
@@ -189,7 +189,7 @@ class Project:
             text = text.replace(word, real)
         return text
 
-    def run(self, block: Block, timeout_s: float = 240) -> str:
+    def run(self, block: Block, timeout_s: float = 900) -> str:
         """Runs a block where the one before left off; its output, stdout and stderr together.
 
         Raises:
@@ -204,7 +204,7 @@ class Project:
             text = f"python {name}"
         return self.shell(text, str(block), timeout_s)
 
-    def shell(self, text: str, name: str, timeout_s: float = 240) -> str:
+    def shell(self, text: str, name: str, timeout_s: float = 900) -> str:
         """As `run`, for lines of shell."""
         process = self._start(text)
         try:
@@ -229,7 +229,7 @@ class Project:
             pass
 
     @contextmanager
-    def running(self, text: str, name: str, url: str, timeout_s: float = 120) -> Iterator[None]:
+    def running(self, text: str, name: str, url: str, timeout_s: float = 300) -> Iterator[None]:
         """Lines of shell that serve `url`, from when it answers to the end of the context.
 
         Raises:
@@ -262,13 +262,10 @@ cd "$(cat {state}/directory)"
 export -p > {state}/variables
 pwd > {state}/directory
 """
-        answers_yes = self._state / "yes"
-        answers_yes.write_text("yes\n" * 1000)
-        with answers_yes.open() as typed:
-            return subprocess.Popen(
-                ["bash", "-c", script], env=self.environment, cwd=self.folder, stdin=typed, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, text=True, start_new_session=True,
-            )  # fmt: skip
+        return subprocess.Popen(
+            ["bash", "-c", script], env=self.environment, cwd=self.folder, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        )  # fmt: skip
 
 
 def answers(url: str) -> bool:

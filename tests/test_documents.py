@@ -28,7 +28,8 @@ OPTIONS = {
     "jobs/ingest.py": "--preset tiny",
     "jobs/pretrain.py": "--preset tiny --workers 1 --train.max_steps 4 --train.validate_every 4 --data.val_clips 4",
     "jobs/embed.py": "--workers 1",
-    "jobs/sweep.py": "--tasks age,sex --methods linear,fc --replicates 1",
+    "jobs/sweep.py": "--tasks age --methods linear,fc --replicates 1",
+    "tools/store.py remove": "--yes",  # it asks at a terminal alone
 }
 # Shell lines that make what must be there before a block that has the words on the left.
 PREPARED = {"stores/a stores/b": "cp -r stores/mine stores/a; cp -r stores/mine stores/b"}
@@ -199,11 +200,12 @@ def test_a_broken_block_is_named(text: str, words: str) -> None:
 @pytest.fixture(scope="module")
 def cluster(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A Ray of one node with the token of the project's home, to which the documents' dashboard address leads."""
-    gcs, dashboard = free_port(), free_port()
+    gcs, dashboard, client = free_port(), free_port(), free_port()
     address = f"http://127.0.0.1:{dashboard}"
     start = (
         f"export RAY_AUTH_MODE=token\nexec ray start --head --block --node-ip-address 127.0.0.1 --port {gcs} "
-        f"--num-cpus 2 --dashboard-host 127.0.0.1 --dashboard-port {dashboard}"
+        f"--num-cpus 2 --dashboard-host 127.0.0.1 --dashboard-port {dashboard} "
+        f"--ray-client-server-port {client}"
     )
     with project.running(start, "a Ray of one node", address):
         project.words["http://127.0.0.1:8265"] = address

@@ -184,7 +184,7 @@ def test_the_last_lines_of_the_quickstart_work_as_typed_in_any_folder(tmp_path: 
     echo = "#!/usr/bin/env bash\necho "
     programs = {
         "tools/setup.sh": echo,
-        ".venv/bin/python": f"{echo} 1 2",
+        ".venv/bin/python": f"{echo} 1 2 3",
         ".venv/bin/mlflow": echo,
         ".venv/bin/ray": '#!/usr/bin/env bash\n[ "$1" != start ] || exec sleep 60\n',
     }

@@ -45,10 +45,11 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$output/ray_token
 if [ ! -s "$RAY_AUTH_TOKEN_PATH" ]; then
     (umask 077 && "$bin/python" -c 'import secrets; print(secrets.token_hex(32))' > "$RAY_AUTH_TOKEN_PATH")
 fi
-read -r gcs_port dashboard_port < <("$bin/python" - <<'PY'
+# Free ports for all three, because another Ray of this machine may have the usual ones.
+read -r gcs_port dashboard_port client_port < <("$bin/python" - <<'PY'
 import socket
 
-sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
 print(*(s.getsockname()[1] for s in sockets))
 PY
 )
@@ -56,7 +57,8 @@ PY
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
 ray_temp=$(mktemp -d /tmp/neurostorm-ray.XXXXXX) # short: Ray's sockets live here, and a socket's path may have 107 bytes
 "$bin/ray" start --head --block --node-ip-address 127.0.0.1 --port "$gcs_port" --dashboard-host 127.0.0.1 \
-    --dashboard-port "$dashboard_port" --temp-dir "$ray_temp" > "$output/ray.log" 2>&1 &
+    --dashboard-port "$dashboard_port" --ray-client-server-port "$client_port" --temp-dir "$ray_temp" \
+    > "$output/ray.log" 2>&1 &
 ray_pid=$!
 stop_ray() {
     kill "$ray_pid" 2>/dev/null || true
