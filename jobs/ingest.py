@@ -3,7 +3,6 @@
 A second start skips what is complete. Exit status 0 when the store holds a run of the source (with --dry-run: would).
 """
 
-import shlex
 import sys
 from collections.abc import Sequence
 
@@ -25,22 +24,24 @@ JOB = Job(
     presets=True,
     facts=lambda config: {"grid": f"{config.ingest.grid}, a frame every {config.ingest.tr_s:g} s"},
 )
-PRESETS_FOR_GRID = {"2mm": "base", "4mm": "tiny", "reference": "paper"}
 
 
 def work(config: Config) -> int:
     """Ingests what is new; 1 when the store then holds no run of the source."""
+    from neurostorm.capacity import pretrain_suggestion
     from neurostorm.ingest.estimate import dry_run
     from neurostorm.ingest.fanout import ingest
+    from neurostorm.resources import current
 
     report = dry_run(config) if config.ingest.dry_run else ingest(config)
     print("\n".join(report.lines()))
     if not report.in_store:
         print("nothing was ingested: no run of this source can be used, see the reasons above", file=sys.stderr)
         return 1
-    preset = PRESETS_FOR_GRID[config.ingest.grid]
-    train = f"python jobs/pretrain.py --preset {preset} --store {shlex.quote(str(config.data.store))}"
-    print(f"next: {'the same command without --dry-run' if config.ingest.dry_run else train}")
+    if config.ingest.dry_run:
+        print("next: the same command without --dry-run")
+    else:
+        print(f"next: {pretrain_suggestion(config.ingest.grid, current(), str(config.data.store))}")
     return 0
 
 

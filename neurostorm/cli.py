@@ -86,7 +86,7 @@ class Job:
 
         Args:
             work: does it and returns 0, or another status with the reason on stderr.
-            argv: words of the command line; default: the process's.
+            argv: words of the command line; default: those of this process, which then ends its Ray as well.
         """
         try:
             options, config = self._read(sys.argv[1:] if argv is None else argv)
@@ -100,7 +100,12 @@ class Job:
         print("\n".join(self.summary(config, options.preset)), flush=True)
         try:
             with interruptible(lambda: self.resume(config)):
-                return work(config)
+                status = work(config)
+                if argv is None and "ray" in sys.modules:
+                    from neurostorm.session import stop_ray  # --help and wrong command lines do without Ray
+
+                    stop_ray()
+                return status
         except ConfigError as error:
             self._say(error)
             return 2

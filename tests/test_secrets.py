@@ -11,7 +11,7 @@ from neurostorm.data.corpus import open_corpus
 from neurostorm.options import build
 from neurostorm.places import no_secret, place
 from neurostorm.tracking import tracking_uri
-from neurostorm.train import launch, worker
+from neurostorm.train import trainer, worker
 
 SECRET = "hunter2-8f31"
 HOLDING = [
@@ -87,7 +87,7 @@ def test_nothing_of_the_environment_reaches_mlflow_the_run_folder_or_the_log(
         tracker = worker.open_tracker(config, corpus)
         tracker.metrics({"loss/train": 1.0}, 0)
         tracker.close()
-    assert SECRET not in str(launch.worker_environment(config))
+    assert SECRET not in str(trainer.worker_environment(config))
     written = [path for path in config.run.output.rglob("*") if path.is_file()]
     assert any(path.name == "mlflow.db" for path in written)
     assert sum(path.name == "config.yaml" for path in written) == 2, "the run's own, and MLflow's"

@@ -8,38 +8,27 @@ checkpoint there, with as many workers as are asked for; a different configurati
 
 import json
 import logging
-import math
 import os
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import ray.data
-import ray.train
-import torch
 from pydantic import ValidationError
-from ray.train.torch import TorchConfig, TorchTrainer
 
 from neurostorm.capacity import training_demand
 from neurostorm.config import Config, ConfigError
 from neurostorm.data.corpus import Corpus
-from neurostorm.model.cost import clip_cost, measured_peak
-from neurostorm.presets import PRESETS
 from neurostorm.resources import require
 from neurostorm.run_folder import differing_keys, keep_config, refuse_other, require_writable
-from neurostorm.store import GRIDS, Grid
 from neurostorm.tracking import tracking_uri
 from neurostorm.train import checkpoint, planned
-from neurostorm.train.build import atlas_of, build_model, swin_config
-from neurostorm.train.feed import Feed
+from neurostorm.train.build import atlas_of, swin_config
 from neurostorm.train.goodput import now_ns
-from neurostorm.train.worker import SUMMARY, train_worker
+from neurostorm.train.slow import slow_words, step_s
+from neurostorm.train.trainer import trainer_of
+from neurostorm.train.worker import SUMMARY
 
 logger = logging.getLogger(__name__)
-
-SLOW_STEP_S, LOOK_STEPS = 3.0, 5
-CPU_SHARE = 0.06  # of a matrix product's rate, in steps of `tiny`: .10 to .12 of one worker alone, .05 of two
 
 
 @dataclass(frozen=True)
@@ -109,7 +98,7 @@ def pretrain(config: Config) -> dict[str, Any]:
         # The controller polls its workers at this interval; at its default of 2 s a failure is noticed late.
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         require(training_demand(config), config.scale.wait_for_nodes_s)
-        slow = slow_words(config, corpus.store.grid, plan, step_s(config, corpus))
+        slow = slow_words(config, corpus.store.grid, plan.total_steps - plan.first_step, step_s(config, corpus))
         if slow:
             logger.warning("%s", slow)
         keep_config(config, "pretrain")
@@ -119,9 +108,9 @@ def pretrain(config: Config) -> dict[str, Any]:
             corpus.subjects, len(corpus.runs), corpus.frames, corpus.split, corpus.plan.clips_per_epoch,
             plan.first_step, plan.total_steps,
         )  # fmt: skip
-        logger.info("starting %s", workers_in_words(config))
+        logger.info("starting %s", training_demand(config))
         with tempfile.TemporaryDirectory(prefix="neurostorm-ray-") as storage:
-            trainer(config, corpus, storage, started_ns).fit()
+            trainer_of(config, corpus, storage, started_ns).fit()
     summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
     if plan.finished:
         logger.info("%s", already_complete(config, plan, summary))
@@ -130,14 +119,6 @@ def pretrain(config: Config) -> dict[str, Any]:
         "mlflow_uri": tracking_uri(config.tracking.uri, config.run.output),
         "trained_steps": plan.total_steps - plan.first_step,
     }
-
-
-def workers_in_words(config: Config) -> str:
-    """The workers that a run asks for, `2 training workers (0.5 CPU each)`."""
-    scale = config.scale
-    gpus = f"{scale.gpus_per_worker:g} GPU, " if scale.gpus_per_worker else ""
-    count = f"{scale.min_workers} to {scale.workers}" if scale.min_workers else str(scale.workers)
-    return f"{count} training worker(s) ({gpus}{scale.cpus_per_worker:g} CPU each)"
 
 
 def already_complete(config: Config, plan: Plan, summary: dict[str, Any]) -> str:
@@ -157,98 +138,3 @@ def how_to_resume(config: Config) -> str:
         return f"{config.run.folder} has no checkpoint yet: the same command starts it again from step 0"
     step = int(path.name.rpartition("-")[2])
     return f"the newest checkpoint is {path} ({step} steps done): start the same command again to resume from it"
-
-
-class Trainer(TorchTrainer):
-    """Ray Train's trainer, without its handler of Ctrl-C and its placement group cleaner."""
-
-    def _create_default_callbacks(self) -> list[Any]:
-        """Leaves the cleaner out: it looks for the run's controller in whichever Ray of this machine it finds.
-
-        With two of them it ends with a traceback, or takes the controller for dead and the workers' resources away.
-        When the controller dies this driver ends, too, and Ray frees what the job had.
-        """
-        callbacks: list[Any] = super()._create_default_callbacks()
-        return [each for each in callbacks if type(each).__name__ != "PlacementGroupCleanerCallback"]
-
-    def _register_sigint_handler(self, controller: Any) -> None:
-        """Leaves Ctrl-C to `interrupts.interruptible`, which says how to resume."""
-
-
-def step_s(config: Config, corpus: Corpus) -> float:
-    """Seconds that a step will about take on CPUs like this machine's; 0 on GPUs, of which nothing is estimated.
-
-    The model's operations (on no device, so nothing is allocated) at the share of this processor's matrix product that
-    steps of `tiny` reach; takes about a second.
-    """
-    scale = config.scale
-    if scale.gpus_per_worker or config.mask.kind == "atlas":  # an atlas is not read twice for an estimate
-        return 0.0
-    with torch.device("meta"):
-        model = build_model(config, corpus.store)
-    before = torch.get_num_threads()
-    torch.set_num_threads(scale.threads_per_worker)
-    try:
-        peak = measured_peak("cpu", torch.bfloat16 if config.train.dtype == "bf16" else torch.float32)
-    finally:
-        torch.set_num_threads(before)
-    return config.clips_per_worker * clip_cost(model, config.data.clip_frames).train_flops / (CPU_SHARE * peak)
-
-
-def slow_words(config: Config, grid: Grid, plan: Plan, seconds: float) -> str:
-    """The warning for a step of so many seconds, with what is faster; empty when that is not slow."""
-    if seconds < SLOW_STEP_S:
-        return ""
-    steps, times = plan.total_steps - plan.first_step, math.prod(grid.shape) / math.prod(GRIDS["4mm"].shape)
-    faster = ["use a GPU"]
-    if times > 1:
-        shape = "x".join(map(str, grid.shape))
-        faster.append(f"ingest with --grid 4mm, as {shape} voxels are {times:.0f} times the work of its 48x48x48")
-    if config.model.embed_dim > PRESETS["tiny"]["model"]["embed_dim"]:
-        faster.append("use --preset tiny")
-    look = f"for a first look use --train.max_steps {LOOK_STEPS}; to train, " if steps > LOOK_STEPS else "to train, "
-    return (
-        f"about {seconds:.0f} s a step on this machine's CPU, {steps * seconds / 3600:.1f} h for {steps} steps: "
-        f"{look}{', or '.join(faster)}"
-    )
-
-
-def trainer(config: Config, corpus: Corpus, storage: str, started_ns: int) -> Any:
-    """The Ray Train V2 trainer of a run.
-
-    storage     a local folder for Ray Train's own notes. Workers report no checkpoints through Ray, so its controller,
-                which runs on the driver's machine, is the only one to use it.
-    started_ns  when this driver began, in Unix time
-    """
-    scale = config.scale
-    resources = {"CPU": scale.cpus_per_worker} | ({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})
-    return Trainer(
-        train_worker,
-        train_loop_config={"config": config.model_dump(mode="json"), "started_ns": started_ns},
-        torch_config=TorchConfig(
-            backend="nccl" if scale.gpus_per_worker else "gloo", timeout_s=scale.collective_timeout_s
-        ),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=(scale.min_workers, scale.workers) if scale.min_workers else scale.workers,
-            use_gpu=bool(scale.gpus_per_worker),
-            resources_per_worker=resources,
-            elastic_resize_monitor_interval_s=scale.resize_every_s,
-        ),
-        run_config=ray.train.RunConfig(
-            name=config.run.name,
-            storage_path=storage,
-            failure_config=ray.train.FailureConfig(max_failures=scale.max_failures),
-            worker_runtime_env={"env_vars": worker_environment(config)},
-        ),
-        datasets={"train": lambda: ray.data.range(0)},
-        dataset_config=Feed(config, corpus),
-    )
-
-
-def worker_environment(config: Config) -> dict[str, str]:
-    """Environment of the training workers: few threads that sleep while they wait, DeepSpeed's builds kept per user."""
-    variables = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(config.scale.threads_per_worker)}
-    if not config.scale.gpus_per_worker:
-        variables["DS_ACCELERATOR"] = "cpu"
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "neurostorm" / "torch_extensions"
-    return variables | {"TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(cache))}

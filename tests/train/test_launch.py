@@ -14,9 +14,11 @@ from neurostorm.data.corpus import Corpus, open_corpus
 from neurostorm.places import replace
 from neurostorm.run_folder import keep_config
 from neurostorm.store import GRIDS, StoreError, write_manifest
-from neurostorm.train import checkpoint, feed, launch
+from neurostorm.train import checkpoint, feed, launch, slow
+from neurostorm.train import trainer as trainer_module
 from neurostorm.train.feed import training_data
-from neurostorm.train.launch import Plan, check, worker_environment
+from neurostorm.train.launch import Plan, check
+from neurostorm.train.trainer import trainer_of, worker_environment
 
 STEPS = 12  # of one epoch of the ball store: 48 clips, four at a time
 
@@ -234,7 +236,7 @@ def test_the_feed_of_a_run_whose_steps_are_all_done_is_not_empty(asked, ball_con
 
 def test_the_trainer_asks_for_the_plans_order_and_for_what_the_configuration_says(ball_config):
     config = ball_config(scale={"cpus_per_worker": 0.5, "max_failures": 5})
-    trainer = launch.trainer(config, open_corpus(config), "/scratch/of-ray", started_ns=12)
+    trainer = trainer_of(config, open_corpus(config), "/scratch/of-ray", started_ns=12)
     assert trainer.data_config._resolve_execution_options("train").preserve_order
     assert trainer.scaling_config.num_workers == 2
     assert trainer.scaling_config.resources_per_worker == {"CPU": 0.5}
@@ -245,11 +247,13 @@ def test_the_trainer_asks_for_the_plans_order_and_for_what_the_configuration_say
 
 def test_the_trainer_may_shrink_to_the_fewest_workers_and_the_feed_follows(asked, ball_config, monkeypatch):
     config = ball_config(scale={"workers": 2, "min_workers": 1})
-    trainer = launch.trainer(config, open_corpus(config), "/scratch/of-ray", started_ns=12)
+    trainer = trainer_of(config, open_corpus(config), "/scratch/of-ray", started_ns=12)
     assert trainer.scaling_config.num_workers == (1, 2)
     given = []
     monkeypatch.setattr(
-        launch.ray.train.DataConfig, "configure", lambda self, datasets, workers, *rest, **named: given.append(workers)
+        trainer_module.ray.train.DataConfig,
+        "configure",
+        lambda self, datasets, workers, *rest, **named: given.append(workers),
     )
     for workers in (2, 1):
         trainer.data_config.configure({"train": None}, workers, None, None)
@@ -293,7 +297,7 @@ def test_a_stopped_run_says_its_newest_checkpoint_and_that_the_same_command_resu
 
 def test_the_trainer_leaves_ctrl_c_and_other_rays_of_this_machine_alone(ball_config, monkeypatch):
     config = ball_config()
-    trainer = launch.trainer(config, open_corpus(config), "/scratch/of-ray", started_ns=12)
+    trainer = trainer_of(config, open_corpus(config), "/scratch/of-ray", started_ns=12)
     monkeypatch.setattr("signal.signal", lambda *handler: pytest.fail("a signal handler was set"))
     trainer._register_sigint_handler(None)
     monkeypatch.setattr(type(trainer), "train_run_context", None, raising=False)
@@ -316,28 +320,19 @@ def test_an_atlas_that_cannot_be_used_is_refused_before_anything_starts(ball_con
 
 
 def test_a_step_that_is_slow_on_the_cpu_says_what_is_faster(ball_config, ball_store, monkeypatch):
-    monkeypatch.setattr(launch, "measured_peak", lambda *_: 1e9)
+    monkeypatch.setattr(slow, "measured_peak", lambda *_: 1e9)
     config = ball_config()
     corpus = open_corpus(config)
-    seconds = launch.step_s(config, corpus)
-    assert seconds > 0 and launch.step_s(ball_config(scale={"workers": 1}), corpus) == pytest.approx(2 * seconds)
-    assert launch.step_s(ball_config(scale={"gpus_per_worker": 1}), corpus) == 0
-    plan = Plan(4, 124, False)
-    assert launch.slow_words(config, corpus.store.grid, plan, 1.0) == ""
-    assert launch.slow_words(config, GRIDS["4mm"], plan, 15.6) == (
+    seconds = slow.step_s(config, corpus)
+    assert seconds > 0 and slow.step_s(ball_config(scale={"workers": 1}), corpus) == pytest.approx(2 * seconds)
+    assert slow.step_s(ball_config(scale={"gpus_per_worker": 1}), corpus) == 0
+    assert slow.slow_words(config, corpus.store.grid, 120, 1.0) == ""
+    assert slow.slow_words(config, GRIDS["4mm"], 120, 15.6) == (
         "about 16 s a step on this machine's CPU, 0.5 h for 120 steps: for a first look use --train.max_steps 5; to "
         "train, use a GPU"
     )
     wide = ball_config(model={"embed_dim": 48, "heads": (3, 6)})
-    assert launch.slow_words(wide, GRIDS["2mm"], plan, 16.0).endswith(
+    assert slow.slow_words(wide, GRIDS["2mm"], 120, 16.0).endswith(
         "to train, use a GPU, or ingest with --grid 4mm, as 96x96x96 voxels are 8 times the work of its 48x48x48, or "
         "use --preset tiny"
-    )
-
-
-def test_the_line_on_workers_says_what_each_asks_for(ball_config):
-    assert launch.workers_in_words(ball_config()) == "2 training worker(s) (0.5 CPU each)"
-    scale = {"workers": 8, "min_workers": 4, "gpus_per_worker": 1, "cpus_per_worker": 8}
-    assert launch.workers_in_words(ball_config(scale=scale, train={"global_batch": 840, "micro_batch": 1})) == (
-        "4 to 8 training worker(s) (1 GPU, 8 CPU each)"
     )
