@@ -3,6 +3,7 @@
 A second start skips what is complete. Exit status 0 when the store holds a run of the source (with --dry-run: would).
 """
 
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -41,7 +42,7 @@ def work(config: Config) -> int:
     if config.ingest.dry_run:
         print("next: the same command without --dry-run")
     else:
-        print(f"next: {pretrain_suggestion(config.ingest.grid, current(), str(config.data.store))}")
+        print(f"next: {pretrain_suggestion(config.ingest.grid, current(), shlex.quote(str(config.data.store)))}")
     return 0
 
 

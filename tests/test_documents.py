@@ -25,14 +25,11 @@ SHELL_NOT_RUN = [block for block in CODE if block.language == "bash" and block.n
 
 # What makes a script small, behind what the document gives it.
 OPTIONS = {
-    "jobs/ingest.py": "--preset tiny",
     "jobs/pretrain.py": "--preset tiny --workers 1 --train.max_steps 4 --train.validate_every 4 --data.val_clips 4",
     "jobs/embed.py": "--workers 1",
     "jobs/sweep.py": "--tasks age --methods linear,fc --replicates 1",
     "tools/store.py remove": "--yes",  # it asks at a terminal alone
 }
-# Shell lines that make what must be there before a block that has the words on the left.
-PREPARED = {"stores/a stores/b": "cp -r stores/mine stores/a; cp -r stores/mine stores/b"}
 
 
 def free_port() -> int:
@@ -61,10 +58,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
             "sub-01_task-rest_desc-preproc_bold.nii.gz": str(bold),
             "outputs/quickstart": "outputs",
             "sub-0042": subjects[-1],
-            "stores/mine RUN": f"stores/mine synthetic/{subjects[0]}/ses-01_task-rest",
+            "sub-0001": subjects[0],
             "--port 5000": f"--port {free_port()}",
             "10.0.0.10": "127.0.0.1",
-            "/mnt/neurostorm/derivatives": str(cohort),
+            "--source /mnt/neurostorm/derivatives": f"--grid 4mm --source {cohort}",
             "/mnt/neurostorm": str(folder / "shared"),
         },
         options=OPTIONS,
@@ -217,9 +214,6 @@ def cluster(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def test_a_block_runs_as_it_stands(block: Block, project: Project, request: pytest.FixtureRequest) -> None:
     if "ray job" in block.text:
         request.getfixturevalue("cluster")
-    for words, lines in PREPARED.items():
-        if words in block.text:
-            project.shell(lines, f"what {block} needs")
     if block.serves:
         project.serve(block)
     else:

@@ -11,7 +11,7 @@ from neurostorm.data.corpus import open_corpus
 from neurostorm.options import build
 from neurostorm.places import no_secret, place
 from neurostorm.tracking import tracking_uri
-from neurostorm.train import trainer, worker
+from neurostorm.train import launch, trainer, worker
 
 SECRET = "hunter2-8f31"
 HOLDING = [
