@@ -53,7 +53,7 @@ def open_corpus(config: Config, manifest: pa.Table | None = None) -> Corpus:
     Raises StoreError for a missing or foreign store, ConfigError when its runs do not fit the configuration.
     """
     data = config.data
-    store = FrameStore.open(data.store.absolute(), data.verify)
+    store = FrameStore.open(data.store, data.verify)
     manifest = (read_manifest(store.path) if manifest is None else manifest).select(PLANNED_COLUMNS)
     frames = manifest["frames"].to_numpy()
     subjects, origin = whose_runs(manifest)

@@ -79,7 +79,7 @@ def embed(config: Config) -> EmbedReport:
         PlaceError: an object store does not answer.
     """
     started = time.monotonic()
-    settings, out = config.embed, config.embed.out.absolute()
+    settings, out = config.embed, config.embed.out
     require_writable(out, f"embed.out={settings.out}")
     _say(f"reading the model {settings.model} and the list of runs of {settings.store or settings.source}")
     given = open_input(settings)

@@ -78,9 +78,8 @@ def open_input(settings: EmbedConfig) -> Input:
             "torch": torch.__version__, "ray": ray.__version__,
         },
     }  # fmt: skip
-    store = settings.store.absolute() if settings.store else None
     ordered = tuple(sorted(runs, key=lambda run: (run.dataset, run.subject, run.run)))
-    return Input(folder, store, ordered, tr_s, found.normalise, frames, stride, facts)
+    return Input(folder, settings.store, ordered, tr_s, found.normalise, frames, stride, facts)
 
 
 def remember(out: Place, given: Input) -> None:

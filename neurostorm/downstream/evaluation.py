@@ -69,14 +69,14 @@ def task_of(text: str, settings: TaskConfig, *, option: str = "--task") -> Task:
     try:
         return find_task(text, settings.target_column)
     except UnknownTask as error:
-        columns = column_names(settings.store.absolute(), settings.labels)
+        columns = column_names(settings.store, settings.labels)
         name, table = text.partition(":")[0], settings.labels or "the participants table"
         near = difflib.get_close_matches(name.lower(), [column.lower() for column in columns], n=1, cutoff=0.6)
         tasks = difflib.get_close_matches(name, REGISTRY, n=1, cutoff=0.4)
         if not near or (tasks and _likeness(name, tasks[0]) >= _likeness(name.lower(), near[0])):
             raise
         column = next(column for column in columns if column.lower() == near[0])
-        base = "phenotype" if is_numeric(settings.store.absolute(), settings.labels, column) else "diagnosis"
+        base = "phenotype" if is_numeric(settings.store, settings.labels, column) else "diagnosis"
         what = "a column of that name" if column == name else f"a column {column!r}"
         raise ConfigError(f"no task {text!r}; {table} has {what}: use {option} {base}:{column}") from error
 
@@ -99,7 +99,7 @@ def open_evaluation(task: Task, settings: TaskConfig, split: SplitConfig, clip_f
     frames = settings.clip_frames or clip_frames or CLIP_FRAMES
     if clip_frames is not None and frames > clip_frames:
         raise ConfigError(f"task.clip_frames={frames}: the model takes clips of up to {clip_frames} frames")
-    cohort = _cohort(str(settings.store.absolute()), task.runs_for(settings.runs))
+    cohort = _cohort(str(settings.store), task.runs_for(settings.runs))
     wanted = [name for name in (split.group_column, *split.strata_columns) if name]
     wanted += [split.site_column] if split.scheme == "site" else []
     labels = _labels(task, settings, cohort, wanted)

@@ -146,7 +146,7 @@ def _config_of(config: Config, want: Wanted, clip_frames: int) -> Config:
 
 def cache_of(config: Config) -> Place:
     """Where frozen features and series lie: adapt.cache, or OUTPUT/cache, which runs of one output share."""
-    return (config.adapt.cache or config.run.output / "cache").absolute()
+    return config.adapt.cache or config.run.output / "cache"
 
 
 def _evaluations(config: Config, wanted: Sequence[Wanted], found: Pretrained | None) -> dict[str, Evaluation]:

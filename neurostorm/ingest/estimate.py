@@ -146,7 +146,7 @@ _STATES = ("to ingest", "to compare", "complete", "changed", "refused", "withdra
 
 def dry_run(config: Config) -> Estimate:
     """Find out what `ingest` would do with the same configuration. Errors as `ingest`; nothing is written."""
-    settings, store = config.ingest, config.data.store.absolute()
+    settings, store = config.ingest, config.data.store
     found = survey(settings, store)
     grid = GRIDS[settings.grid]
     mask = brain_mask(grid, settings.mask)

@@ -47,7 +47,7 @@ def ingest(config: Config) -> IngestReport:
         OSError: an object store with the source cannot be listed.
     """
     started = time.monotonic()
-    settings, store = config.ingest, config.data.store.absolute()
+    settings, store = config.ingest, config.data.store
     found = survey(settings, store)
     if found.waiting:
         options = {"cpus": "--ingest.cpus_per_run"}

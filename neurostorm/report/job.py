@@ -28,4 +28,4 @@ def report_of(config: Config, run_id: str | None = None) -> ReportResult:
             )
         known = json.loads(kept.read_text())
         run_id, uri = known["run_id"], config.tracking.uri or known["uri"]
-    return write_report(uri, run_id, (config.report.out or folder / "report").absolute())
+    return write_report(uri, run_id, config.report.out or folder / "report")

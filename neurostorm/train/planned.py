@@ -28,7 +28,7 @@ def choose(config: Config) -> Corpus:
     kept = _kept(folder)
     if kept is None or not checkpoint.is_begun(folder / "checkpoints"):
         return open_corpus(config)
-    lost = _lost(kept, read_manifest(config.data.store.absolute()))
+    lost = _lost(kept, read_manifest(config.data.store))
     if lost:
         names = ", ".join(lost[:_LISTED]) + (f" and {len(lost) - _LISTED} more" if len(lost) > _LISTED else "")
         raise ConfigError(
