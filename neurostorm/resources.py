@@ -65,7 +65,7 @@ def this_machine() -> Capacity:
 def autoscales() -> bool:
     """Whether an autoscaler runs that may bring nodes to this cluster.
 
-    Ray has no public call for it. `ray start --head` and `ray.init` start a monitor that only watches, which calls each
+    Ray has no public call for it. A head node without a configuration has a monitor that only watches, which calls each
     node's type `node_<its ID>`; an autoscaler reports the node types of its configuration, or none yet.
     """
     from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
