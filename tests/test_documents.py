@@ -200,7 +200,7 @@ def cluster(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Itera
     gcs, dashboard, client = free_port(), free_port(), free_port()
     address = f"http://127.0.0.1:{dashboard}"
     start = (
-        f"export RAY_AUTH_MODE=token\nexec ray start --head --block --node-ip-address 127.0.0.1 --port {gcs} "
+        f"export RAY_AUTH_MODE=token RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0\nexec ray start --head --block --node-ip-address 127.0.0.1 --port {gcs} "
         f"--num-cpus 2 --dashboard-host 127.0.0.1 --dashboard-port {dashboard} "
         f"--ray-client-server-port {client}"
     )
