@@ -200,9 +200,9 @@ def cluster(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Itera
     gcs, dashboard, client = free_port(), free_port(), free_port()
     address = f"http://127.0.0.1:{dashboard}"
     start = (
-        f"export RAY_AUTH_MODE=token RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0\nexec ray start --head --block --node-ip-address 127.0.0.1 --port {gcs} "
-        f"--num-cpus 2 --dashboard-host 127.0.0.1 --dashboard-port {dashboard} "
-        f"--ray-client-server-port {client}"
+        "export RAY_AUTH_MODE=token RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0\n"
+        f"exec ray start --head --block --node-ip-address 127.0.0.1 --port {gcs} --num-cpus 2 "
+        f"--dashboard-host 127.0.0.1 --dashboard-port {dashboard} --ray-client-server-port {client}"
     )
     with project.running(start, "a Ray of one node", address):
         project.words["http://127.0.0.1:8265"] = address
