@@ -42,7 +42,8 @@ def work(config: Config) -> int:
     if config.ingest.dry_run:
         print("next: the same command without --dry-run")
     else:
-        print(f"next: {pretrain_suggestion(config.ingest.grid, current(), shlex.quote(str(config.data.store)))}")
+        store = shlex.quote(str(config.data.store))
+        print(f"next: {pretrain_suggestion(config.ingest.grid, current(), store, JOB.command('pretrain'))}")
     return 0
 
 

@@ -52,12 +52,14 @@ def work(config: Config) -> int:
     from neurostorm.train.launch import pretrain
 
     done = pretrain(config)
-    loss = held_out(
-        done["loss/validation"],
-        done["loss/validation_predicting_mean"],
-        normalise_targets=config.model.normalise_targets,
-    )
-    print(f"\n{config.run.name}: {done['steps']} steps done.", *loss, sep="\n")
+    if done["trained_steps"]:
+        loss = held_out(
+            done["loss/validation"],
+            done["loss/validation_predicting_mean"],
+            normalise_targets=config.model.normalise_targets,
+            longer="--train.max_steps" if config.train.max_steps else "--train.epochs",
+        )
+        print(f"\n{config.run.name}: {done['steps']} steps done.", *loss, sep="\n")
     print(
         f"  model   {done['model']} (model.safetensors, config.json)\n"
         f"  time    {in_words(done)}\n"

@@ -120,7 +120,7 @@ def training_demand(config: Config) -> Demand:
     )  # fmt: skip
 
 
-def pretrain_suggestion(grid: str, capacity: Capacity, store: object) -> str:
+def pretrain_suggestion(grid: str, capacity: Capacity, store: object, program: str = "python jobs/pretrain.py") -> str:
     """The command that pretrains on a new store with what the cluster has; where that is too slow, a first look.
 
     The first line is a command; a second one explains a first look.
@@ -129,9 +129,10 @@ def pretrain_suggestion(grid: str, capacity: Capacity, store: object) -> str:
         grid: of the store, `ingest.grid`: 2mm, 4mm or reference.
         capacity: of the cluster, see `current`.
         store: where the store is.
+        program: how pretraining is started.
     """
     preset = "paper" if grid == "reference" else "base"
-    command = f"python jobs/pretrain.py --preset {{}} --store {store}"
+    command = f"{program} --preset {{}} --store {store}"
     if capacity.grows and not capacity.total.gpus:
         return command.format(preset)  # what its nodes will have is not known
     options = _gpu_options(preset, capacity)

@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import sys
 import tempfile
 import textwrap
@@ -91,7 +92,7 @@ class Job:
         try:
             options, config = self._read(sys.argv[1:] if argv is None else argv)
         except ConfigError as error:
-            self._say(f"{error}\nSee: python jobs/{self.name}.py --help")
+            self._say(f"{error}\nSee: {self.command(self.name)} --help")
             return 2
         if options.print_config:
             print(self.as_yaml(config), end="")
@@ -117,6 +118,11 @@ class Job:
             self._say(f"{reason_of(error)}\nThe traceback is in {file}")
             return 1
 
+    def command(self, name: str) -> str:
+        """How to start the job `name` from the directory in which this one was started."""
+        script = Path(sys.argv[0]).with_name(f"{name}.py")
+        return f"python {shlex.quote(str(script))}" if script.is_file() else f"python jobs/{name}.py"
+
     def as_yaml(self, config: Config) -> str:
         """Everything that the job reads of a configuration, as YAML that `--config` reads back."""
         return config.to_yaml(*dict.fromkeys(target.partition(".")[0] for target in self.targets))
@@ -136,7 +142,7 @@ class Job:
         changed = [f"{target} {now[target]}" for target in self.targets
                    if now[target] != usual[target] and not is_path(target) and target != "run.name"]  # fmt: skip
         facts |= {"changed": ", ".join(changed)} if changed else {}
-        facts["settings"] = f"python jobs/{self.name}.py ... --print-config shows all, --help explains them"
+        facts["settings"] = f"{self.command(self.name)} ... --print-config shows all, --help explains them"
         lines = [f"{self.name}: {self.purpose}"]
         for name, text in facts.items():
             lines += textwrap.wrap(

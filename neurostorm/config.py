@@ -177,6 +177,8 @@ class MaskConfig(Section):
     def _atlas_is_given(self) -> "MaskConfig":
         if self.kind == "atlas" and self.atlas is None:
             raise ValueError("atlas: kind=atlas needs a label NIfTI, --mask.atlas FILE.nii.gz")
+        if self.kind != "atlas" and self.atlas is not None:
+            raise ValueError(f"atlas={self.atlas} is not used with kind={self.kind}: add --mask.kind atlas")
         return self
 
 
@@ -320,7 +322,11 @@ class Config(Section):
     def _batches_divide(self) -> "Config":
         batch, workers, micro = self.train.global_batch, self.scale.workers, self.train.micro_batch
         if batch % workers:
-            raise ValueError(f"train.global_batch={batch} is not a multiple of scale.workers={workers}")
+            fits = max(count for count in range(1, workers) if batch % count == 0)
+            raise ValueError(
+                f"train.global_batch={batch} is not a multiple of scale.workers={workers}: use --workers {fits}, or "
+                f"--train.global_batch {workers * max(1, round(batch / workers))}"
+            )
         fewest = self.scale.min_workers or workers
         if fewest > workers:
             raise ValueError(f"scale.min_workers={fewest} is more than scale.workers={workers}")

@@ -1,5 +1,6 @@
 """What every section of the configuration tree is made of: a frozen model that refuses unknown keys, and its types."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -7,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializ
 
 from neurostorm.errors import UserError
 from neurostorm.object_store import ObjectPath
-from neurostorm.places import no_secret, one_step, place
+from neurostorm.places import Place, no_secret, one_step, place
 
 SQLITE = "sqlite:///"
 Four = tuple[int, int, int, int]
@@ -16,12 +17,21 @@ Share = Annotated[float, Field(gt=0, le=1)]
 # Workers and trials run in folders of their own, where a relative path names something else. So a path becomes absolute
 # when a configuration is built, which the driver does in the directory where its command was typed.
 Location = Annotated[
-    Path | ObjectPath, PlainValidator(lambda value: place(value).absolute()), PlainSerializer(str, when_used="json")
+    Path | ObjectPath, PlainValidator(lambda value: absolute(place(value))), PlainSerializer(str, when_used="json")
 ]
-LocalPath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+LocalPath = Annotated[Path, AfterValidator(lambda path: absolute(path.expanduser()))]
 Name = Annotated[str, AfterValidator(one_step)]  # of a folder
 Address = Annotated[str, AfterValidator(lambda uri: absolute_sqlite(no_secret(uri)))]  # logged with the run
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def absolute(path: Place) -> Place:
+    """`path` against the working directory, without `..` where that names the same file, as it does without links."""
+    whole = path.absolute()
+    if isinstance(whole, Path) and ".." in whole.parts:
+        plain = Path(os.path.normpath(whole))
+        return plain if os.path.realpath(plain) == os.path.realpath(whole) else whole
+    return whole
 
 
 def absolute_sqlite(uri: str) -> str:

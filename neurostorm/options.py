@@ -110,8 +110,8 @@ def preset(name: str) -> Tree:
     """The partial tree of a preset; ConfigError with the nearest name for a wrong one."""
     if name not in PRESETS:
         near = nearest_name(name, list(PRESETS))
-        hint = f"did you mean {near}?" if near else "choose one of:"
-        raise ConfigError(f"--preset {name}: no such preset; {hint} (presets: {', '.join(PRESETS)})")
+        hint = f"did you mean {near}? There are" if near else "there are"
+        raise ConfigError(f"--preset {name}: no such preset; {hint} {', '.join(PRESETS)}")
     return PRESETS[name]
 
 

@@ -71,6 +71,15 @@ def refuse_other(config: Config, job: str, sections: tuple[str, ...], may_change
         )
 
 
+def changed_settings(config: Config) -> list[str]:
+    """What differs, of what changes the result, from the config.yaml in the folder; empty without a readable one."""
+    try:
+        saved = yaml.safe_load((config.run.folder / CONFIG_FILE).read_text())
+        return differing_keys(saved, config)
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return []
+
+
 def keep_config(config: Config, job: str) -> None:
     """Write config.yaml, which says what the folder holds from now on."""
     config.run.folder.mkdir(parents=True, exist_ok=True)

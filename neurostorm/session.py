@@ -18,10 +18,15 @@ from typing import Any
 import ray
 
 from neurostorm import interrupts, ray_output
+from neurostorm.errors import UserError
 
 LOOPBACK = "127.0.0.1"
 _MODE, _GIVEN = "RAY_AUTH_MODE", ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 logger = logging.getLogger(__name__)
+
+
+class RayError(UserError, RuntimeError):
+    """Ray cannot be started here; the message says what to do."""
 
 
 def ensure_ray() -> None:
@@ -32,6 +37,10 @@ def ensure_ray() -> None:
     if ray.is_initialized():
         return
     ray_output.filter_stderr()
+    address = os.environ.get("RAY_ADDRESS")
+    logger.info(
+        "connecting to the Ray cluster at %s" if address else "starting Ray on this machine", *filter(None, [address])
+    )
     if os.environ.get("RAY_ADDRESS"):
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(logging_level=logging.WARNING)
@@ -70,7 +79,15 @@ def start_local(**options: Any) -> None:
         logger.warning("%s=disabled: whoever reaches the ports of this Ray can run code as you", _MODE)
     elif not any(os.environ.get(name) for name in _GIVEN):
         keep_token(Path.home() / ".ray" / "auth_token")
-    ray.init(**{"address": "local", "dashboard_host": LOOPBACK, **options})
+    try:
+        ray.init(**{"address": "local", "dashboard_host": LOOPBACK, **options})
+    except Exception as error:  # Ray raises a plain Exception when one of its processes does not answer in time
+        if "timed out" not in str(error):
+            raise
+        raise RayError(
+            "Ray did not start on this machine in time: it is busy, or has too little memory. Start the same command "
+            f"again when less runs here ({str(error).splitlines()[0]})"
+        ) from error
     if not disabled and not asks_for_token():
         ray.shutdown()
         raise RuntimeError(

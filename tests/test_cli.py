@@ -81,6 +81,8 @@ def test_names_with_values_are_read_as_yaml(text):
         (["--data.weights", "{hcp: 2"], ["--data.weights", "{hcp: 2, ukb: 1}"]),
         (["--data.temperature", "0"], ["data.temperature=0", "> 0"]),
         (["--config", "missing.yaml"], ["missing.yaml", "cannot be read"]),
+        (["--mask.atlas", "atlas.nii"], ["atlas.nii is not used with kind=window", "--mask.kind atlas"]),
+        (["--train.global_batch", "8", "--train.micro_batch", "1", "--workers", "64"], ["use --workers 8, or", "64"]),
     ],
 )
 def test_a_wrong_argument_is_refused_with_what_is_right(arguments, words):
@@ -168,11 +170,27 @@ def test_a_wrong_command_line_ends_with_status_2_and_the_reason(capsys):
 def test_a_relative_path_is_one_in_the_directory_where_it_was_typed(field, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     section, name = field.split(".")
-    config = JOB.load([f"--{field}", "some/where"])
+    kind = ["--mask.kind", "atlas"] if section == "mask" else []
+    config = JOB.load([f"--{field}", "some/where", *kind])
     monkeypatch.chdir("/")
     assert getattr(getattr(config, section), name) == tmp_path / "some" / "where"
     again = Config.model_validate(config.model_dump(mode="json"))  # as a worker in another directory does
     assert again == config
+
+
+def test_steps_up_are_taken_out_of_a_path_where_they_mean_the_same(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "b")
+    monkeypatch.chdir(tmp_path / "a")
+    assert JOB.load(["--store", "../stores/x"]).data.store == tmp_path / "stores" / "x"
+    assert JOB.load(["--store", "../link/../x"]).data.store == tmp_path / "a" / ".." / "link" / ".." / "x"
+
+
+def test_the_next_command_can_be_typed_from_where_this_one_was(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", [str(JOBS / "ingest.py")])
+    assert JOB.command("pretrain") == f"python {JOBS / 'pretrain.py'}"
+    monkeypatch.setattr("sys.argv", ["pytest"])
+    assert JOB.command("pretrain") == "python jobs/pretrain.py"
 
 
 def test_defaults_and_the_file_of_mlflow_are_absolute_too(tmp_path, monkeypatch):

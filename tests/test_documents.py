@@ -55,7 +55,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
         folder / "project",
         words={
             "/path/to/derivatives": str(cohort),
-            "sub-01_task-rest_desc-preproc_bold.nii.gz": str(bold),
+            "sub-01_task-rest_space-MNI152NLin6Asym_desc-preproc_bold.nii.gz": str(bold),
             "outputs/quickstart": "outputs",
             "sub-0042": subjects[-1],
             "sub-0001": subjects[0],

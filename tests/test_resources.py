@@ -150,7 +150,9 @@ def test_the_command_after_ingest_fits_the_machine(grid, nodes, words):
     capacity = Capacity(tuple(nodes))
     assert pretrain_suggestion(grid, capacity, "/s") == f"python jobs/pretrain.py {words}"
     sections = ("data", "train", "scale")
-    options = Job("pretrain", "", sections, {"--store": "data.store", "--workers": "scale.workers"}).load(words.split())
+    options = Job("pretrain", "", sections, {"--store": "data.store", "--workers": "scale.workers"}, True).load(
+        words.split()
+    )
     assert fits(training_demand(options), capacity)
 
 

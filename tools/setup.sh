@@ -116,4 +116,4 @@ fi
 say "installing neurostorm and what it needs (some minutes the first time; log: $log)"
 pip_install --editable ".${install:+[$install]}" || fail_with_log "pip could not install the project."
 touch "$stamp" ${extras:+"$stamp-$extras"}
-say "environment .venv is ready"
+say "environment .venv is ready; use it with: source $PWD/.venv/bin/activate"

@@ -32,6 +32,8 @@ Result = tuple[list[tuple[int, dict[str, float]]], Outcome, dict[str, float]]
 SUMMARY = "summary.json"
 JOB, SECTIONS = "finetune", ("run", "task", "split", "adapt")
 
+FEW = 20  # test subjects below which a number comes with a caution
+
 
 @dataclass(frozen=True)
 class Finetuned:
@@ -62,6 +64,7 @@ class Finetuned:
         return [
             f"trained on {train} subjects, chosen on {validation} ({chosen}; {self.metric} "
             f"{self.outcome.validation[self.metric]:.4f}), tested on {test}: {tested}",
+            *([f"  caution      {test} test subjects are too few to tell a method from chance"] if test < FEW else []),
             f"  predictions  {self.folder / PREDICTIONS}, ids of the split beside it (split.json)",
             f"  MLflow       {self.mlflow_uri}, run {self.mlflow_run_id}",
         ]

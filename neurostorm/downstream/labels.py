@@ -289,6 +289,8 @@ def _read(file: Place, wanted: set[str]) -> _Table:
             once = [name for name in names if name in wanted and names.count(name) == 1]
             return _from_arrow(str(file), names, pq.read_table(pa.BufferReader(data), columns=once))
         return _from_text(str(file), data, _DELIMITERS[ending], wanted)
+    except FileNotFoundError as error:
+        raise LabelError(f"{file}: there is no such table of labels; give its path, --labels FILE") from error
     except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as error:
         raise LabelError(f"{file}: cannot be read as a {ending} table ({error}): give a UTF-8 file") from error
 

@@ -12,7 +12,8 @@ from typing import Literal, cast
 import numpy as np
 
 from neurostorm.config import ConfigError
-from neurostorm.model.hub import CONFIG, WEIGHTS, NeuroStorm
+from neurostorm.model.hub import CONFIG, WEIGHTS, HubError, NeuroStorm
+from neurostorm.model.locate import find_model
 from neurostorm.model.reference import load_reference
 from neurostorm.places import Place
 from neurostorm.staging import fetched, outgoing
@@ -59,10 +60,11 @@ def open_pretrained(
     folder = address.absolute()
     if converted is not None and folder.name.endswith(".ckpt") and folder.is_file():
         folder = _converted(folder, converted)
-    elif not (folder / CONFIG).is_file() and (folder / "model" / CONFIG).is_file():
-        folder = folder / "model"
-    if not (folder / CONFIG).is_file():
-        raise ConfigError(f"{section}.model={address}: no model there ({CONFIG} is missing); training writes RUN/model")
+    else:
+        try:
+            folder = find_model(folder)
+        except HubError as error:
+            raise ConfigError(f"{section}.model: {error}") from error
     with fetched(folder) as local:
         model, sha256 = NeuroStorm.from_pretrained(local), file_sha256(local / WEIGHTS)
     own = model.extra.get("normalise")

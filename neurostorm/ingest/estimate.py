@@ -134,7 +134,7 @@ class Estimate:
         lines = [
             f"to read: {read_gb:,.2f} GB; the store would grow by {frames:,} frames, {self.stored_bytes / 1e9:,.2f} GB "
             f"in {self.files:,} file(s){room}",
-            f"time: about {_duration(self.seconds)} on {self.cores} core(s){rate}",
+            f"time: about {_duration(self.seconds)} on {self.cores} core(s){rate}, and the start of Ray",
         ]
         if self.free_bytes is not None and self.stored_bytes > self.free_bytes:
             lines.append(f"NOT ENOUGH ROOM: {(self.stored_bytes - self.free_bytes) / 1e9:,.2f} GB are missing")

@@ -48,7 +48,9 @@ def ingest(config: Config) -> IngestReport:
     """
     started = time.monotonic()
     settings, store = config.ingest, config.data.store
+    logger.info("looking for runs in %s", settings.source)
     found = survey(settings, store)
+    logger.info("%d run(s) found, %d to ingest", len(found.sources), len(found.waiting))
     if found.waiting:
         options = {"cpus": "--ingest.cpus_per_run"}
         require(Demand(1, settings.cpus_per_run, what="task", options=options), config.scale.wait_for_nodes_s)

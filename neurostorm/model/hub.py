@@ -160,6 +160,8 @@ class NeuroStorm(nn.Module):
                 f"{file} is a folder: give one 4D NIfTI file, or embed all that it holds with "
                 f"python jobs/embed.py --source {file} --model MODEL --out FOLDER"
             )
+        if isinstance(file, Path) and not file.exists():
+            raise HubError(f"there is no file {file.absolute()}: give the path of a 4D NIfTI file")
         try:  # the one import from above the model's floor, and only here: a model is of use without the rest
             from neurostorm.ingest.clip import read_clips
         except ImportError as error:

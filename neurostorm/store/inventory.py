@@ -102,7 +102,7 @@ def find_run(root: Place, name: str) -> str:
         raise StoreError(f"{name!r} means {len(found):,} runs of {root}, name one of them:{names}{more}")
     near = difflib.get_close_matches(wanted, runs, n=3, cutoff=0.3)
     hint = f"; the nearest: {', '.join(near)}" if near else f"; it holds {len(runs):,} runs"
-    raise StoreError(f"{root} has no run {name!r}{hint}. `store.py list {root}` lists them")
+    raise StoreError(f"{root} has no run {name!r}{hint}. `python tools/store.py list {root}` lists them")
 
 
 def _parts_of(name: str) -> set[str]:

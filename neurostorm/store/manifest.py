@@ -332,7 +332,8 @@ def _read(file: Place) -> pa.Table | None:
 
 def _parse(file: Place, data: bytes) -> pa.Table:
     try:
-        return pq.read_table(pa.BufferReader(data))
+        # In this thread: Arrow's own may still run when a short command ends, which then aborts (seen once under load).
+        return pq.read_table(pa.BufferReader(data), use_threads=False, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         fix = "rebuild it with tools/store.py repair" if file.name == MANIFEST else "remove it and ingest again"
         raise StoreError(f"{file} cannot be read as Parquet ({error}): {fix}") from error

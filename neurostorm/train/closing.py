@@ -3,7 +3,7 @@
 import math
 
 
-def held_out(loss: float, baseline: float, *, normalise_targets: bool) -> list[str]:
+def held_out(loss: float, baseline: float, *, normalise_targets: bool, longer: str = "--train.epochs") -> list[str]:
     """One to three lines on the held-out masked loss of a pretraining run.
 
     Args:
@@ -11,6 +11,7 @@ def held_out(loss: float, baseline: float, *, normalise_targets: bool) -> list[s
         baseline: `loss/validation_predicting_mean`, the same of predicting the mean.
         normalise_targets: the run's `model.normalise_targets`: the mean is then each patch's own (baseline 1), else
             each voxel's over its run.
+        longer: the option that makes the run longer.
     """
     if not math.isfinite(loss):
         return [
@@ -31,6 +32,6 @@ def held_out(loss: float, baseline: float, *, normalise_targets: bool) -> list[s
     return [
         f"Held-out masked loss {loss:.4f}: not below the {baseline:.4f} of predicting {mean}.",
         "  The model cannot fill in what is hidden yet: it needs more steps, another learning rate or more data.",
-        "  Train longer (--train.epochs N), check that loss/train falls in MLflow (else change --train.lr), or ingest "
+        f"  Train longer ({longer} N), check that loss/train falls in MLflow (else change --train.lr), or ingest "
         "more runs; then start again under another --name.",
     ]

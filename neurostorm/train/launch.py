@@ -19,11 +19,11 @@ from neurostorm.capacity import training_demand
 from neurostorm.config import Config, ConfigError
 from neurostorm.data.corpus import Corpus
 from neurostorm.resources import require
-from neurostorm.run_folder import differing_keys, keep_config, refuse_other, require_writable
-from neurostorm.tracking import tracking_uri
+from neurostorm.run_folder import changed_settings, differing_keys, keep_config, refuse_other, require_writable
+from neurostorm.tracking import RUN_FILE, tracking_uri
 from neurostorm.train import checkpoint, planned
 from neurostorm.train.build import atlas_of, swin_config
-from neurostorm.train.goodput import now_ns
+from neurostorm.train.goodput import ACCOUNT, now_ns
 from neurostorm.train.slow import slow_words, step_s
 from neurostorm.train.trainer import trainer_of
 from neurostorm.train.worker import SUMMARY
@@ -40,16 +40,20 @@ class Plan:
     finished: bool
 
 
-def check(config: Config, corpus: Corpus) -> Plan:
-    """Whether this configuration can run in its folder now. Raises ConfigError naming the field and the fix."""
-    swin_config(config, corpus.store)
-    atlas_of(config, corpus.store)
+def check_folder(config: Config) -> None:
+    """ConfigError unless the run's folder is new or holds a pretraining run, can be written, and MLflow has a place."""
     refuse_other(config, "pretrain", ())
     require_writable(config.run.folder, f"run.output={config.run.output}")
     try:
         tracking_uri(config.tracking.uri, config.run.output)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def check(config: Config, corpus: Corpus) -> Plan:
+    """Whether this configuration can run in its folder now. Raises ConfigError naming the field and the fix."""
+    swin_config(config, corpus.store)
+    atlas_of(config, corpus.store)
     folder, resume = config.run.folder, config.checkpoint.resume
     newest = checkpoint.newest(folder / "checkpoints")
     total = corpus.plan.total_steps(config.train.epochs, config.train.max_steps)
@@ -60,7 +64,7 @@ def check(config: Config, corpus: Corpus) -> Plan:
             )
         return Plan(0, total, False)
     if resume == "never":
-        raise ConfigError(f"checkpoint.resume=never: {folder} already holds a run; choose another run.name")
+        raise ConfigError(f"checkpoint.resume=never: {folder} already holds a run; choose another --name")
     try:
         different = differing_keys(newest.trainer["config"], config)
     except ValidationError as error:
@@ -71,7 +75,7 @@ def check(config: Config, corpus: Corpus) -> Plan:
     if different:
         raise ConfigError(
             f"{newest.path} was trained with other settings: {'; '.join(different)}; "
-            "take those settings again, or another run.name"
+            "use those settings to resume it, or another --name"
         )
     if newest.trainer["store_sha256"] != corpus.content_sha256:
         raise ConfigError(
@@ -91,6 +95,7 @@ def pretrain(config: Config) -> dict[str, Any]:
     Train's error when the run fails for good.
     """
     started_ns = now_ns()
+    check_folder(config)
     corpus = planned.choose(config)
     plan = check(config, corpus)
     folder = config.run.folder
@@ -101,6 +106,8 @@ def pretrain(config: Config) -> dict[str, Any]:
         slow = slow_words(config, corpus.store.grid, plan.total_steps - plan.first_step, step_s(config, corpus))
         if slow:
             logger.warning("%s", slow)
+        if not checkpoint.is_begun(folder / "checkpoints"):
+            forget_other_start(config, corpus)
         keep_config(config, "pretrain")
         planned.keep(config, corpus)
         logger.info(
@@ -119,6 +126,24 @@ def pretrain(config: Config) -> dict[str, Any]:
         "mlflow_uri": tracking_uri(config.tracking.uri, config.run.output),
         "trained_steps": plan.total_steps - plan.first_step,
     }
+
+
+def forget_other_start(config: Config, corpus: Corpus) -> None:
+    """Lets go of a start that ended before its first checkpoint, if it was of other settings or another store.
+
+    Its MLflow run and its account of time would mix with those of this one.
+    """
+    folder = config.run.folder
+    changed = changed_settings(config)
+    if planned.is_other(folder, corpus):
+        changed.append(f"another content of the store {config.data.store}")
+    if changed:
+        for name in (RUN_FILE, ACCOUNT):
+            (folder / name).unlink(missing_ok=True)
+        logger.warning(
+            "%s had no checkpoint yet and is started from step 0 with %s: it gets a new MLflow run",
+            folder, "; ".join(changed),
+        )  # fmt: skip
 
 
 def already_complete(config: Config, plan: Plan, summary: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from neurostorm.config import Config, ConfigError
-from neurostorm.data.corpus import Corpus, open_corpus
+from neurostorm.data.corpus import PLANNED_COLUMNS, Corpus, open_corpus
 from neurostorm.places import Place, replace
 from neurostorm.store.manifest import check_paths, read_manifest
 from neurostorm.train import checkpoint
@@ -48,6 +48,12 @@ def keep(config: Config, corpus: Corpus) -> None:
 def planned(config: Config) -> Corpus:
     """The corpus that was kept; the store's own when none was."""
     return open_corpus(config, _kept(config.run.folder))
+
+
+def is_other(folder: Place, corpus: Corpus) -> bool:
+    """Whether RUN/manifest.parquet is there and lists other runs than a corpus."""
+    kept = _kept(folder)
+    return kept is not None and not kept.select(PLANNED_COLUMNS).equals(corpus.manifest.select(PLANNED_COLUMNS))
 
 
 def _kept(folder: Place) -> pa.Table | None:

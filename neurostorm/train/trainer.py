@@ -10,6 +10,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from neurostorm.config import Config
 from neurostorm.data.corpus import Corpus
+from neurostorm.train.controller import OneLineWarnings
 from neurostorm.train.feed import Feed
 from neurostorm.train.worker import train_worker
 
@@ -24,7 +25,8 @@ class Trainer(TorchTrainer):
         When the controller dies this driver ends, too, and Ray frees what the job had.
         """
         callbacks: list[Any] = super()._create_default_callbacks()
-        return [each for each in callbacks if type(each).__name__ != "PlacementGroupCleanerCallback"]
+        kept = [each for each in callbacks if type(each).__name__ != "PlacementGroupCleanerCallback"]
+        return [*kept, OneLineWarnings()]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         """Leaves Ctrl-C to `interrupts.interruptible`, which says how to resume."""

@@ -243,7 +243,7 @@ def test_the_exit_status(
     tmp_path: Path, ball_store: Path, model: Path, job: ModuleType, capsys: pytest.CaptureFixture[str], make_bucket: Any
 ) -> None:
     assert job.main(["--model", str(tmp_path / "none"), "--store", str(ball_store)]) == 2
-    assert "no model there" in capsys.readouterr().err
+    assert "embed.model: " in capsys.readouterr().err
     assert job.main(["--model", str(model), "--store", str(tmp_path)]) == 1
     assert "is not a frame store" in capsys.readouterr().err
     assert job.main(["--model", str(model), "--source", str(tmp_path)]) == 1

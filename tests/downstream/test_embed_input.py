@@ -105,7 +105,7 @@ def test_settings_that_are_missing_or_contradict_are_refused(tmp_path: Path, bal
         ({}, "embed.model is not set"),
         ({"model": model}, "give either the store to embed"),
         ({"model": model, "store": ball_store, "source": tmp_path}, "give either the store to embed"),
-        ({"model": tmp_path / "none", "store": ball_store}, r"none: no model there \(config.json is missing\)"),
+        ({"model": tmp_path / "none", "store": ball_store}, r"embed\.model: there is no folder .*none"),
         ({"model": model, "store": ball_store, "normalise": "global"}, "the model was trained on voxel"),
     ):
         with pytest.raises(ConfigError, match=words):

@@ -92,7 +92,7 @@ def test_a_task_of_ones_own_goes_from_the_command_line_to_mlflow(
         (["--task", "ages"], "no such task"),
         (["--method", "liner"], "did you mean linear?"),
         (["--method", "linear"], "adapt.model is not set: give the folder of a model, --model DIR"),
-        (["--method", "linear", "--model", "nowhere"], "nowhere: no model there"),
+        (["--method", "linear", "--model", "nowhere"], "adapt.model: there is no folder"),
         (["--method", "fc", "--task", "phenotype:iq"], "iq"),
         (["--method", "fc", "--labels", "nowhere.tsv"], "nowhere.tsv"),
         (["--method", "fc", "--store", "nowhere"], "nowhere"),

@@ -160,7 +160,7 @@ def test_an_unusable_table_is_refused_with_the_fix(
 
 
 def test_files_that_are_not_there_or_not_utf8_are_refused(store: Path, tmp_path: Path) -> None:
-    with pytest.raises(LabelError, match=r"gone\.csv: cannot be read"):
+    with pytest.raises(LabelError, match=r"gone\.csv: there is no such table"):
         read_labels(store, SUBJECTS, "age", file=tmp_path / "gone.csv")
     file = written(tmp_path / "x.csv", "participant_id,age\n001,Köln\n", "latin-1")
     with pytest.raises(LabelError, match="UTF-8"):

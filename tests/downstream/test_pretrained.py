@@ -57,9 +57,9 @@ def test_a_folder_and_the_run_that_made_it_are_one_model(tmp_path: Path, people_
 def test_what_is_no_model_is_named_with_the_option(tmp_path: Path, people_store: Path) -> None:
     with pytest.raises(ConfigError, match=r"adapt\.model is not set.*--model DIR"):
         open_it(None)
-    with pytest.raises(ConfigError, match=rf"adapt\.model={tmp_path}: no model there.*{CONFIG}"):
+    with pytest.raises(ConfigError, match=rf"adapt\.model: no model in {tmp_path}: .*{CONFIG}"):
         open_it(tmp_path)
-    with pytest.raises(ConfigError, match=r"adapt\.model=.*x\.ckpt: no model there"):
+    with pytest.raises(ConfigError, match=r"adapt\.model: .*x\.ckpt"):
         open_it(released(tmp_path / "x.ckpt"))  # nowhere to convert it to
     folder = write_model(tmp_path / "model", people_store)
     (folder / CONFIG).write_text("{")

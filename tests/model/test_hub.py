@@ -358,7 +358,7 @@ def test_a_file_needs_a_model_that_says_how_its_clips_were_made(tmp_path, brain)
 def test_a_file_that_cannot_be_used_is_named_with_the_reason(saved, tmp_path):
     _, folder = saved
     model = NeuroStorm.from_pretrained(folder)
-    with pytest.raises(HubError, match=r"run\.nii\.gz: cannot be read: No such file"):
+    with pytest.raises(HubError, match=r"there is no file .*run\.nii\.gz"):
         model.embed(tmp_path / "run.nii.gz")
     image = nibabel.Nifti1Image(np.random.default_rng(0).normal(size=(12, 12, 12, 9)).astype("f4"), np.eye(4) * 8)
     image.set_sform(np.diag([8.0, 8, 8, 1]), 4)
@@ -374,6 +374,7 @@ def test_a_file_that_cannot_be_used_is_named_with_the_reason(saved, tmp_path):
 
 def test_without_the_half_that_reads_files_the_reason_is_said(saved, tmp_path, monkeypatch):
     _, folder = saved
+    (tmp_path / "run.nii").touch()
     monkeypatch.setitem(sys.modules, "neurostorm.ingest.clip", None)
     with pytest.raises(HubError, match=r"run\.nii: reading NIfTI files needs all of neurostorm with nibabel"):
         NeuroStorm.from_pretrained(folder).embed(tmp_path / "run.nii")

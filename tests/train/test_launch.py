@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from neurostorm.data.corpus import Corpus, open_corpus
 from neurostorm.places import replace
 from neurostorm.run_folder import keep_config
 from neurostorm.store import GRIDS, StoreError, write_manifest
-from neurostorm.train import checkpoint, feed, launch, slow
+from neurostorm.train import checkpoint, feed, launch, planned, slow
 from neurostorm.train import trainer as trainer_module
 from neurostorm.train.feed import training_data
 from neurostorm.train.launch import Plan, check
@@ -41,6 +42,7 @@ def stop_at() -> Callable[..., None]:
 
 
 def outcome(config):
+    launch.check_folder(config)
     return check(config, open_corpus(config))
 
 
@@ -76,7 +78,7 @@ def test_resume_must_needs_a_committed_checkpoint(ball_config):
 
 def test_resume_never_refuses_a_used_folder(ball_config, stop_at):
     stop_at(ball_config(), 3)
-    with pytest.raises(ConfigError, match=r"checkpoint\.resume=never: .*test already holds a run.*run\.name"):
+    with pytest.raises(ConfigError, match=r"checkpoint\.resume=never: .*test already holds a run.*--name"):
         outcome(ball_config(checkpoint={"resume": "never"}))
 
 
@@ -84,7 +86,7 @@ def test_settings_that_change_the_result_are_refused_with_both_values(ball_confi
     stop_at(ball_config(), 3)
     with pytest.raises(ConfigError) as refused:
         outcome(ball_config(train={"lr": 1e-4}, mask={"ratio": 0.75}, data={"val_clips": 5}))
-    for words in ("step-00000003", "train.lr: 0.003 -> 0.0001", "mask.ratio: 0.5 -> 0.75", "run.name"):
+    for words in ("step-00000003", "train.lr: 0.003 -> 0.0001", "mask.ratio: 0.5 -> 0.75", "--name"):
         assert words in str(refused.value)
     assert "train.epochs" not in str(refused.value), "only what differs"
 
@@ -160,7 +162,7 @@ def test_a_finished_run_says_that_it_is_complete_and_starts_nothing(ball_config,
 
 def test_a_finished_run_cannot_be_made_longer_as_its_line_says(ball_config, stop_at):
     stop_at(ball_config(train={"max_steps": 5}), 5)
-    with pytest.raises(ConfigError, match=r"train\.max_steps: 5 -> 9; .*another run\.name"):
+    with pytest.raises(ConfigError, match=r"train\.max_steps: 5 -> 9; .*another --name"):
         outcome(ball_config(train={"max_steps": 9}))
 
 
@@ -301,8 +303,17 @@ def test_the_trainer_leaves_ctrl_c_and_other_rays_of_this_machine_alone(ball_con
     monkeypatch.setattr("signal.signal", lambda *handler: pytest.fail("a signal handler was set"))
     trainer._register_sigint_handler(None)
     monkeypatch.setattr(type(trainer), "train_run_context", None, raising=False)
-    names = {type(each).__name__ for each in trainer._create_default_callbacks()}
+    callbacks = trainer._create_default_callbacks()
+    names = {type(each).__name__ for each in callbacks}
     assert "BackendSetupCallback" in names and "PlacementGroupCleanerCallback" not in names
+    logger = logging.getLogger("ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client")
+    monkeypatch.setattr(logger, "filters", [])
+    assert isinstance(pickle.loads(pickle.dumps(callbacks[-1])), type(callbacks[-1]))  # as in the controller
+    failure = (TimeoutError, TimeoutError("get timed out"), None)
+    levels = (logging.WARNING, logging.ERROR)
+    records = [logging.LogRecord("ray", level, "", 1, "slow", (), failure) for level in levels]
+    assert all(logger.filter(record) for record in records)
+    assert [record.exc_info for record in records] == [None, failure]
 
 
 def test_the_folder_of_another_job_is_refused(ball_config):
@@ -336,3 +347,34 @@ def test_a_step_that_is_slow_on_the_cpu_says_what_is_faster(ball_config, ball_st
         "to train, use a GPU, or ingest with --grid 4mm, as 96x96x96 voxels are 8 times the work of its 48x48x48, or "
         "use --preset tiny"
     )
+
+
+def test_other_settings_before_the_first_checkpoint_begin_a_new_mlflow_run_and_account(
+    ball_config, ball_store, tmp_path, caplog
+):
+    config = ball_config()
+    corpus = open_corpus(config)
+    keep_config(config, "pretrain")
+    planned.keep(config, corpus)
+    notes = [config.run.folder / name for name in ("mlflow.json", "goodput.json")]
+    for note in notes:
+        note.write_text("{}")
+    launch.forget_other_start(config, corpus)
+    assert all(note.exists() for note in notes) and not caplog.messages, "the same start again"
+    other = ball_config(train={"lr": 1e-4})
+    launch.forget_other_start(other, open_corpus(other))
+    assert not any(note.exists() for note in notes)
+    assert "train.lr: 0.003 -> 0.0001" in caplog.text and "new MLflow run" in caplog.text
+    store = tmp_path / "copy.zarr"
+    shutil.copytree(ball_store, store)
+    shutil.rmtree(store / "runs" / "balls" / "sub-5")
+    write_manifest(store)
+    smaller = ball_config(data={"store": store})
+    launch.forget_other_start(smaller, open_corpus(smaller))
+    assert f"another content of the store {store}" in caplog.text
+
+
+def test_an_output_that_cannot_hold_a_folder_is_refused_by_its_setting(ball_config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"run\.output=.*file: cannot be written"):
+        launch.pretrain(ball_config(run={"output": tmp_path / "file"}))
