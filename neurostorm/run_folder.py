@@ -45,7 +45,7 @@ def refuse_other(config: Config, job: str, sections: tuple[str, ...], may_change
     Args:
         config: the settings of this start.
         job: "pretrain", "finetune" or "sweep".
-        sections: of the configuration that are compared.
+        sections: of the configuration that are compared; none for pretraining, whose checkpoints tell.
         may_change: settings, as `section.field`, that may differ.
 
     Raises:
@@ -56,7 +56,7 @@ def refuse_other(config: Config, job: str, sections: tuple[str, ...], may_change
     if held not in (None, job):
         raise ConfigError(f"run.name={config.run.name}: {folder} holds a run of jobs/{held}.py; {other}")
     file = folder / CONFIG_FILE
-    if not file.is_file():
+    if not sections or not file.is_file():
         return
     try:
         saved = Config.model_validate(yaml.safe_load(file.read_text())).flat(*sections)

@@ -48,6 +48,10 @@ def slow_words(config: Config, grid: Grid, steps: int, seconds: float) -> str:
         faster.append("use --preset tiny")
     look = f"for a first look use --train.max_steps {LOOK_STEPS}; to train, " if steps > LOOK_STEPS else "to train, "
     return (
-        f"about {seconds:.0f} s a step on this machine's CPU, {steps * seconds / 3600:.1f} h for {steps} steps: "
+        f"about {seconds:.0f} s a step on this machine's CPU, {_duration(steps * seconds)} for {steps} steps: "
         f"{look}{', or '.join(faster)}"
     )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"

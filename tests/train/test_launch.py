@@ -339,7 +339,7 @@ def test_a_step_that_is_slow_on_the_cpu_says_what_is_faster(ball_config, ball_st
     assert slow.step_s(ball_config(scale={"gpus_per_worker": 1}), corpus) == 0
     assert slow.slow_words(config, corpus.store.grid, 120, 1.0) == ""
     assert slow.slow_words(config, GRIDS["4mm"], 120, 15.6) == (
-        "about 16 s a step on this machine's CPU, 0.5 h for 120 steps: for a first look use --train.max_steps 5; to "
+        "about 16 s a step on this machine's CPU, 31 min for 120 steps: for a first look use --train.max_steps 5; to "
         "train, use a GPU"
     )
     wide = ball_config(model={"embed_dim": 48, "heads": (3, 6)})
@@ -347,6 +347,11 @@ def test_a_step_that_is_slow_on_the_cpu_says_what_is_faster(ball_config, ball_st
         "to train, use a GPU, or ingest with --grid 4mm, as 96x96x96 voxels are 8 times the work of its 48x48x48, or "
         "use --preset tiny"
     )
+
+
+def test_other_settings_in_the_folder_are_left_to_what_the_checkpoints_say(ball_config):
+    keep_config(ball_config(train={"lr": 1e-4}, scale={"workers": 1}), "pretrain")
+    assert outcome(ball_config()) == Plan(0, STEPS, False)
 
 
 def test_other_settings_before_the_first_checkpoint_begin_a_new_mlflow_run_and_account(
