@@ -114,7 +114,7 @@ class Job:
             self._say(error)
             return 1
         except Exception as error:
-            file = write_traceback(self.name, config.run.folder)
+            file = write_traceback(self.name, config.run.folder if "run.name" in self.targets else None)
             self._say(f"{reason_of(error)}\nThe traceback is in {file}")
             return 1
 
