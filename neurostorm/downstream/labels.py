@@ -11,7 +11,6 @@ report, and two rows of one subject that disagree are refused.
 import csv
 import difflib
 import io
-import math
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from neurostorm.ingest.names import safe_label, slug
 from neurostorm.places import Place
 from neurostorm.store import StoreError, read_participants
 from neurostorm.store.layout import PARTICIPANTS
+from neurostorm.tsv import Row, number, read_tsv
 
 MISSING = frozenset({"", "n/a", "na", "nan"})  # in lower case, as ingest reads participants.tsv
 DATASET, PARTICIPANT = "dataset", "participant_id"
@@ -155,7 +155,7 @@ def read_labels(
     _require(table, id_column, "the ids")
     _require(table, target, "the label")
     rows, unknown, ambiguous = _match(table, id_column, subjects)
-    values: dict[str, Any] = _values(table, target, rows, _number if numeric else str)
+    values: dict[str, Any] = _values(table, target, rows, number if numeric else str)
     without_row, without_value = set(subjects) - rows.keys(), rows.keys() - values.keys()
     missing = tuple(sorted(without_row)), tuple(sorted(without_value))
     report = MatchReport(len(set(subjects)), len(values), *missing, tuple(sorted(unknown)), tuple(sorted(ambiguous)))
@@ -174,9 +174,11 @@ def column_names(store: Place, file: Place | None = None) -> tuple[str, ...]:
 def is_numeric(store: Place, file: Place | None, column: str) -> bool:
     """Whether all values of a column that are there are numbers."""
     try:
-        return all(math.isfinite(float(text)) for text in _any_table(store, file, {column}).cells[column] if text)
+        for text in _any_table(store, file, {column}).cells[column]:
+            number(text or "0")
     except (KeyError, ValueError):
         return False
+    return True
 
 
 def _any_table(store: Place, file: Place | None, wanted: set[str]) -> _Table:
@@ -249,13 +251,6 @@ def _values(
     return values
 
 
-def _number(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is not finite")
-    return value
-
-
 def _require(table: _Table, column: str, what: str) -> None:
     """LabelError unless the table has the column, once."""
     count = table.names.count(column)
@@ -302,21 +297,24 @@ def _from_arrow(where: str, names: Sequence[str], table: pa.Table) -> _Table:
 
 def _from_text(where: str, data: bytes, delimiter: str, wanted: set[str]) -> _Table:
     """Every cell stays the text that it is: an id keeps its leading zeros."""
-    lines = csv.reader(io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline=""), delimiter=delimiter)
-    names = tuple(name.strip() for name in next(lines, []))
+    if delimiter == "\t":
+        names, rows = read_tsv(data)
+        fix = "take the tabs out of its cells"
+    else:
+        lines = csv.reader(io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline=""), delimiter=delimiter)
+        names = [name.strip() for name in next(lines, [])]
+        rows = [Row(lines.line_num, cells) for cells in lines if any(cell.strip() for cell in cells)]
+        fix = "quote cells that hold the delimiter"
     places = {name: names.index(name) for name in wanted if name in names}
     cells: dict[str, list[str | None]] = {name: [] for name in places}
-    for line in lines:
-        if not any(cell.strip() for cell in line):
-            continue
-        if any(cell.strip() for cell in line[len(names) :]):
+    for row in rows:
+        if any(cell.strip() for cell in row.cells[len(names) :]):
             raise LabelError(
-                f"{where}: line {lines.line_num} has {len(line)} cells, but the header has {len(names)}: quote cells "
-                "that hold the delimiter"
+                f"{where}: line {row.line} has {len(row.cells)} cells, but the header has {len(names)}: {fix}"
             )
         for name, place in places.items():
-            cells[name].append(_text(line[place]) if place < len(line) else None)
-    return _Table(where, names, cells)
+            cells[name].append(_text(row.cells[place]) if place < len(row.cells) else None)
+    return _Table(where, tuple(names), cells)
 
 
 def _text(value: object) -> str | None:

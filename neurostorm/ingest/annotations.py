@@ -8,7 +8,6 @@ their annotation. Whether a run is complete or has changed never depends on thes
 """
 
 import csv
-import io
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from neurostorm.ingest.names import applying, is_events, raw_folders
 from neurostorm.ingest.nifti import RunError
 from neurostorm.places import Place
 from neurostorm.store.events import EVENTS, Event, events_attribute
+from neurostorm.tsv import number, read_tsv
 
 logger = logging.getLogger(__name__)
 
@@ -152,8 +152,8 @@ def _names_in(folder: Place) -> list[str]:
 
 def _table(data: bytes) -> tuple[list[str], list[list[str]]]:
     """Names of the columns and rows of a tab-separated table. ValueError or csv.Error for what is no text."""
-    rows = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), delimiter="\t")
-    return next(rows, []), [row for row in rows if any(row)]
+    header, rows = read_tsv(data)
+    return header, [row.cells for row in rows]
 
 
 def _columns(table: tuple[list[str], list[list[str]]], names: Sequence[str]) -> list[list[str]]:
@@ -168,7 +168,7 @@ def _columns(table: tuple[list[str], list[list[str]]], names: Sequence[str]) -> 
 
 def _number(text: str) -> float:
     """A number of a table, nan for n/a. ValueError for other text and for what no scanner measures."""
-    value = math.nan if _is_empty(text) else float(text)
+    value = math.nan if _is_empty(text) else number(text)
     if abs(value) > _LARGEST:
         raise ValueError(f"impossible value {text}")
     return value

@@ -8,8 +8,8 @@ depends on names alone (and on the Name in dataset_description.json), so it is q
 whatever order a file system or an object store lists in. No image is opened here.
 """
 
+import contextlib
 import csv
-import io
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -23,6 +23,7 @@ from neurostorm.ingest.nifti import RunError
 from neurostorm.ingest.tree import Ancestors, around, walk
 from neurostorm.places import Place, one_step
 from neurostorm.store import run_path
+from neurostorm.tsv import Row, is_code, number, read_tsv
 
 EMPTY = {"", "n/a", "na", "nan"}  # what stands for no value in a table, in small letters
 
@@ -120,28 +121,49 @@ def source_of(file: Place) -> Source:
 def read_participants(path: Place, dataset: str) -> pa.Table:
     """A participants.tsv as a table with `dataset`, `participant_id` (sub-..., as runs name it) and its other columns.
 
-    A column is float64 when every value is a number ("n/a" is null), else text. A subject's first row counts.
-    DiscoverError when the file cannot be read as such a table.
+    A column is float64 when every value is a number ("n/a" is null), else text; 001 is text. A subject may have several
+    rows that agree.
+
+    DiscoverError when the file cannot be read as such a table, or when two rows of a subject disagree.
     """
     try:
-        lines = io.StringIO(path.read_text(encoding="utf-8-sig"), newline="")
-        rows = [row for row in csv.DictReader(lines, delimiter="\t") if any(row.values())]
+        header, rows = read_tsv(path.read_bytes())
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DiscoverError(f"{path}: cannot be read as tab-separated text ({error})") from error
-    if not rows or "participant_id" not in rows[0]:
+    if not rows or "participant_id" not in header:
         raise DiscoverError(f"{path}: has no column participant_id, or no row")
-    unique: dict[str, dict[str, str]] = {}
+    unique: dict[str, Row] = {}
     for row in rows:
-        label = (row["participant_id"] or "").strip().removeprefix("sub-")
-        if label:
-            try:
-                one_step(label)
-            except ValueError as error:
-                raise DiscoverError(f"{path}: participant_id: {error}") from error
-        unique.setdefault(f"sub-{safe_label(label)}" if label else "sub-", row)
-    columns = {name: _typed([row.get(name) for row in unique.values()]) for name in rows[0] if name}
+        if len(row.cells) > len(header):
+            raise DiscoverError(
+                f"{path}: line {row.line} has {len(row.cells)} cells, but the header has {len(header)}: take the tabs "
+                "out of its cells"
+            )
+        row = Row(row.line, [*row.cells, *[""] * (len(header) - len(row.cells))])
+        subject = _subject(path, row.cells[header.index("participant_id")])
+        first = unique.setdefault(subject, row)
+        differing = [name for name, one, two in zip(header, first.cells, row.cells, strict=True) if one != two]
+        if subject != "sub-" and set(differing) - {"participant_id"}:
+            raise DiscoverError(
+                f"{path}: lines {first.line} and {row.line} both are {subject} and differ in {', '.join(differing)}: "
+                "keep one row for each participant, or give a table of labels to the task (--labels)"
+            )
+    cells = [row.cells for row in unique.values()]
+    columns = {name: _typed([row[place] for row in cells]) for place, name in enumerate(header) if name}
     columns |= {"dataset": pa.array([dataset] * len(unique)), "participant_id": pa.array(list(unique))}
     return pa.table(columns)
+
+
+def _subject(path: Place, participant_id: str) -> str:
+    """`sub-...` as runs name it. DiscoverError for an ID that cannot be part of a path."""
+    label = participant_id.removeprefix("sub-")
+    if not label:
+        return "sub-"
+    try:
+        one_step(label)
+    except ValueError as error:
+        raise DiscoverError(f"{path}: participant_id: {error}") from error
+    return f"sub-{safe_label(label)}"
 
 
 def _named(images: Iterable[PurePosixPath]) -> list[tuple[PurePosixPath, str, Name]]:
@@ -206,9 +228,9 @@ def _without_clashes(sources: list[Source]) -> list[Source]:
     return sources
 
 
-def _typed(values: list[str | None]) -> pa.Array:
-    texts = [None if value is None or value.strip().lower() in EMPTY else value.strip() for value in values]
-    try:
-        return pa.array([None if text is None else float(text) for text in texts], pa.float64())
-    except ValueError:
-        return pa.array(texts, pa.string())
+def _typed(values: list[str]) -> pa.Array:
+    texts = [None if value.lower() in EMPTY else value for value in values]
+    if not any(is_code(text) for text in texts if text is not None):
+        with contextlib.suppress(ValueError):
+            return pa.array([None if text is None else number(text) for text in texts], pa.float64())
+    return pa.array(texts, pa.string())

@@ -31,6 +31,7 @@ MIN_COVERAGE = 0.05  # share of the store's brain that a run must show; a single
 SAME_PLACE_MM = 1e-3
 MAX_RUN_H = 24.0  # longer than any scan; a damaged number of frames or TR shows by it
 _FLOAT_BYTES = 4
+_LARGEST_S = 1e9  # beyond it an integer may not even fit a float
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,15 @@ def sidecar_tr_s(sidecars: tuple[Place, ...]) -> float | None:
     for sidecar in sidecars:
         try:
             facts = json.loads(sidecar.read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:  # the last for thousands of brackets in each other
             raise RunError(f"has a JSON sidecar that cannot be read, {sidecar}: {error}") from error
         value = facts.get("RepetitionTime") if isinstance(facts, dict) else None
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST_S:
             return float(value)
         if value is not None:
-            raise RunError(f"has a JSON sidecar whose RepetitionTime is not a number, {sidecar}: {value!r}")
+            raise RunError(
+                f"has a JSON sidecar whose RepetitionTime is no number of seconds, {sidecar}: {str(value)[:40]!r}"
+            )
     return None
 
 

@@ -218,7 +218,7 @@ def _dataset_name(roots: tuple[Place, ...], source: Place) -> str:
 def _description(home: Place) -> dict[str, object]:
     try:
         facts = json.loads((home / DESCRIPTION).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         logger.warning("%s cannot be read (%s): its Name is not used", home / DESCRIPTION, error)
         return {}
     return facts if isinstance(facts, dict) else {}

@@ -186,8 +186,14 @@ def test_defects_of_names_masks_and_sidecars(
     with pytest.raises(RunError, match="sidecar that cannot be read"):
         ingest_run(source_of(good, sidecars=(tmp_path / "bad.json",)), store)
     (tmp_path / "text.json").write_text('{"RepetitionTime": "2 s"}')
-    with pytest.raises(RunError, match="not a number"):
+    with pytest.raises(RunError, match="no number of seconds"):
         ingest_run(source_of(good, sidecars=(tmp_path / "text.json",)), store)
+    (tmp_path / "long.json").write_text(f'{{"RepetitionTime": {"9" * 401}}}')
+    with pytest.raises(RunError, match="no number of seconds"):
+        ingest_run(source_of(good, sidecars=(tmp_path / "long.json",)), store)
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(RunError, match="sidecar that cannot be read"):
+        ingest_run(source_of(good, sidecars=(tmp_path / "deep.json",)), store)
     with pytest.raises(RunError, match="not in MNI space"):
         ingest_run(source_of(good, refused="is in space-T1w, not in MNI space"), store)
     assert FrameStore.open(store).runs() == []

@@ -252,7 +252,7 @@ def test_a_label_cannot_climb_out_of_the_store() -> None:
 def test_participants_become_typed_columns(tmp_path: Path) -> None:
     path = tmp_path / "participants.tsv"
     path.write_text(
-        "\ufeffparticipant_id\tage\tsex\tsite\nsub-01\t31.5\tF\t1\n02\tn/a\tM\tA\n\nsub-01\t99\tM\t2\nsub-03\t\tn/a\t3\n",
+        "\ufeffparticipant_id\tage\tsex\tsite\nsub-01\t31.5\tF\t1\n02\tn/a\tM\tA\n\n01\t31.5\tF\t1\nsub-03\t\tn/a\t3\n",
         encoding="utf-8",
     )
     table = read_participants(path, "cohort")
@@ -279,3 +279,37 @@ def test_a_table_without_participants_is_named(tmp_path: Path, text: str) -> Non
     (tmp_path / "participants.tsv").write_text(text)
     with pytest.raises(DiscoverError, match=r"participants\.tsv.*participant_id"):
         read_participants(tmp_path / "participants.tsv", "cohort")
+
+
+def test_a_quotation_mark_in_participants_loses_no_subject(tmp_path: Path) -> None:
+    path = tmp_path / "participants.tsv"
+    path.write_text('participant_id\tage\tnote\nsub-1\t30\t"unclear\nsub-2\t40\tfine\nsub-3\t50\t\n')
+    table = read_participants(path, "cohort")
+    assert table.column("participant_id").to_pylist() == ["sub-1", "sub-2", "sub-3"]
+    assert table.column("age").to_pylist() == [30.0, 40.0, 50.0]
+
+
+def test_two_rows_of_a_participant_that_disagree_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "participants.tsv"
+    path.write_text("participant_id\tage\tsex\nsub-1\t30\tF\nsub-2\t40\tM\n1\t30\tF\nsub-2\t41\tM\n")
+    with pytest.raises(DiscoverError, match=r"lines 3 and 5 both are sub-2 and differ in age: keep one row"):
+        read_participants(path, "cohort")
+    path.write_text("participant_id\tage\nsub-1\t30\nsub-1\t30\n")
+    assert read_participants(path, "cohort").num_rows == 1
+
+
+def test_values_that_python_alone_takes_for_numbers_stay_text(tmp_path: Path) -> None:
+    path = tmp_path / "participants.tsv"
+    path.write_text("participant_id\tgroup\tcode\tscore\tage\nsub-1\t1_1\t001\tinf\t30\nsub-2\t2\t2\t1\tn/a\n")
+    table = read_participants(path, "cohort")
+    assert table.column("group").to_pylist() == ["1_1", "2"]
+    assert table.column("code").to_pylist() == ["001", "2"]
+    assert table.column("score").to_pylist() == ["inf", "1"]
+    assert table.column("age").to_pylist() == [30.0, None]
+
+
+def test_a_description_that_nests_too_deep_costs_its_name_alone(tree: Callable[..., Path]) -> None:
+    root = tree(f"sub-1/func/sub-1_task-rest{NLIN6}")
+    (root / "dataset_description.json").write_text("[" * 100_000)
+    (source,) = discover(root)
+    assert source.dataset == root.name
