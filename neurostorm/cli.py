@@ -98,7 +98,7 @@ class Job:
             print(self.as_yaml(config), end="")
             return 0
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        print("\n".join(self.summary(config, options.preset)), flush=True)
+        print("\n".join(self.summary(config, options.preset)), "checking the input", sep="\n", flush=True)
         try:
             with interruptible(lambda: self.resume(config)):
                 status = work(config)

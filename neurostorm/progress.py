@@ -5,14 +5,19 @@ with progress(len(runs), "embed", "run") as bar:
     bar.note(failed=2)        # figures beside the count; also keeps the clock going while nothing ends
 """
 
+import logging
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
 TERMINAL_S, LOG_S = 0.2, 10.0  # seconds between two showings
+REMIND_S = 20.0
+logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
 
@@ -61,6 +66,23 @@ def tracked(items: Iterable[Item], total: int, title: str, unit: str) -> Iterato
         for item in items:
             yield item
             bar.update()
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Logs what the body waits for, at once and then every 20 s with the time so far: `still starting Ray, 40 s`."""
+    logger.info("%s", what)
+    ended, begun_s = threading.Event(), time.monotonic()
+
+    def remind() -> None:
+        while not ended.wait(REMIND_S):
+            logger.info("still %s, %.0f s", what, time.monotonic() - begun_s)
+
+    threading.Thread(target=remind, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 class _Lines:

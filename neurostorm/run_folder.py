@@ -71,6 +71,14 @@ def refuse_other(config: Config, job: str, sections: tuple[str, ...], may_change
         )
 
 
+def saved_store(folder: Place) -> str | None:
+    """The `data.store` in the folder's config.yaml; None without a readable one."""
+    try:
+        return str(yaml.safe_load((folder / CONFIG_FILE).read_text())["data"]["store"])
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return None
+
+
 def changed_settings(config: Config) -> list[str]:
     """What differs, of what changes the result, from the config.yaml in the folder; empty without a readable one."""
     try:

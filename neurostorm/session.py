@@ -19,6 +19,7 @@ import ray
 
 from neurostorm import interrupts, ray_output
 from neurostorm.errors import UserError
+from neurostorm.progress import waiting
 
 LOOPBACK = "127.0.0.1"
 _MODE, _GIVEN = "RAY_AUTH_MODE", ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
@@ -37,20 +38,18 @@ def ensure_ray() -> None:
     if ray.is_initialized():
         return
     ray_output.filter_stderr()
-    address = os.environ.get("RAY_ADDRESS")
-    logger.info(
-        "connecting to the Ray cluster at %s" if address else "starting Ray on this machine", *filter(None, [address])
-    )
-    if os.environ.get("RAY_ADDRESS"):
+    if address := os.environ.get("RAY_ADDRESS"):
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(logging_level=logging.WARNING)
+        with waiting(f"connecting to the Ray cluster at {address}"):
+            ray.init(logging_level=logging.WARNING)
         if not asks_for_token():
             logger.warning(
                 "the Ray cluster at %s is used without a token: whoever reaches its ports can run code there; start it "
-                "with %s=token, and set that here as well", os.environ["RAY_ADDRESS"], _MODE,
+                "with %s=token, and set that here as well", address, _MODE,
             )  # fmt: skip
     else:
-        start_local(logging_level=logging.ERROR)
+        with waiting("starting Ray on this machine"):
+            start_local(logging_level=logging.ERROR)
     interrupts.reinstall()  # Ray has set a handler of its own for SIGTERM
     # Our progress bars say enough. Ray Data resets the level of "ray.data" at each execution, but not of its children.
     logging.getLogger("ray.data._internal").setLevel(logging.ERROR)
@@ -62,7 +61,8 @@ def stop_ray() -> None:
     At a process's end Ray does this by itself, in silence, for several seconds.
     """
     if ray.is_initialized():
-        logger.info("stopping Ray")
+        if not os.environ.get("RAY_ADDRESS"):  # else it only leaves
+            logger.info("stopping Ray")
         ray.shutdown()
 
 

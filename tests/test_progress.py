@@ -1,5 +1,7 @@
 """Progress bars: in a log file a line now and then, on no total nothing."""
 
+import threading
+
 import pytest
 
 from neurostorm import progress as module
@@ -33,3 +35,15 @@ def test_a_log_file_is_not_flooded(capsys: Capture) -> None:
 def test_nothing_to_do_shows_nothing(capsys: Capture) -> None:
     assert list(tracked([], 0, "embed", "run")) == [] and capsys.readouterr().err == ""
     assert list(tracked(iter("ab"), 2, "embed", "run")) == ["a", "b"] and "2/2" in capsys.readouterr().err
+
+
+def test_a_wait_says_what_for_and_for_how_long(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(module, "REMIND_S", 0.01)
+    reminded = threading.Event()
+    monkeypatch.setattr(module.logger, "info", lambda text, *rest: (said.append(text % rest), reminded.set()))
+    said: list[str] = []
+    with module.waiting("starting Ray"):
+        reminded.clear()
+        assert reminded.wait(30)
+    assert said[:2] == ["starting Ray", "still starting Ray, 0 s"]

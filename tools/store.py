@@ -17,6 +17,7 @@ STORE is a folder, or s3://BUCKET/KEY or gs://BUCKET/KEY.
 import argparse
 import io
 import json
+import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -58,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     try:
         return commands[options.name](options)
+    except BrokenPipeError:  # `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (StoreError, OSError) as error:
         print(f"store.py {options.name}: {error}", file=sys.stderr)
         return 1

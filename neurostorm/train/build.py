@@ -74,7 +74,7 @@ def atlas_of(config: Config, store: FrameStore) -> torch.Tensor | None:
     try:
         labels = patch_labels(mask.atlas, store.grid.affine, store.grid.shape, config.model.patch)
     except ValueError as error:
-        raise ConfigError(f"mask.atlas={mask.atlas}: {error}") from error
+        raise ConfigError(f"mask.atlas: {error}") from error
     return torch.from_numpy(labels)
 
 

@@ -5,12 +5,13 @@ from typing import Any
 
 from ray.train.v2._internal.execution.callback import ControllerCallback
 
-# Asks an actor of Ray's for resources again and again; on a busy machine an answer takes longer than its 5 s.
+# Tells an actor of Ray's every 20 s what the run needs. On a busy machine the answer takes longer than the 5 s that it
+# waits, and it warns with a traceback that this is safe to ignore.
 _CHATTY = "ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client"
 
 
-class OneLineWarnings(ControllerCallback):
-    """Takes the tracebacks off warnings that say themselves that they are safe to ignore.
+class FewerWarnings(ControllerCallback):
+    """Leaves out warnings that say themselves that they are safe to ignore.
 
     Ray sends callbacks to the controller before it starts; unpickled there, this one sets the filter.
     """
@@ -19,12 +20,6 @@ class OneLineWarnings(ControllerCallback):
         return _set_up, ()
 
 
-def _set_up() -> OneLineWarnings:
-    logging.getLogger(_CHATTY).addFilter(_without_traceback)
-    return OneLineWarnings()
-
-
-def _without_traceback(record: logging.LogRecord) -> bool:
-    if record.levelno <= logging.WARNING:
-        record.exc_info = record.exc_text = None
-    return True
+def _set_up() -> FewerWarnings:
+    logging.getLogger(_CHATTY).setLevel(logging.ERROR)
+    return FewerWarnings()

@@ -19,7 +19,14 @@ from neurostorm.capacity import training_demand
 from neurostorm.config import Config, ConfigError
 from neurostorm.data.corpus import Corpus
 from neurostorm.resources import require
-from neurostorm.run_folder import changed_settings, differing_keys, keep_config, refuse_other, require_writable
+from neurostorm.run_folder import (
+    changed_settings,
+    differing_keys,
+    keep_config,
+    refuse_other,
+    require_writable,
+    saved_store,
+)
 from neurostorm.tracking import RUN_FILE, tracking_uri
 from neurostorm.train import checkpoint, planned
 from neurostorm.train.build import atlas_of, swin_config
@@ -72,6 +79,11 @@ def check(config: Config, corpus: Corpus) -> Plan:
             f"{newest.path} was saved by another version of neurostorm ({newest.trainer.get('code_revision')}) with "
             f"settings that this one does not know: {error}; resume with that version or take another run.name"
         ) from error
+    if different and (folder / SUMMARY).exists():
+        raise ConfigError(
+            f"{folder} is complete ({newest.step} steps), with other settings: {'; '.join(different)}; choose another "
+            "--name, also to train longer"
+        )
     if different:
         raise ConfigError(
             f"{newest.path} was trained with other settings: {'; '.join(different)}; "
@@ -136,12 +148,13 @@ def forget_other_start(config: Config, corpus: Corpus) -> None:
     folder = config.run.folder
     changed = changed_settings(config)
     if planned.is_other(folder, corpus):
-        changed.append(f"another content of the store {config.data.store}")
+        before, now = saved_store(folder), str(config.data.store)
+        changed.append(f"data.store: {before} -> {now}" if before != now else f"other runs in {now}")
     if changed:
         for name in (RUN_FILE, ACCOUNT):
             (folder / name).unlink(missing_ok=True)
         logger.warning(
-            "%s had no checkpoint yet and is started from step 0 with %s: it gets a new MLflow run",
+            "%s had no checkpoint yet and starts from step 0 with other settings (%s) and an MLflow run of its own",
             folder, "; ".join(changed),
         )  # fmt: skip
 

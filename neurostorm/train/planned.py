@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from neurostorm.config import Config, ConfigError
 from neurostorm.data.corpus import PLANNED_COLUMNS, Corpus, open_corpus
 from neurostorm.places import Place, replace
+from neurostorm.run_folder import saved_store
 from neurostorm.store.manifest import check_paths, read_manifest
 from neurostorm.train import checkpoint
 
@@ -31,9 +32,15 @@ def choose(config: Config) -> Corpus:
     lost = _lost(kept, read_manifest(config.data.store))
     if lost:
         names = ", ".join(lost[:_LISTED]) + (f" and {len(lost) - _LISTED} more" if len(lost) > _LISTED else "")
+        before = saved_store(folder)
+        if before is not None and before != str(config.data.store):
+            raise ConfigError(
+                f"{folder} was planned on the store {before}, and {config.data.store} does not have {names}: give "
+                f"--store {before} to resume it, or choose another --name"
+            )
         raise ConfigError(
             f"{folder} was planned on another content of {config.data.store}: {names} removed or ingested anew since; "
-            "take another run.name"
+            "choose another --name"
         )
     return open_corpus(config, kept)
 
@@ -64,7 +71,7 @@ def _kept(folder: Place) -> pa.Table | None:
     try:
         return check_paths(pq.read_table(pa.BufferReader(data)), folder / KEPT)
     except pa.ArrowException as error:
-        raise ConfigError(f"{folder / KEPT} cannot be read ({error}): take another run.name") from error
+        raise ConfigError(f"{folder / KEPT} cannot be read ({error}): choose another --name") from error
 
 
 def _lost(kept: pa.Table, now: pa.Table) -> list[str]:

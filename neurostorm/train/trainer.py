@@ -10,7 +10,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from neurostorm.config import Config
 from neurostorm.data.corpus import Corpus
-from neurostorm.train.controller import OneLineWarnings
+from neurostorm.train.controller import FewerWarnings
 from neurostorm.train.feed import Feed
 from neurostorm.train.worker import train_worker
 
@@ -26,7 +26,7 @@ class Trainer(TorchTrainer):
         """
         callbacks: list[Any] = super()._create_default_callbacks()
         kept = [each for each in callbacks if type(each).__name__ != "PlacementGroupCleanerCallback"]
-        return [*kept, OneLineWarnings()]
+        return [*kept, FewerWarnings()]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         """Leaves Ctrl-C to `interrupts.interruptible`, which says how to resume."""

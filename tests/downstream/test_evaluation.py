@@ -238,7 +238,7 @@ def test_a_task_of_ones_own_selects_its_runs_and_the_user_overrides_it(store: Pa
         ("heigth", "no task 'heigth'; {table} has a column 'height': use --task phenotype:height"),
         ("handedness", "no task 'handedness'; {table} has a column of that name: use --task diagnosis:handedness"),
         ("ages", "did you mean age?"),
-        ("qqq", "Tasks are age"),
+        ("qqq", "tasks are age"),
     ],
 )
 def test_the_name_of_a_column_is_answered_with_the_task_that_predicts_it(

@@ -283,7 +283,7 @@ def test_of_several_tasks_the_one_called_as_the_file_is_taken(registry, tmp_path
     [
         ("aeg", "did you mean age"),
         ("diagnoses:dx", "did you mean diagnosis"),
-        ("qqq", "Tasks are age, diagnosis, phenotype, reid"),
+        ("qqq", "tasks are age, diagnosis, phenotype, reid"),
         ("nowhere/mine.py", "no file nowhere/mine.py"),
     ],
 )

@@ -307,13 +307,9 @@ def test_the_trainer_leaves_ctrl_c_and_other_rays_of_this_machine_alone(ball_con
     names = {type(each).__name__ for each in callbacks}
     assert "BackendSetupCallback" in names and "PlacementGroupCleanerCallback" not in names
     logger = logging.getLogger("ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client")
-    monkeypatch.setattr(logger, "filters", [])
+    monkeypatch.setattr(logger, "level", logging.NOTSET)
     assert isinstance(pickle.loads(pickle.dumps(callbacks[-1])), type(callbacks[-1]))  # as in the controller
-    failure = (TimeoutError, TimeoutError("get timed out"), None)
-    levels = (logging.WARNING, logging.ERROR)
-    records = [logging.LogRecord("ray", level, "", 1, "slow", (), failure) for level in levels]
-    assert all(logger.filter(record) for record in records)
-    assert [record.exc_info for record in records] == [None, failure]
+    assert logger.level == logging.ERROR
 
 
 def test_the_folder_of_another_job_is_refused(ball_config):
@@ -326,7 +322,7 @@ def test_the_folder_of_another_job_is_refused(ball_config):
 def test_an_atlas_that_cannot_be_used_is_refused_before_anything_starts(ball_config, tmp_path):
     (tmp_path / "notes.txt").write_text("not an image")
     config = ball_config(mask={"kind": "atlas", "atlas": tmp_path / "notes.txt"})
-    with pytest.raises(ConfigError, match=r"mask\.atlas=.*notes\.txt: .*cannot be read"):
+    with pytest.raises(ConfigError, match=r"mask\.atlas: atlas .*notes\.txt: cannot be read"):
         outcome(config)
 
 
@@ -369,14 +365,14 @@ def test_other_settings_before_the_first_checkpoint_begin_a_new_mlflow_run_and_a
     other = ball_config(train={"lr": 1e-4})
     launch.forget_other_start(other, open_corpus(other))
     assert not any(note.exists() for note in notes)
-    assert "train.lr: 0.003 -> 0.0001" in caplog.text and "new MLflow run" in caplog.text
+    assert "train.lr: 0.003 -> 0.0001" in caplog.text and "an MLflow run of its own" in caplog.text
     store = tmp_path / "copy.zarr"
     shutil.copytree(ball_store, store)
     shutil.rmtree(store / "runs" / "balls" / "sub-5")
     write_manifest(store)
     smaller = ball_config(data={"store": store})
     launch.forget_other_start(smaller, open_corpus(smaller))
-    assert f"another content of the store {store}" in caplog.text
+    assert f"data.store: {ball_store} -> {store}" in caplog.text
 
 
 def test_an_output_that_cannot_hold_a_folder_is_refused_by_its_setting(ball_config, tmp_path):

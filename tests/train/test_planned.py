@@ -7,6 +7,7 @@ import pytest
 from neurostorm.config import ConfigError
 from neurostorm.data.corpus import open_corpus
 from neurostorm.places import place, replace
+from neurostorm.run_folder import keep_config
 from neurostorm.store import write_manifest
 from neurostorm.train import checkpoint, feed, planned
 
@@ -80,10 +81,21 @@ def test_a_run_is_not_resumed_without_what_it_was_planned_on(config, begin, tmp_
     begin(step=4)
     shutil.rmtree(config.data.store / "runs/balls/sub-2")
     write_manifest(config.data.store)
-    with pytest.raises(
-        ConfigError, match=r"another content of .*/store: runs/balls/sub-2/task-rest removed .*run\.name"
-    ):
+    with pytest.raises(ConfigError, match=r"another content of .*/store: runs/balls/sub-2/task-rest removed .*--name"):
         planned.choose(config)
+
+
+def test_another_store_is_named_with_the_one_that_the_run_was_planned_on(config, begin):
+    begin(step=4)
+    keep_config(config, "pretrain")
+    shutil.rmtree(config.data.store / "runs/balls/sub-2")
+    other = config.data.store.rename(config.data.store.with_name("other"))
+    write_manifest(other)
+    moved = config.model_copy(update={"data": config.data.model_copy(update={"store": other})})
+    with pytest.raises(
+        ConfigError, match=rf"planned on the store {config.data.store}, and {other} does not have runs/"
+    ):
+        planned.choose(moved)
 
 
 def test_a_run_that_was_ingested_anew_from_another_file_is_another_content(config, begin):
