@@ -59,7 +59,7 @@ class Job:
         settings: what it reads of the configuration: whole sections, or single `section.field`.
         aliases: short option -> `section.field`.
         presets: whether `--preset` is of use.
-        defaults: settings whose default is another one in this job.
+        defaults: settings with a different default in this job.
         facts: what its summary says beside paths and changed settings, name -> text.
         resume: what it says when it is interrupted: what is kept, and how to resume.
     """

@@ -171,7 +171,7 @@ class MaskConfig(Section):
     ratio: float = Field(0.5, gt=0, lt=1, description="share masked, exact for every clip")
     window: Four = Field((4, 4, 4, 4), description="tokens per masked window (kind=window, window-tube)")
     tube_frames: Positive | None = Field(None, description="frames of a masked tube (kind=tube); default: all")
-    atlas: LocalPath | None = Field(None, description="label NIfTI whose regions are masked (kind=atlas), any grid")
+    atlas: LocalPath | None = Field(None, description="label NIfTI, on any grid, with the regions to mask (kind=atlas)")
 
     @model_validator(mode="after")
     def _atlas_is_given(self) -> "MaskConfig":

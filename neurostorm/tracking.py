@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from neurostorm.config_base import SQLITE
 from neurostorm.outbox import Outbox
 from neurostorm.places import Place, no_secret, replace
 from neurostorm.staging import fetched
 
-_SQLITE = "sqlite:///"
 RUN_FILE = "mlflow.json"  # in a run's folder: the id of its MLflow run, and the server
 _PARAMETERS_PER_CALL = 100  # MLflow takes no more
 _FAREWELL_S = 5.0  # that a run which failed waits for its server
@@ -49,7 +49,7 @@ def tracking_uri(uri: str | None, output: Place) -> str:
             f"tracking.uri is not set, and MLflow's database cannot lie in run.output={output}: name a server, "
             "--tracking.uri http://HOST:5000, or a file that worker 0 reaches, --tracking.uri sqlite:////FOLDER/mlflow.db"
         )
-    return f"{_SQLITE}{output.absolute() / 'mlflow.db'}"
+    return f"{SQLITE}{output.absolute() / 'mlflow.db'}"
 
 
 def code_revision() -> str:
@@ -226,9 +226,9 @@ def _make_database(uri: str, artifact_root: str | None) -> None:
     MLflow's client makes that experiment with the first call, and puts its artifacts in the working directory, which
     on a Ray worker is a folder of the session.
     """
-    if artifact_root is None or not uri.startswith(_SQLITE):
+    if artifact_root is None or not uri.startswith(SQLITE):
         return
-    file = Path(uri.removeprefix(_SQLITE))
+    file = Path(uri.removeprefix(SQLITE))
     if file.is_file() and file.stat().st_size:
         return
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
@@ -245,6 +245,6 @@ def _artifact_root(artifacts: Place, uri: str) -> str | None:
         return None
     if isinstance(artifacts, Path):
         return artifacts.absolute().as_uri()
-    if uri.startswith(_SQLITE):
-        return Path(uri.removeprefix(_SQLITE)).with_name("artifacts").absolute().as_uri()
+    if uri.startswith(SQLITE):
+        return Path(uri.removeprefix(SQLITE)).with_name("artifacts").absolute().as_uri()
     return str(artifacts)

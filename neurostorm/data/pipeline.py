@@ -228,7 +228,7 @@ def batches(
 
 
 def _read(parts: Iterator[Columns], reader: ClipReader, threads: int, steps_ahead: int) -> Iterator[ClipBatch]:
-    """The parts as batches; those without clips are plan rows, whose clips are read here."""
+    """Converts the parts to batches; reads the clips first if the parts hold plan rows only."""
     first = next(parts, None)
     if first is None:
         return

@@ -43,8 +43,8 @@ def compute_tokens(
 
     A progress bar over these runs has the `title`.
 
-    StoreError naming clips that could not be read; without `strict`, and if only some runs have such clips, it is left
-    to whoever reads them, so that of many trials only those fail that need them.
+    StoreError naming clips that could not be read. Without `strict` it is raised only if every run has such clips;
+    otherwise the trials that need these clips fail, and the others run.
     """
     folder, runs = tokens_folder(backbone, examples.clip_frames, cache), _runs(cohort.store, examples)
     waiting = unfinished(folder, runs)

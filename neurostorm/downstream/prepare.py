@@ -32,7 +32,7 @@ from neurostorm.train.contrastive import ContrastiveRecipe
 logger = logging.getLogger(__name__)
 
 LABELS = "labels.txt"
-RUNS_PER_TASK = 64  # whose region series one Ray task computes, at most
+RUNS_PER_TASK = 64  # most runs for which one Ray task computes region series
 TASKS_PER_WORKER = 4  # at least, of a small cohort: a progress bar moves, and workers end together
 SWIFT_BATCH, SWIFT_LR = 8, 1e-3
 Say = Callable[[str], None]

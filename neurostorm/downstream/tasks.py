@@ -292,9 +292,9 @@ def find_task(text: str, column: str | None = None) -> Task:
     file = Path(name) if name.endswith(".py") else Path(f"{name}.py")
     if name not in REGISTRY and not file.is_file():
         near = difflib.get_close_matches(name, REGISTRY, n=1, cutoff=0.6)
-        hint = f"; did you mean {near[0]}?" if near else ";"
+        hint = f"; did you mean {near[0]}? Tasks" if near else "; tasks"
         raise UnknownTask(
-            f"task.name={text}: no such task, and no file {file} in {Path.cwd()}{hint} tasks are "
+            f"task.name={text}: no such task, and no file {file} in {Path.cwd()}{hint} are "
             f"{', '.join(sorted(REGISTRY))}; a column of your table is phenotype:COLUMN or diagnosis:COLUMN"
         )
     task_class = REGISTRY[name] if name in REGISTRY else _from_file(file)

@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 from neurostorm.config import Config, ConfigError
 from neurostorm.data.corpus import PLANNED_COLUMNS, Corpus, open_corpus
 from neurostorm.places import Place, replace
-from neurostorm.run_folder import saved_store
+from neurostorm.run_folder import MANIFEST, saved_store
 from neurostorm.store.manifest import check_paths, read_manifest
 from neurostorm.train import checkpoint
 
-KEPT = "manifest.parquet"
+KEPT = MANIFEST
 _LISTED = 3
 
 
