@@ -18,7 +18,13 @@ _FOLLOWS = re.compile(
 
 
 class UserError(Exception):
-    """Input, a setting or the machine cannot be used; the message says what is wrong, where, and what to do."""
+    """Input, a setting or the machine cannot be used; the message says what is wrong, where, and what to do.
+
+    Attributes:
+        retry: whether the same work may succeed when it is started again without a change.
+    """
+
+    retry = False
 
 
 def reason_of(error: BaseException) -> str:
@@ -38,6 +44,16 @@ def reason_of(error: BaseException) -> str:
         text = _described(found)
         ranked.setdefault(_rank(found, text), {})[text] = None
     return " | ".join(ranked[min(ranked)])
+
+
+def may_pass(error: BaseException) -> bool:
+    """Returns whether work that ended with `error` may succeed when it is started again without a change.
+
+    Args:
+        error: what a worker group ended with, possibly in Ray's wrappers. It would only repeat itself when any worker
+            raised a `UserError` whose `retry` is False; what other workers raised then follows from it.
+    """
+    return all(getattr(found, "retry", True) for found in _unwrapped(error))
 
 
 def _unwrapped(error: BaseException) -> Iterator[BaseException]:

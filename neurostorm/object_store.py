@@ -20,7 +20,13 @@ from pathlib import PurePosixPath
 from typing import Any, NoReturn
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
 
 from neurostorm.errors import UserError
 
@@ -31,11 +37,23 @@ REQUEST_TIMEOUT_S = 60.0
 CONNECT_TIMEOUT_S = 10.0
 STREAM_BYTES = 8 << 20
 _ANSWER = re.compile(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", re.DOTALL)
+# In the client's text: it gives all of these as GenericError.
+_TEMPORARY = re.compile(
+    r"HTTP error|error sending request|timed? ?out|connect|status: 5\d\d|\b(401|403|408|425|429|5\d\d) [A-Z]|"
+    r"SlowDown|ServiceUnavailable|InternalError|ExpiredToken|RequestTimeTooSkewed|body|credential",
+    re.IGNORECASE,
+)
 _clients: dict[tuple[int, str, str], Any] = {}  # by process, scheme and bucket
 
 
 class PlaceError(UserError, OSError):
     """An object store refused or did not answer, after all retries; the message names the place."""
+
+    retry = True
+
+
+class UnavailableError(PlaceError):
+    """An object store does not answer or does not let us in now: a later request may succeed."""
 
 
 @dataclass(frozen=True)
@@ -275,7 +293,14 @@ def fail(where: ObjectPath, error: Exception) -> NoReturn:
     if answer is not None and answer[1] == "NoSuchBucket":
         raise PlaceError(f"{where}: there is no bucket {where.bucket!r}: mend the address, or make it") from error
     first = (text.strip().splitlines() or [type(error).__name__])[0].partition("<")[0].rstrip(": ")
-    raise PlaceError(f"{where}: {first}" + (f": {answer[1]}, {answer[2]}" if answer else "")) from error
+    kind = UnavailableError if _may_pass(error, text) else PlaceError
+    raise kind(f"{where}: {first}" + (f": {answer[1]}, {answer[2]}" if answer else "")) from error
+
+
+def _may_pass(error: Exception, text: str) -> bool:
+    """Whether the same request may succeed later: no answer, a busy server, or credentials that are refused now."""
+    refused = isinstance(error, PermissionDeniedError | UnauthenticatedError)
+    return refused or _TEMPORARY.search(text) is not None
 
 
 class _Stream(io.RawIOBase):

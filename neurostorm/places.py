@@ -25,13 +25,19 @@ from urllib.parse import parse_qsl, urlsplit
 import obstore
 
 from neurostorm.locks import locked, open_locked
-from neurostorm.object_store import SCHEMES, STREAM_BYTES, ObjectPath, PlaceError, errors
+from neurostorm.object_store import SCHEMES, STREAM_BYTES, ObjectPath, PlaceError, UnavailableError, errors
 
 COPY_BYTES = 1 << 30  # the largest object that is copied in one request, which has to answer in time
 TRANSFERS = 8  # files moved at once between a folder and an object store
 _UPDATES = 50  # tries to change an object that others change at the same time
 _TEMPORARY = ".partial"
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+# A file server that is away, a mount that is stale, or rights that have expired; what lies there may be whole.
+_UNAVAILABLE = {
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN,
+    errno.ENETUNREACH, errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EREMOTEIO, errno.ENODEV,
+    errno.ENXIO, errno.EAGAIN, errno.EACCES, errno.EPERM, errno.EKEYEXPIRED, errno.ESHUTDOWN,
+}  # fmt: skip
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _SECRET = re.compile(r"(?i)pass(word|wd)?$|secret|token|signature|credential|(access|api)[-_]?key")  # in a URL's query
 
@@ -70,6 +76,22 @@ def place(address: str | os.PathLike[str] | ObjectPath) -> Place:
     if {".", ".."} & set(steps):
         raise ValueError(f"{text!r}: `.` and `..` have no meaning in an object store")
     return ObjectPath(scheme, bucket, "/".join(steps))
+
+
+def is_unavailable(error: BaseException) -> bool:
+    """Returns whether storage did not answer, as opposed to answering that something is missing or damaged.
+
+    Args:
+        error: of a read or write; what it was raised from counts, too.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, UnavailableError | TimeoutError | ConnectionError):
+            return True
+        if isinstance(found, OSError) and not isinstance(found, PlaceError) and found.errno in _UNAVAILABLE:
+            return True
+        found = found.__cause__
+    return False
 
 
 def no_secret(address: str) -> str:

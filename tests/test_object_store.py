@@ -1,5 +1,6 @@
 """Objects behave as files do, and what goes wrong on the way to them is sat out, or named."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -14,8 +15,8 @@ import boto3
 import pytest
 
 from neurostorm import object_store
-from neurostorm.object_store import ObjectPath, PlaceError
-from neurostorm.places import copy_files, create, files_below, place, remove_tree, replace, update
+from neurostorm.object_store import ObjectPath, PlaceError, UnavailableError
+from neurostorm.places import copy_files, create, files_below, is_unavailable, place, remove_tree, replace, update
 from tests.faulty_s3 import Network, bad_network
 
 BIG = bytes(range(256)) * (12 << 12)  # 12 MiB: three parts of an upload, two pieces of a stream
@@ -205,7 +206,7 @@ def test_a_long_fault_names_the_object(home: ObjectPath, network: Network, kind:
     (home / "a").write_bytes(SOME)
     network.fail(kind, "GET", "/a", times=999)
     for ask in ((home / "a").read_bytes, lambda: (home / "a").open().read()):
-        with pytest.raises(PlaceError, match=f"^{home}/a: "):
+        with pytest.raises(UnavailableError, match=f"^{home}/a: "):
             ask()
     assert len(network.requests) < 60
 
@@ -251,8 +252,33 @@ def test_a_refusal_is_not_taken_for_a_missing_object(home: ObjectPath, network: 
 
 def test_a_server_that_is_gone_is_an_error(home: ObjectPath, network: Network) -> None:
     network.close()
-    with pytest.raises(PlaceError, match=f"^{home}/a: "):
+    with pytest.raises(UnavailableError, match=f"^{home}/a: "):
         (home / "a").read_bytes()
+
+
+def test_refused_credentials_are_unavailable_storage_and_a_missing_bucket_is_not(
+    home: ObjectPath, network: Network
+) -> None:
+    (home / "a").write_bytes(b"1")
+    network.fail("forbid", "GET", "/a", times=9)
+    with pytest.raises(UnavailableError, match="AccessDenied"):
+        (home / "a").read_range(0, 1)
+    with pytest.raises(PlaceError, match="no bucket") as missing:
+        place("s3://no-such-bucket/a").read_bytes()
+    assert not is_unavailable(missing.value)
+
+
+@pytest.mark.parametrize(
+    ("number", "away"),
+    [(errno.EIO, True), (errno.ESTALE, True), (errno.EACCES, True), (errno.ETIMEDOUT, True)]
+    + [(errno.ENOENT, False), (errno.ENOSPC, False), (errno.EISDIR, False)],
+)
+def test_a_file_system_that_does_not_answer_is_unavailable(number: int, away: bool) -> None:
+    error = OSError(number, os.strerror(number), "file")
+    assert is_unavailable(error) is away
+    outer = ValueError("wrapped")
+    outer.__cause__ = error
+    assert is_unavailable(outer) is away
 
 
 def test_threads_share_one_client(home: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
