@@ -6,6 +6,7 @@
 Ray wraps what its workers raise in errors of its own. Nothing here loads Ray: its classes are known by their module.
 """
 
+import importlib
 import re
 from collections.abc import Iterator
 
@@ -53,7 +54,19 @@ def may_pass(error: BaseException) -> bool:
         error: what a worker group ended with, possibly in Ray's wrappers. It would only repeat itself when any worker
             raised a `UserError` whose `retry` is False; what other workers raised then follows from it.
     """
-    return all(getattr(found, "retry", True) for found in _unwrapped(error))
+    return all(_retry(found) for found in _unwrapped(error))
+
+
+def _retry(error: BaseException) -> bool:
+    if not isinstance(error, _Told):
+        return bool(getattr(error, "retry", True))
+    module, _, name = str(error.args[1]).rpartition(".")
+    if not module.startswith("neurostorm."):
+        return True
+    try:
+        return bool(getattr(getattr(importlib.import_module(module), name, None), "retry", True))
+    except ImportError:
+        return True
 
 
 def _unwrapped(error: BaseException) -> Iterator[BaseException]:

@@ -263,6 +263,7 @@ def test_refused_credentials_are_unavailable_storage_and_a_missing_bucket_is_not
     network.fail("forbid", "GET", "/a", times=9)
     with pytest.raises(UnavailableError, match="AccessDenied"):
         (home / "a").read_range(0, 1)
+    network.faults.clear()
     with pytest.raises(PlaceError, match="no bucket") as missing:
         place("s3://no-such-bucket/a").read_bytes()
     assert not is_unavailable(missing.value)
@@ -270,8 +271,10 @@ def test_refused_credentials_are_unavailable_storage_and_a_missing_bucket_is_not
 
 @pytest.mark.parametrize(
     ("number", "away"),
-    [(errno.EIO, True), (errno.ESTALE, True), (errno.EACCES, True), (errno.ETIMEDOUT, True)]
-    + [(errno.ENOENT, False), (errno.ENOSPC, False), (errno.EISDIR, False)],
+    [
+        *((number, True) for number in (errno.EIO, errno.ESTALE, errno.EACCES, errno.ETIMEDOUT)),
+        *((number, False) for number in (errno.ENOENT, errno.ENOSPC, errno.EISDIR)),
+    ],
 )
 def test_a_file_system_that_does_not_answer_is_unavailable(number: int, away: bool) -> None:
     error = OSError(number, os.strerror(number), "file")

@@ -3,13 +3,15 @@
     plan rows -> reads (neighbours together) -> ClipReader -> columns of numpy (what Ray Data carries)
                                                            -> ClipBatch of tensors (what training takes)
 
-Frames go from the file to their place in the batch and nowhere else. A clip that cannot be read becomes a clip without
-data, of which the loss counts nothing, and is marked `bad`, so that the worker that gets it names and counts it.
+Frames go from the file to their place in the batch and nowhere else. A clip whose data is damaged or missing becomes a
+clip without data, of which the loss counts nothing, and is marked `bad`, so that the worker that gets it names and
+counts it. Storage that is away says nothing about the data: the reader waits for it, for a limited time.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neurostorm.data.reads import Read, plan_reads
-from neurostorm.store.layout import StoreError
+from neurostorm.data.storage_wait import wait_for_storage
+from neurostorm.store.layout import StoreError, StoreUnavailableError
 from neurostorm.store.reader import FrameStore
 
 if TYPE_CHECKING:  # Ray's reading tasks and its plan of them need no torch, which takes 2 s to load
@@ -31,6 +34,7 @@ if TYPE_CHECKING:  # Ray's reading tasks and its plan of them need no torch, whi
 logger = logging.getLogger(__name__)
 
 Columns = dict[str, NDArray[Any]]
+UNAVAILABLE_S = 600.0  # data.unavailable_s of callers without a configuration
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class ClipBatch:
     """The clips of one worker in one optimiser step, on the CPU; B clips, L frames, V mask voxels.
 
     row, run, start  int64/int32 (B): place in the plan's stream, run in the manifest, first frame
-    bad              bool (B): the clip could not be read and holds no data
+    bad              bool (B): the clip's data is damaged or missing; it holds zeros
+    waited_s         float32 (B): for how long the store's storage was away when the clip was read, seconds
     frames           int8 (B, L, V): 16 x voxel z
     scale, shift     float32 (B, V) and fill float32 (B): z of the voxel to global z (normalise=global), else None
     """
@@ -47,6 +52,7 @@ class ClipBatch:
     run: torch.Tensor
     start: torch.Tensor
     bad: torch.Tensor
+    waited_s: torch.Tensor
     frames: torch.Tensor
     scale: torch.Tensor | None = None
     shift: torch.Tensor | None = None
@@ -70,14 +76,16 @@ class ClipBatch:
 class ClipReader:
     """Reads plan rows as columns of numpy arrays; picklable, so that read tasks carry it.
 
-    runs       the manifest's run paths, in the order that the plan's `run` column indexes
-    normalise  `voxel`: frames alone; `global`: also each voxel's scale and shift to z over the whole run
+    runs           the manifest's run paths, in the order that the plan's `run` column indexes
+    normalise      `voxel`: frames alone; `global`: also each voxel's scale and shift to z over the whole run
+    unavailable_s  longest wait for storage that is away, seconds; then StorageAwayError
     """
 
     store: FrameStore
     runs: tuple[str, ...]
     clip_frames: int
     normalise: str
+    unavailable_s: float = UNAVAILABLE_S
 
     def read(self, rows: NDArray[np.void], paths: Sequence[str] | None = None) -> Columns:
         """The columns of ClipBatch for `rows`, with unreadable clips zeroed and marked.
@@ -100,17 +108,20 @@ class ClipReader:
         """
         ring: deque[Columns | None] = deque([None] * (ahead + 2))
         waiting: deque[tuple[Columns, list[Any]]] = deque()
+        stop = threading.Event()
         with ThreadPoolExecutor(threads, thread_name_prefix="clips") as pool:
             try:
                 for rows, paths in orders:
                     columns, reads, paths = self._prepare(rows, paths, ring.popleft())
                     ring.append(columns)
-                    waiting.append((columns, [pool.submit(self._fill, columns, r, paths[r.first]) for r in reads]))
+                    begun = [pool.submit(self._fill, columns, read, paths[read.first], stop) for read in reads]
+                    waiting.append((columns, begun))
                     if len(waiting) > ahead:
                         yield _finished(*waiting.popleft())
                 while waiting:
                     yield _finished(*waiting.popleft())
             finally:
+                stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def batch(self, rows: NDArray[np.void]) -> ClipBatch:
@@ -127,7 +138,7 @@ class ClipReader:
     ) -> tuple[Columns, list[Read], Sequence[str]]:
         """Columns still without frames, in the memory of `used` if that fits, and what to read for them."""
         columns: Columns = {name: np.ascontiguousarray(rows[name]) for name in ("row", "run", "start")}
-        columns["bad"] = np.zeros(len(rows), bool)
+        columns |= {"bad": np.zeros(len(rows), bool), "waited_s": np.zeros(len(rows), np.float32)}
         shapes: dict[str, tuple[tuple[int, ...], type]] = {"frames": ((self.clip_frames,), np.int8)}
         if self.normalise == "global":
             shapes |= {"scale": ((), np.float32), "shift": ((), np.float32)}
@@ -139,16 +150,24 @@ class ClipReader:
         named = [self.runs[run] for run in rows["run"]] if paths is None else paths
         return columns, plan_reads(columns["run"], columns["start"], self.clip_frames), named
 
-    def _fill(self, columns: Columns, read: Read, run: str) -> None:
+    def _fill(self, columns: Columns, read: Read, run: str, stop: threading.Event | None = None) -> None:
         """Bring in the clips of one read; where it fails, one clip after the other, so that only bad ones are lost."""
-        try:
+
+        def attempt() -> None:
             self._read_frames(columns, read, run)
             if self.normalise == "global":
                 self._read_scale(columns, read, run)
+
+        try:
+            _, waited_s = wait_for_storage(attempt, self.unavailable_s, stop=stop)
+            columns["waited_s"][read.first : read.first + read.count] = waited_s
+        except StoreUnavailableError:
+            raise
         except StoreError as error:  # a damaged clip, or a run that is gone
             if read.count > 1:
                 for index in range(read.first, read.first + read.count):
-                    self._fill(columns, Read(index, 1, int(columns["start"][index]), self.clip_frames, True), run)
+                    one = Read(index, 1, int(columns["start"][index]), self.clip_frames, True)
+                    self._fill(columns, one, run, stop)
                 return
             logger.warning("%s", error)
             for name in columns.keys() & {"frames", "scale", "shift", "fill"}:

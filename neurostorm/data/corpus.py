@@ -76,7 +76,8 @@ def open_corpus(config: Config, manifest: pa.Table | None = None) -> Corpus:
         origin=origin,
         sampling=sampling,
     )
-    reader = ClipReader(store, tuple(manifest["run"].to_pylist()), data.clip_frames, data.normalise)
+    runs = tuple(manifest["run"].to_pylist())
+    reader = ClipReader(store, runs, data.clip_frames, data.normalise, data.unavailable_s)
     rows = validation_rows(parted.validation, clip_frames=data.clip_frames, count=data.val_clips)
     return Corpus(store, reader, plan, rows, len(set(subjects)), int(frames.sum()), parted.description, manifest)
 

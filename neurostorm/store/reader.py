@@ -27,10 +27,12 @@ from neurostorm.store.files import (
     MissingNodeError,
     StorePath,
     find_runs,
+    is_node,
     read_attributes,
     read_header,
     read_metadata,
     store_place,
+    unreadable,
 )
 from neurostorm.store.layout import (
     MASK,
@@ -39,6 +41,7 @@ from neurostorm.store.layout import (
     FrameRangeError,
     Grid,
     StoreError,
+    StoreUnavailableError,
     mask_hash,
     split_run,
 )
@@ -126,7 +129,9 @@ class FrameStore:
         """(X, Y, Z) bool, True inside the brain."""
         try:
             return _read_array(self.path / MASK) != 0
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except OSError as error:
+            raise unreadable(f"{self.path / MASK} cannot be read: {error}", error) from error
+        except (ValueError, KeyError, RuntimeError) as error:
             raise StoreError(f"{self.path / MASK} cannot be read: {error}") from error
 
     @cached_property
@@ -148,7 +153,7 @@ class FrameStore:
         try:
             return read_attributes(folder)
         except MissingNodeError:
-            raise StoreError(f"{self.path} has no run {run!r}") from None
+            raise self._missing(f"{self.path} has no run {run!r}") from None
 
     def frame_count(self, run: str) -> int:
         """T of a run. StoreError if there is no such run, ClipReadError if its metadata cannot be read."""
@@ -169,6 +174,7 @@ class FrameStore:
 
         Raises:
             StoreError: there is no such run.
+            StoreUnavailableError: the store's storage does not answer, or refuses access now.
             ValueError: an `out` that does not fit.
             FrameRangeError: the run does not have these frames.
             ClipReadError: the run's file is missing, too short, or a chunk fails its checksum.
@@ -235,7 +241,9 @@ class FrameStore:
                 raise ShardError(f"has {layout.voxels} voxels where the store's mask has {self.voxel_count}")
             known = RunFile(layout, folder / SHARD_FILE)
         except MissingNodeError:
-            raise StoreError(f"{self.path} has no run {run!r}") from None
+            raise self._missing(f"{self.path} has no run {run!r}") from None
+        except StoreUnavailableError:
+            raise
         except (StoreError, ShardError) as error:
             raise ClipReadError(run, start, f"{folder / METADATA} {error}") from error
         with self._lock:
@@ -251,7 +259,19 @@ class FrameStore:
         except ShardError as error:
             raise ClipReadError(run, first, f"{known.shard} {error}") from error
         except OSError as error:
-            raise ClipReadError(run, first, f"{known.shard} cannot be read: {error}") from error
+            message = f"{known.shard} cannot be read: {error}"
+            found = self._missing(message) if isinstance(error, FileNotFoundError) else unreadable(message, error)
+            if isinstance(found, StoreUnavailableError):
+                raise found from error
+            raise ClipReadError(run, first, message) from error
+
+    def _missing(self, message: str) -> StoreError:
+        """The error for what is not there: a store without its header is one whose file system is not mounted."""
+        try:
+            mounted = is_node(self.path)
+        except OSError as error:
+            return unreadable(message, error)
+        return StoreError(message) if mounted else StoreUnavailableError(f"{message}: {self.path} is gone itself")
 
 
 def _read_array(node: Place) -> NDArray[Any]:
