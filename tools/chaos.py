@@ -35,8 +35,9 @@ from chaos_nodes import ON_NODES
 from chaos_scene import EVERY, FRAMES, STEPS_PER_EPOCH, Scene, Setting
 from chaos_services import OF_SERVICES
 from chaos_soak import soak
+from chaos_storage import OF_STORAGE
 
-FAULTS: dict[str, Fault] = LOCAL | OF_SERVICES | ON_NODES
+FAULTS: dict[str, Fault] = LOCAL | OF_STORAGE | OF_SERVICES | ON_NODES
 FIRST = 2 * EVERY + 5  # no fault strikes before: two checkpoints are there
 
 
