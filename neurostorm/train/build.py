@@ -24,7 +24,7 @@ from neurostorm.model.masking import MaskConfig
 from neurostorm.model.strd import StrdConfig
 from neurostorm.model.swin4d import compile_blocks
 from neurostorm.model.swin_config import SwinConfig
-from neurostorm.object_store import RETRY_TIMEOUT_S
+from neurostorm.object_requests import RETRY_S
 from neurostorm.places import Place
 from neurostorm.staging import outgoing
 from neurostorm.store.reader import FrameStore
@@ -170,7 +170,7 @@ def collective_timeouts(config: Config) -> CollectiveTimeouts:
     """The timeouts of a run's collectives, within the bounds of its configuration."""
     scale = config.scale
     # A rank whose shard waits for a busy object store is not hung.
-    upload_s = 0.0 if isinstance(config.run.folder, Path) else RETRY_TIMEOUT_S + scale.min_collective_timeout_s
+    upload_s = 0.0 if isinstance(config.run.folder, Path) else RETRY_S + scale.min_collective_timeout_s
     least_s, most_s = scale.min_collective_timeout_s, scale.collective_timeout_s
     return CollectiveTimeouts(least_s, most_s, set_collective_timeout, {"checkpoint": upload_s})
 
