@@ -29,6 +29,7 @@ from neurostorm.downstream.record import KIND, SELECTED, record_test, uri_of
 from neurostorm.downstream.training import State
 from neurostorm.downstream.trial import TEST, Trial, read_outcome, test_trial, train_trial
 from neurostorm.errors import UserError
+from neurostorm.lease import held
 from neurostorm.places import Place, replace
 from neurostorm.progress import progress
 from neurostorm.run_folder import CONFIG_FILE, PLACED, keep_config, refuse_other
@@ -97,10 +98,15 @@ def sweep(config: Config) -> Swept:
     """Run the whole sweep, or what is left of it.
 
     Raises:
-        ConfigError: the settings contradict each other, or the folder holds another sweep.
+        ConfigError: the settings contradict each other, the folder holds another sweep, or another driver works on it.
         TrialsFailed: no trial gave a result, or the first ones all failed alike; the message has the reasons.
         Others as `prepare.prepare`, before any trial has started. A trial that fails among others raises nothing.
     """
+    with held(config.run.folder):
+        return _sweep(config)
+
+
+def _sweep(config: Config) -> Swept:
     try:
         uri_of(config)
     except ValueError as error:

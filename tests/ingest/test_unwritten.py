@@ -3,7 +3,7 @@
 import errno
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -46,7 +46,7 @@ def write(monkeypatch: pytest.MonkeyPatch) -> Any:
     from neurostorm.ingest import convert
 
     class Writes:
-        failing: dict[str, tuple[int, int]] = {}
+        failing: ClassVar[dict[str, tuple[int, int]]] = {}
 
     plain = convert.write_run
 
