@@ -13,7 +13,6 @@ import getpass
 import json
 import logging
 import os
-import socket
 import sys
 import threading
 import time
@@ -28,6 +27,7 @@ from neurostorm.config_base import ConfigError
 from neurostorm.errors import UserError
 from neurostorm.interrupts import end_with
 from neurostorm.places import Place, create, update
+from neurostorm.processes import is_alive, this_process
 
 LEASE = "lease.json"
 RENEW_S = 15.0
@@ -76,7 +76,7 @@ class _Lease:
     def __init__(self, file: Place) -> None:
         self._file = file
         self._mine = {
-            "token": uuid.uuid4().hex, **_this_process(), "user": _user(),
+            "token": uuid.uuid4().hex, **this_process(), "user": _user(),
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:300],
             "since": datetime.now().astimezone().isoformat(" ", "seconds"), "renewed": 0,
         }  # fmt: skip
@@ -90,7 +90,7 @@ class _Lease:
                 if owner is None:
                     continue  # it was released between
                 return  # the answer to our own request was lost
-            alive = _is_alive(owner)
+            alive = is_alive(owner)
             if alive is None:
                 alive = self._is_renewed(owner, stale_s)
             if alive:
@@ -183,45 +183,6 @@ def _make(folder: Place) -> list[Path]:
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     return missing
-
-
-def _this_process() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "process": _process(os.getpid())}
-
-
-def _process(pid: int) -> str | None:
-    """What tells a process from all others of this machine, since it was started; None when it is gone.
-
-    The machine's boot, the namespace of process numbers, the process's start. Where there is no /proc: its number.
-    """
-    if not Path("/proc/self/stat").exists():
-        with suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, 0)
-            return str(pid)
-        return None
-    try:
-        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    if state == "Z":
-        return None
-    return f"{_machine()} {rest[18]}"
-
-
-def _machine() -> str:
-    """This boot of this machine, and the namespace of its process numbers: containers have their own."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-
-
-def _is_alive(owner: dict[str, Any]) -> bool | None:
-    """Whether the owner's process lives; None when this process cannot know, as it ran somewhere else."""
-    process = str(owner.get("process"))
-    if owner.get("host") != socket.gethostname() or not isinstance(owner.get("pid"), int):
-        return None
-    if Path("/proc/self/stat").exists() and not process.startswith(_machine()):
-        return None
-    return _process(owner["pid"]) == process
 
 
 def _user() -> str:

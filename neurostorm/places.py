@@ -16,7 +16,6 @@ import random
 import re
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,13 +24,13 @@ from urllib.parse import parse_qsl, urlsplit
 
 import obstore
 
-from neurostorm.locks import locked, open_locked
+from neurostorm.locks import locked, open_locked, temporary_name
 from neurostorm.object_store import SCHEMES, STREAM_BYTES, ObjectPath, PlaceError, UnavailableError, request
 
 COPY_BYTES = 1 << 30  # the largest object that is copied in one request, which has to answer in time
 TRANSFERS = 8  # files moved at once between a folder and an object store
 _UPDATES = 50  # tries to change an object that others change at the same time
-_TEMPORARY = ".partial"
+_TEMPORARY, _LOCK = ".partial", ".update.lock"
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 # A file server that is away, a mount that is stale, or rights that have expired; what lies there may be whole.
 _UNAVAILABLE = {
@@ -257,7 +256,7 @@ def update(target: Place, change: Callable[[bytes | None], bytes | None]) -> Non
     None writes nothing. OSError when it cannot be read or written, or when too many others keep changing it.
     """
     if isinstance(target, Path):
-        with locked(target.parent / ".lock"):
+        with locked(target.parent / _LOCK):
             before = target.read_bytes() if target.is_file() else None
             after = change(before)
             if after is not None and after != before:
@@ -298,7 +297,7 @@ def _beside(target: Path, pieces: Iterable[bytes]) -> Iterator[Path]:
     """A flushed temporary file with `pieces` in the folder of `target`, gone at the end."""
     if not target.parent.is_dir():
         raise FileNotFoundError(2, "No such folder", str(target.parent))
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}{_TEMPORARY}")
+    partial = target.with_name(temporary_name(f".{target.name}.") + _TEMPORARY)
     try:
         with open_locked(partial) as file:
             for piece in pieces:
@@ -317,7 +316,7 @@ def _link(partial: Path, target: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        with locked(target.parent / ".lock"):  # those who come here wait for each other
+        with locked(target.parent / _LOCK):  # those who come here wait for each other
             if os.path.lexists(target):
                 raise FileExistsError(errno.EEXIST, "It is there", str(target)) from None
             os.replace(partial, target)

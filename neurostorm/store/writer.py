@@ -23,7 +23,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from neurostorm.locks import open_locked
+from neurostorm.locks import open_locked, temporary_name
 from neurostorm.object_store import ObjectPath, PlaceError
 from neurostorm.places import Place, create, files_below, sync, take_place
 from neurostorm.store.codec import LIMIT
@@ -175,7 +175,7 @@ def make_groups(root: Place, run: str) -> None:
 
 def _publish_local(root: Path, target: Path, metadata: bytes, shard: Iterable[bytes | memoryview]) -> bool:
     """Write the run beside its place, flush it, rename it there; False when somebody else's is there already."""
-    partial = root / PARTIAL / uuid.uuid4().hex
+    partial = root / PARTIAL / temporary_name()
     try:
         with open_locked(partial / SHARD_FILE, _WRITE_BYTES) as file:
             for piece in shard:
@@ -251,7 +251,7 @@ def _publish_store(target: Place, files: dict[str, bytes]) -> None:
                 )
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / f".{target.name}.{uuid.uuid4().hex}.partial"
+    partial = target.parent / f"{temporary_name(f'.{target.name}.')}.partial"
     try:
         for name, data in files.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
