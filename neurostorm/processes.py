@@ -1,4 +1,4 @@
-"""Which process is which, and whether it lives: for files that keep processes of several hosts out of each other's way.
+"""Which process is which, and whether it lives: for files that keep processes of many hosts from each other's work.
 
 this_process() -> {"host", "pid", "process"}, kept in a file ... is_alive(them): True, False, or None elsewhere
 """

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 
 from neurostorm.places import place
+from neurostorm.processes import machine_tag
 from neurostorm.store import (
     StoreError,
     add_quarantine,
@@ -30,6 +31,8 @@ from neurostorm.store import care as care_module
 from neurostorm.store.care import find_subject, holding, names_subject, readmit, repair, withdraw
 from neurostorm.store.files import find_runs
 from neurostorm.store.verify import verify
+
+UNFINISHED = f"{machine_tag()}-abc"  # a name that this machine's writers give
 
 RUN = "runs/{}/{}/ses-1_task-rest"
 
@@ -72,17 +75,17 @@ def test_repair_clears_away_what_is_half_written_and_rebuilds_the_manifest(store
     subject = store.path / "runs" / "made" / "sub-01"
     shutil.copytree(subject / "ses-1_task-rest", subject / "ses-2")
     (subject / "ses-2" / "zarr.json").unlink()
-    (store.path / ".partial" / "abc").mkdir(parents=True)
-    (store.path / ".partial" / "abc" / "0.0").write_bytes(b"cut off")
+    (store.path / ".partial" / UNFINISHED).mkdir(parents=True)
+    (store.path / ".partial" / UNFINISHED / "0.0").write_bytes(b"cut off")
     (subject / "zarr.json").unlink()
     (store.path / "manifest.parquet").write_bytes(b"PAR1")
     before = files(store.path)
     planned = repair(store.path, dry_run=True)
     assert files(store.path) == before
-    assert planned.leftovers == (".partial/abc", "runs/made/sub-01/ses-2")
+    assert planned.leftovers == (f".partial/{UNFINISHED}", "runs/made/sub-01/ses-2")
     assert planned.groups == ("runs/made/sub-01",)
     assert repair(store.path) == planned
-    assert not (subject / "ses-2").exists() and not (store.path / ".partial" / "abc").exists()
+    assert not (subject / "ses-2").exists() and not (store.path / ".partial" / UNFINISHED).exists()
     assert verify(store.path).problems == ()
     assert repair(store.path).leftovers == ()
 
@@ -105,12 +108,12 @@ def test_damaged_runs_go_only_if_asked_and_can_be_written_again(store: Any) -> N
 
 
 def test_attributes_that_cannot_be_read_stop_a_repair_before_it_changes_anything(store: Any) -> None:
-    (store.path / ".partial" / "abc").mkdir(parents=True)
-    (store.path / ".partial" / "abc" / "0.0").write_bytes(b"cut off")
+    (store.path / ".partial" / UNFINISHED).mkdir(parents=True)
+    (store.path / ".partial" / UNFINISHED / "0.0").write_bytes(b"cut off")
     (store.path / RUN.format("made", "sub-02") / "zarr.json").write_bytes(b"{")
     with pytest.raises(StoreError, match=r"sub-02.*--drop-damaged"):
         repair(store.path)
-    assert (store.path / ".partial" / "abc").exists()
+    assert (store.path / ".partial" / UNFINISHED).exists()
     assert len(repair(store.path, drop_damaged=True).dropped) == 1
     assert verify(store.path).problems == ()
 
@@ -202,10 +205,10 @@ def test_nobody_who_withdrew_comes_back_through_a_table(store: Any) -> None:
 
 
 def test_frames_that_a_killed_ingest_left_go_with_their_subject(store: Any) -> None:
-    (store.path / ".partial" / "abc").mkdir(parents=True)
-    (store.path / ".partial" / "abc" / "0.0").write_bytes(b"frames of sub-02")
+    (store.path / ".partial" / UNFINISHED).mkdir(parents=True)
+    (store.path / ".partial" / UNFINISHED / "0.0").write_bytes(b"frames of sub-02")
     withdraw(store.path, "made", "sub-02")
-    assert not (store.path / ".partial" / "abc").exists()
+    assert not (store.path / ".partial" / UNFINISHED).exists()
 
 
 def test_an_id_is_found_wherever_it_stands_and_never_guessed(store: Any) -> None:

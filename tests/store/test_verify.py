@@ -12,10 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from neurostorm.processes import machine_tag
 from neurostorm.store import StoreError, create_store, run_path, write_manifest, write_participants, write_run
 from neurostorm.store import check_run as check_run_module
 from neurostorm.store.manifest import add_withdrawn
 from neurostorm.store.verify import Verified, verify
+
+UNFINISHED = f"{machine_tag()}-abc"  # a name that this machine's writers give
 
 AGAIN = "delete it with `repair --drop-damaged`, then ingest it again"
 
@@ -226,16 +229,16 @@ def test_a_manifest_that_does_not_say_what_the_runs_say(sound: Any) -> None:
 
 
 def test_what_writers_left_and_groups_without_metadata(sound: Any) -> None:
-    (sound.path / ".partial" / "abc").mkdir(parents=True)
-    (sound.path / ".partial" / "abc" / "0.0").write_bytes(b"cut off")
-    (sound.path / "runs" / "made" / "sub-01" / ".zarr.json.1.partial").write_bytes(b"{")
+    (sound.path / ".partial" / UNFINISHED).mkdir(parents=True)
+    (sound.path / ".partial" / UNFINISHED / "0.0").write_bytes(b"cut off")
+    (sound.path / "runs" / "made" / "sub-01" / f".zarr.json.{UNFINISHED}.partial").write_bytes(b"{")
     shard = shard_of(sound)
     shutil.copytree(shard.parent, shard.parents[1] / "ses-2")
     (shard.parents[1] / "ses-2" / "zarr.json").unlink()
     (sound.path / "runs" / "made" / "zarr.json").unlink()
     assert rows(verify(sound.path)) == [
-        (".partial/abc", "was left unfinished by a writer", "start `repair`"),
-        ("runs/made/sub-01/.zarr.json.1.partial", "was left unfinished by a writer", "start `repair`"),
+        (f".partial/{UNFINISHED}", "was left unfinished by a writer", "start `repair`"),
+        (f"runs/made/sub-01/.zarr.json.{UNFINISHED}.partial", "was left unfinished by a writer", "start `repair`"),
         ("runs/made/sub-01/ses-2", "was left unfinished by a writer", "start `repair`"),
         ("runs/made/zarr.json", "is missing: Zarr readers do not find what is below", "start `repair`"),
     ]

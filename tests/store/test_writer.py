@@ -123,6 +123,8 @@ KILLED = """
 import os, sys
 import numpy as np
 from neurostorm.store import write_run
+
+UNFINISHED = f"{machine_tag()}-abc"  # a name that this machine's writers give
 os.replace = lambda source, target: os._exit(9)
 frames = np.ones((12, int(sys.argv[3])), np.int8)
 write_run(sys.argv[1], sys.argv[2], frames=frames, mean=frames[0] * 1.0, std=frames[0] * 1.0, attributes={})
@@ -153,7 +155,7 @@ def test_a_living_writer_is_not_swept_and_a_full_disk_leaves_nothing(example: An
 
 
 def test_an_empty_folder_of_a_writer_is_swept_when_it_is_old(example: Any) -> None:
-    begun = example.path / ".partial" / "0123"
+    begun = example.path / ".partial" / UNFINISHED
     begun.mkdir(parents=True)
     assert remove_partials(example.path) == 0, "its writer may be opening the file"
     os.utime(begun, (time.time() - 3600,) * 2)
@@ -162,7 +164,9 @@ def test_an_empty_folder_of_a_writer_is_swept_when_it_is_old(example: Any) -> No
 
 def test_temporary_files_of_tables_and_groups_are_swept(example: Any) -> None:
     example.add()
-    left = [example.path / folder / f".zarr.json.{0:032x}.partial" for folder in (".", "runs/made", "runs/made/sub-01")]
+    left = [
+        example.path / folder / f".zarr.json.{UNFINISHED}.partial" for folder in (".", "runs/made", "runs/made/sub-01")
+    ]
     for file in left:
         file.write_bytes(b"half")
     with left[0].open("rb") as handle:
