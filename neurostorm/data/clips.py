@@ -14,7 +14,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from neurostorm.data.reads import Read, plan_reads
 from neurostorm.store.layout import StoreError
 from neurostorm.store.reader import FrameStore
+from neurostorm.store.run_index import RunIndex
 
 if TYPE_CHECKING:  # Ray's reading tasks and its plan of them need no torch, which takes 2 s to load
     import torch
@@ -70,14 +71,23 @@ class ClipBatch:
 class ClipReader:
     """Reads plan rows as columns of numpy arrays; picklable, so that read tasks carry it.
 
-    runs       the manifest's run paths, in the order that the plan's `run` column indexes
+    runs       the manifest's run paths, in the order that the plan's `run` column indexes; a `RunIndex` also tells the
+               store where their rows lie, and the mean and std of each run
     normalise  `voxel`: frames alone; `global`: also each voxel's scale and shift to z over the whole run
     """
 
     store: FrameStore
-    runs: tuple[str, ...]
+    runs: Sequence[str]
     clip_frames: int
     normalise: str
+
+    def __post_init__(self) -> None:
+        if isinstance(self.runs, RunIndex):
+            self.store.use_index(self.runs)
+
+    def __reduce__(self) -> tuple[type[ClipReader], tuple[Any, ...]]:
+        """Travels without what its store knows, which the new one is told."""
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))
 
     def read(self, rows: NDArray[np.void], paths: Sequence[str] | None = None) -> Columns:
         """The columns of ClipBatch for `rows`, with unreadable clips zeroed and marked.
@@ -168,10 +178,19 @@ class ClipReader:
     def _read_scale(self, columns: Columns, read: Read, run: str) -> None:
         clips = slice(read.first, read.first + read.count)
         mean, std = self.store.moments(run)
-        centre, spread = _global_moments(self.store, run)
+        centre, spread = self._global_moments(run)
         columns["scale"][clips] = std / spread
         columns["shift"][clips] = (mean - centre) / spread
         columns["fill"][clips] = -centre / spread  # outside the mask the intensity is zero
+
+    def _global_moments(self, run: str) -> tuple[float, float]:
+        """Mean and std over the run's brain and frames, source units: the manifest's, or else the run's own."""
+        if isinstance(self.runs, RunIndex):
+            number = self.runs.find(run)
+            stated = None if number is None else self.runs.moments(number)
+            if stated is not None:
+                return stated
+        return _moments_by_metadata(self.store, run)
 
 
 def as_batch(columns: Columns) -> ClipBatch:
@@ -190,7 +209,7 @@ def _finished(columns: Columns, reads: list[Any]) -> Columns:
 
 
 @lru_cache(maxsize=1 << 17)
-def _global_moments(store: FrameStore, run: str) -> tuple[float, float]:
+def _moments_by_metadata(store: FrameStore, run: str) -> tuple[float, float]:
     """Mean and std over the run's brain and frames, source units; from its metadata, read once per process."""
     attributes = store.run_attributes(run)
     return float(attributes["global_mean"]), float(attributes["global_std"])

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from neurostorm.config import Config, ConfigError
 from neurostorm.data.clips import ClipBatch
-from neurostorm.data.corpus import Corpus, whose_runs
+from neurostorm.data.corpus import Corpus
 from neurostorm.data.device import ClipUnpacker
 from neurostorm.data.split import subject_hash
 from neurostorm.data.views import ViewUnpacker
@@ -186,11 +186,5 @@ def export(loop: Loop, corpus: Corpus, folder: Place) -> None:
 
 
 def trained_subjects(corpus: Corpus) -> list[str]:
-    """`subject_hash` of every subject of whom the plan has a training clip, sorted: an evaluation may meet them again.
-
-    Not of those held out, of datasets with weight 0, or of runs shorter than a clip.
-    """
-    plan = corpus.plan
-    runs = plan.segments.run[plan.segments.frames >= plan.clip_frames]
-    labels, _ = whose_runs(corpus.manifest)
-    return sorted(subject_hash(subject) for subject in {labels[run] for run in runs})
+    """`subject_hash` of `Corpus.trained_subjects`, sorted: an evaluation may meet them again."""
+    return sorted(map(subject_hash, corpus.trained_subjects))

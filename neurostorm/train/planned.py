@@ -6,14 +6,16 @@
 Runs that come later are left out until another training run begins, so the clip order stays what it was.
 """
 
+from dataclasses import replace as with_fields
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from neurostorm.config import Config, ConfigError
-from neurostorm.data.corpus import PLANNED_COLUMNS, Corpus, open_corpus
+from neurostorm.data.corpus import KEPT_COLUMNS, Corpus, open_corpus, read_kept
 from neurostorm.places import Place, replace
 from neurostorm.run_folder import MANIFEST, saved_store
-from neurostorm.store.manifest import check_paths, read_manifest
+from neurostorm.store.manifest import check_paths, read_manifest, with_columns
 from neurostorm.train import checkpoint
 
 KEPT = MANIFEST
@@ -28,7 +30,7 @@ def choose(config: Config) -> Corpus:
     folder = config.run.folder
     kept = _kept(folder)
     if kept is None or not checkpoint.is_begun(folder / "checkpoints"):
-        return open_corpus(config)
+        return _with_manifest(config, read_kept(config.data.store))
     lost = _lost(kept, read_manifest(config.data.store))
     if lost:
         names = ", ".join(lost[:_LISTED]) + (f" and {len(lost) - _LISTED} more" if len(lost) > _LISTED else "")
@@ -42,11 +44,16 @@ def choose(config: Config) -> Corpus:
             f"{folder} was planned on another content of {config.data.store}: {names} removed or ingested anew since; "
             "choose another --name"
         )
-    return open_corpus(config, kept)
+    return _with_manifest(config, kept)
+
+
+def _with_manifest(config: Config, table: pa.Table) -> Corpus:
+    return with_fields(open_corpus(config, table), manifest=table)
 
 
 def keep(config: Config, corpus: Corpus) -> None:
-    """Writes RUN/manifest.parquet."""
+    """Writes RUN/manifest.parquet for a corpus that `choose` gave."""
+    assert corpus.manifest is not None
     sink = pa.BufferOutputStream()
     pq.write_table(corpus.manifest, sink, compression="zstd")
     replace(config.run.folder / KEPT, sink.getvalue().to_pybytes())
@@ -60,7 +67,7 @@ def planned(config: Config) -> Corpus:
 def is_other(folder: Place, corpus: Corpus) -> bool:
     """Whether RUN/manifest.parquet is there and lists other runs than a corpus."""
     kept = _kept(folder)
-    return kept is not None and not kept.select(PLANNED_COLUMNS).equals(corpus.manifest.select(PLANNED_COLUMNS))
+    return kept is not None and corpus.store.content_hash(kept) != corpus.content_sha256
 
 
 def _kept(folder: Place) -> pa.Table | None:
@@ -69,8 +76,9 @@ def _kept(folder: Place) -> pa.Table | None:
     except FileNotFoundError:
         return None
     try:
-        return check_paths(pq.read_table(pa.BufferReader(data)), folder / KEPT)
-    except pa.ArrowException as error:
+        table = pq.read_table(pa.BufferReader(data), use_threads=False, pre_buffer=False)
+        return check_paths(with_columns(table, KEPT_COLUMNS), folder / KEPT)
+    except (pa.ArrowException, KeyError) as error:
         raise ConfigError(f"{folder / KEPT} cannot be read ({error}): choose another --name") from error
 
 

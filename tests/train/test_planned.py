@@ -51,7 +51,7 @@ def grow(config, tmp_path):
 def same(one, other):
     steps = range(one.plan.total_steps(2, None))
     return (
-        one.runs == other.runs
+        tuple(one.runs) == tuple(other.runs)
         and one.content_sha256 == other.content_sha256
         and all((one.plan.step_rows(step, 0, 1) == other.plan.step_rows(step, 0, 1)).all() for step in steps)
     )
@@ -64,9 +64,9 @@ def test_an_ingest_meanwhile_changes_nothing_for_workers_feed_and_later_starts(c
     assert len(open_corpus(config).runs) == 6
     assert same(planned.planned(config), first) and same(planned.choose(config), first)
     fed = []
-    monkeypatch.setattr(feed, "clip_dataset", lambda reader, plan, **how: fed.append((reader.runs, how["last_step"])))
+    monkeypatch.setattr(feed, "clip_dataset", lambda reader, plan, **how: fed.append((*reader.runs, how["last_step"])))
     feed.training_data(config)
-    assert fed == [(first.runs, first.plan.total_steps(config.train.epochs, None))]
+    assert fed == [(*first.runs, first.plan.total_steps(config.train.epochs, None))]
 
 
 def test_a_run_without_a_checkpoint_is_planned_anew(config, begin, tmp_path):
