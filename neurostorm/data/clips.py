@@ -4,7 +4,8 @@
                                                            -> ClipBatch of tensors (what training takes)
 
 Frames go from the file to their place in the batch and nowhere else. A clip that cannot be read becomes a clip without
-data, of which the loss counts nothing, and is marked `bad`, so that the worker that gets it names and counts it.
+data, of which the loss counts nothing, and is marked `bad`, so that the worker that gets it names and counts it. So
+does one whose subject withdrew since the plan was made, which is marked `withdrawn`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neurostorm.data.reads import Read, plan_reads
-from neurostorm.store.layout import StoreError
+from neurostorm.data.withdrawals import Withdrawals
+from neurostorm.store.layout import MissingRunError, StoreError
 from neurostorm.store.reader import FrameStore
 from neurostorm.store.run_index import RunIndex
 
@@ -34,12 +36,17 @@ logger = logging.getLogger(__name__)
 Columns = dict[str, NDArray[Any]]
 
 
+class WithdrawnError(StoreError):
+    """A run is gone because its subject withdrew."""
+
+
 @dataclass(frozen=True)
 class ClipBatch:
     """The clips of one worker in one optimiser step, on the CPU; B clips, L frames, V mask voxels.
 
     row, run, start  int64/int32 (B): place in the plan's stream, run in the manifest, first frame
     bad              bool (B): the clip could not be read and holds no data
+    withdrawn        bool (B): the clip is left out, as its subject withdrew, and holds no data; it is not bad
     frames           int8 (B, L, V): 16 x voxel z
     scale, shift     float32 (B, V) and fill float32 (B): z of the voxel to global z (normalise=global), else None
     """
@@ -48,6 +55,7 @@ class ClipBatch:
     run: torch.Tensor
     start: torch.Tensor
     bad: torch.Tensor
+    withdrawn: torch.Tensor
     frames: torch.Tensor
     scale: torch.Tensor | None = None
     shift: torch.Tensor | None = None
@@ -71,15 +79,17 @@ class ClipBatch:
 class ClipReader:
     """Reads plan rows as columns of numpy arrays; picklable, so that read tasks carry it.
 
-    runs       the manifest's run paths, in the order that the plan's `run` column indexes; a `RunIndex` also tells the
-               store where their rows lie, and the mean and std of each run
-    normalise  `voxel`: frames alone; `global`: also each voxel's scale and shift to z over the whole run
+    runs         the manifest's run paths, in the order that the plan's `run` column indexes; a `RunIndex` also tells
+                 where their rows lie, and the mean and std of each run
+    normalise    `voxel`: frames alone; `global`: also each voxel's scale and shift to z over the whole run
+    withdrawals  whose clips are left out; None: a clip whose run is gone is bad, whatever the reason
     """
 
     store: FrameStore
     runs: Sequence[str]
     clip_frames: int
     normalise: str
+    withdrawals: Withdrawals | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.runs, RunIndex):
@@ -137,7 +147,7 @@ class ClipReader:
     ) -> tuple[Columns, list[Read], Sequence[str]]:
         """Columns still without frames, in the memory of `used` if that fits, and what to read for them."""
         columns: Columns = {name: np.ascontiguousarray(rows[name]) for name in ("row", "run", "start")}
-        columns["bad"] = np.zeros(len(rows), bool)
+        columns |= {name: np.zeros(len(rows), bool) for name in ("bad", "withdrawn")}
         shapes: dict[str, tuple[tuple[int, ...], type]] = {"frames": ((self.clip_frames,), np.int8)}
         if self.normalise == "global":
             shapes |= {"scale": ((), np.float32), "shift": ((), np.float32)}
@@ -147,23 +157,41 @@ class ClipReader:
             fits = used is not None and used[name].shape == shape
             columns[name] = used[name] if used is not None and fits else np.empty(shape, dtype)
         named = [self.runs[run] for run in rows["run"]] if paths is None else paths
-        return columns, plan_reads(columns["run"], columns["start"], self.clip_frames), named
+        reads = plan_reads(columns["run"], columns["start"], self.clip_frames)
+        if self.withdrawals is not None:
+            gone = self.withdrawals.left_out(named)
+            for read in reads:
+                if gone[read.first]:
+                    _leave_out(columns, read)
+            reads = [read for read in reads if not gone[read.first]]
+        return columns, reads, named
 
     def _fill(self, columns: Columns, read: Read, run: str) -> None:
         """Bring in the clips of one read; where it fails, one clip after the other, so that only bad ones are lost."""
         try:
-            self._read_frames(columns, read, run)
-            if self.normalise == "global":
-                self._read_scale(columns, read, run)
+            self._read_clips(columns, read, run)
+        except WithdrawnError:
+            _leave_out(columns, read)
         except StoreError as error:  # a damaged clip, or a run that is gone
             if read.count > 1:
                 for index in range(read.first, read.first + read.count):
                     self._fill(columns, Read(index, 1, int(columns["start"][index]), self.clip_frames, True), run)
                 return
             logger.warning("%s", error)
-            for name in columns.keys() & {"frames", "scale", "shift", "fill"}:
-                columns[name][read.first] = 0
+            _zero(columns, read)
             columns["bad"][read.first] = True
+
+    def _read_clips(self, columns: Columns, read: Read, run: str) -> None:
+        """Bring in the clips of one read. WithdrawnError when they are gone because their subject withdrew."""
+        try:
+            self._read_frames(columns, read, run)
+            if self.normalise == "global":
+                self._read_scale(columns, read, run)
+        except StoreError as error:
+            gone = isinstance(error, MissingRunError) or isinstance(error.__cause__, FileNotFoundError)
+            if gone and self.withdrawals is not None and self.withdrawals.explain(run):
+                raise WithdrawnError(f"the subject of {run} withdrew") from error
+            raise
 
     def _read_frames(self, columns: Columns, read: Read, run: str) -> None:
         clips = slice(read.first, read.first + read.count)
@@ -200,6 +228,17 @@ def as_batch(columns: Columns) -> ClipBatch:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable.*")
         return ClipBatch(**{name: torch.from_numpy(values) for name, values in columns.items()})
+
+
+def _leave_out(columns: Columns, read: Read) -> None:
+    """Mark the clips of a read as those of a subject who withdrew."""
+    _zero(columns, read)
+    columns["withdrawn"][read.first : read.first + read.count] = True
+
+
+def _zero(columns: Columns, read: Read) -> None:
+    for name in columns.keys() & {"frames", "scale", "shift", "fill"}:
+        columns[name][read.first : read.first + read.count] = 0
 
 
 def _finished(columns: Columns, reads: list[Any]) -> Columns:

@@ -18,6 +18,7 @@ from neurostorm.data.clips import ClipReader
 from neurostorm.data.mixture import Origin, Sampling
 from neurostorm.data.plan import ClipPlan, validation_rows
 from neurostorm.data.split import split
+from neurostorm.data.withdrawals import Withdrawals, subject_of
 from neurostorm.store.files import StorePath
 from neurostorm.store.manifest import LAYOUT_COLUMNS, read_manifest
 from neurostorm.store.reader import FrameStore
@@ -53,6 +54,19 @@ class Corpus:
     def runs(self) -> Sequence[str]:
         """Run paths, indexed by the plan's `run` column."""
         return self.reader.runs
+
+    @property
+    def withdrawals(self) -> Withdrawals:
+        """Who withdrew from the store since the plan was made."""
+        assert self.reader.withdrawals is not None
+        return self.reader.withdrawals
+
+    @property
+    def withdrawn(self) -> dict[str, str]:
+        """Subjects of the plan, training and held-out, who are known to have withdrawn, and when; sorted."""
+        when = self.withdrawals.when
+        ours = {subject_of(run) for run in self.runs} if when else set()
+        return {subject: when[subject] for subject in sorted(ours & when.keys())}
 
     @property
     def trained_subjects(self) -> list[str]:
@@ -95,7 +109,8 @@ def open_corpus(config: Config, manifest: pa.Table | None = None) -> Corpus:
         sampling=sampling,
     )
     runs = RunIndex(manifest, moments=data.normalise == "global")
-    reader = ClipReader(store, runs, data.clip_frames, data.normalise)
+    withdrawals = Withdrawals.read(store.path)
+    reader = ClipReader(store, runs, data.clip_frames, data.normalise, withdrawals=withdrawals)
     rows = validation_rows(parted.validation, clip_frames=data.clip_frames, count=data.val_clips)
     content = store.content_hash(manifest)
     return Corpus(store, reader, plan, rows, len(set(subjects)), int(frames.sum()), parted.description, content)
@@ -104,11 +119,6 @@ def open_corpus(config: Config, manifest: pa.Table | None = None) -> Corpus:
 def read_kept(path: StorePath) -> pa.Table:
     """What a training run keeps of a store's manifest: `KEPT_COLUMNS`. StoreError as `read_manifest`."""
     return read_manifest(path, KEPT_COLUMNS)
-
-
-def subject_of(run: str) -> str:
-    """`dataset/subject` of a run's path, unique over datasets."""
-    return "/".join(run.split("/")[1:3])
 
 
 def whose_runs(manifest: pa.Table) -> tuple[list[str], Origin]:

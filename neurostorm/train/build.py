@@ -30,6 +30,7 @@ from neurostorm.tracking import Tracker, code_revision
 from neurostorm.train import checkpoint
 from neurostorm.train.engine import Engine
 from neurostorm.train.goodput import Account
+from neurostorm.train.left_out import removed
 from neurostorm.train.lines import line
 from neurostorm.train.loop import Loop
 from neurostorm.train.ranks import gather
@@ -180,11 +181,15 @@ def export(loop: Loop, corpus: Corpus, folder: Place) -> None:
         "store_sha256": corpus.content_sha256,
         "steps": loop.total_steps,
         "subjects_sha256": trained_subjects(corpus),
+        "withdrawn": removed(corpus, loop.config.run.folder),
     }
     with outgoing(folder) as local:
         save_pretrained(loop.model, local, extra=extra, state_dict=weights)
 
 
 def trained_subjects(corpus: Corpus) -> list[str]:
-    """`subject_hash` of `Corpus.trained_subjects`, sorted: an evaluation may meet them again."""
+    """`subject_hash` of `Corpus.trained_subjects`, sorted: an evaluation may meet them again.
+
+    Those who withdrew in the meantime are among them: the weights may follow from their clips of earlier steps.
+    """
     return sorted(map(subject_hash, corpus.trained_subjects))

@@ -29,6 +29,7 @@ from neurostorm.train.engine import Engine, StepOutcome
 from neurostorm.train.goodput import Account
 from neurostorm.train.health import BadClips, SkipGuard, clip_names
 from neurostorm.train.journal import Journal
+from neurostorm.train.left_out import LeftOut
 from neurostorm.train.lines import line, percent
 from neurostorm.train.patience import Patience
 from neurostorm.train.ranks import gather, mean_over_ranks, set_collective_timeout, sum_over_ranks
@@ -127,6 +128,7 @@ class Loop:
         self.peak_flops_per_s = self.config.scale.workers * measured_peak(self.device, dtype)
         self.guard = SkipGuard(train.max_skipped_steps)
         self.bad_clips = BadClips(self.folder, self.rank, self.config.data.max_bad_fraction)
+        self.left_out = LeftOut(self.folder, self.rank)
         self.ledger = Journal(self.folder / "ledger", f"rank-{self.rank}")
         self.window = Window(len(self.config.model.depths), self.device)
         scale = self.config.scale
@@ -150,6 +152,7 @@ class Loop:
             wait_s = time.perf_counter() - waiting_s
             self.account.charge("startup" if first else "wait")
             self.bad_clips.note(batch, self.runs, step)
+            self.left_out.note(batch, self.runs, step)
             with self.patience.during("step"):
                 sums, micro_batches, outcome = self.step(batch, step)
             self.guard.check(outcome.applied, step=step, clips=clip_names(batch, self.runs))
@@ -266,6 +269,7 @@ class Loop:
         with self.window.aside(), self.time_left.timed("checkpoint"), self.patience.during("checkpoint"):
             self.ledger.keep(done)
             self.bad_clips.keep(done)
+            self.left_out.keep(done)
             checkpoint.save(
                 self.folder / "checkpoints", done, write_shards=self.engine.save, gather=gather, rank=self.rank,
                 trainer=self.trainer, keep=self.config.checkpoint.keep,

@@ -1,11 +1,13 @@
 """The runs that a training run is planned on, kept with it: an ingest into its store may go on meanwhile.
 
     first start: the store's manifest --> RUN/manifest.parquet --> driver, feed and every worker plan from it
-    later ones:  RUN/manifest.parquet again, if the store still has all its runs as they were
+    later ones:  RUN/manifest.parquet again, if the store still has all its runs as they were, but for those of
+                 subjects who withdrew: their clips keep their places in the plan and are left out
 
 Runs that come later are left out until another training run begins, so the clip order stays what it was.
 """
 
+import logging
 from dataclasses import replace as with_fields
 
 import pyarrow as pa
@@ -13,25 +15,32 @@ import pyarrow.parquet as pq
 
 from neurostorm.config import Config, ConfigError
 from neurostorm.data.corpus import KEPT_COLUMNS, Corpus, open_corpus, read_kept
+from neurostorm.data.withdrawals import subject_of
 from neurostorm.places import Place, replace
 from neurostorm.run_folder import MANIFEST, saved_store
-from neurostorm.store.manifest import check_paths, read_manifest, with_columns
+from neurostorm.store.manifest import check_paths, with_columns
 from neurostorm.train import checkpoint
+from neurostorm.train.closing import NOBODY_HELD_OUT
 
 KEPT = MANIFEST
+logger = logging.getLogger(__name__)
 _LISTED = 3
 
 
 def choose(config: Config) -> Corpus:
     """The corpus that a start of the run plans on; the driver calls it, and `keep`s it once the run may begin.
 
-    Raises ConfigError when the run has checkpoints, and runs that it was planned on are gone or changed.
+    Runs whose subjects withdrew stay in the plan, and their clips are left out: `Corpus.withdrawn`.
+
+    Raises ConfigError when the run has checkpoints, and runs that it was planned on are gone for another reason, or
+    changed, or none is left to train on.
     """
     folder = config.run.folder
     kept = _kept(folder)
     if kept is None or not checkpoint.is_begun(folder / "checkpoints"):
         return _with_manifest(config, read_kept(config.data.store))
-    lost = _lost(kept, read_manifest(config.data.store))
+    corpus = _with_manifest(config, kept)
+    lost = [run for run in _lost(kept, read_kept(config.data.store)) if subject_of(run) not in corpus.withdrawn]
     if lost:
         names = ", ".join(lost[:_LISTED]) + (f" and {len(lost) - _LISTED} more" if len(lost) > _LISTED else "")
         before = saved_store(folder)
@@ -44,7 +53,26 @@ def choose(config: Config) -> Corpus:
             f"{folder} was planned on another content of {config.data.store}: {names} removed or ingested anew since; "
             "choose another --name"
         )
-    return _with_manifest(config, kept)
+    _check_who_is_left(config, corpus)
+    return corpus
+
+
+def _check_who_is_left(config: Config, corpus: Corpus) -> None:
+    """Says who of the plan withdrew. ConfigError when nobody is left to train on."""
+    gone = corpus.withdrawn
+    if not gone:
+        return
+    if set(corpus.trained_subjects) <= gone.keys():
+        raise ConfigError(
+            f"everybody whom {config.run.folder} trains on withdrew from {config.data.store}: choose another --name"
+        )
+    names = ", ".join(f"{subject} ({when})" for subject, when in gone.items())
+    logger.warning(
+        "%d subject(s) of this run's plan withdrew from %s; it keeps its clip order and leaves out their clips: %s",
+        len(gone), config.data.store, names,
+    )  # fmt: skip
+    if {subject_of(corpus.runs[run]) for run in corpus.validation["run"]} <= gone.keys():
+        logger.warning("%s", NOBODY_HELD_OUT)
 
 
 def _with_manifest(config: Config, table: pa.Table) -> Corpus:

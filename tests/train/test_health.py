@@ -16,7 +16,8 @@ def batch(bad, first=0):
     """A batch of which `bad` says which clips hold no data; clip i is of run i mod 2 and starts at first + 10 i."""
     index = torch.arange(len(bad))
     frames = torch.zeros(len(bad), 1, 1, dtype=torch.int8)
-    return ClipBatch(index, (index % 2).int(), (first + 10 * index).int(), torch.tensor(bad), frames)
+    none = torch.zeros(len(bad), dtype=torch.bool)
+    return ClipBatch(index, (index % 2).int(), (first + 10 * index).int(), torch.tensor(bad), none, frames)
 
 
 def test_clips_are_named_by_run_and_start():

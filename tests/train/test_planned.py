@@ -6,9 +6,11 @@ import pytest
 
 from neurostorm.config import ConfigError
 from neurostorm.data.corpus import open_corpus
+from neurostorm.data.withdrawals import subject_of
 from neurostorm.places import place, replace
 from neurostorm.run_folder import keep_config
 from neurostorm.store import write_manifest
+from neurostorm.store.care import withdraw
 from neurostorm.train import checkpoint, feed, planned
 
 LAST = "runs/balls/sub-5"
@@ -82,6 +84,48 @@ def test_a_run_is_not_resumed_without_what_it_was_planned_on(config, begin, tmp_
     shutil.rmtree(config.data.store / "runs/balls/sub-2")
     write_manifest(config.data.store)
     with pytest.raises(ConfigError, match=r"another content of .*/store: runs/balls/sub-2/task-rest removed .*--name"):
+        planned.choose(config)
+
+
+def person(corpus, rows):
+    return {subject_of(corpus.runs[run]) for run in rows["run"]}
+
+
+def test_a_run_goes_on_without_the_clips_of_a_subject_who_withdrew(config, begin, caplog):
+    first = begin(step=4)
+    gone = next(iter(sorted(first.trained_subjects)))
+    withdraw(config.data.store, *gone.split("/"))
+    for corpus in (planned.choose(config), planned.planned(config)):
+        assert same(corpus, first), "the plan stays"
+        assert list(corpus.withdrawn) == [gone] and corpus.trained_subjects == first.trained_subjects
+        rows = corpus.plan.step_rows(0, 0, 1)
+        batch = corpus.reader.read(corpus.plan.epoch(0))
+        theirs = [subject_of(corpus.runs[run]) == gone for run in corpus.plan.epoch(0)["run"]]
+        assert batch["withdrawn"].tolist() == theirs and any(theirs) and not batch["bad"].any()
+        assert len(rows) == config.train.global_batch
+    assert f"1 subject(s) of this run's plan withdrew from {config.data.store}" in caplog.text
+    assert f"{gone} (20" in caplog.text and "held out withdrew" not in caplog.text
+
+
+def test_what_is_lost_beside_a_withdrawal_is_refused_by_name(config, begin):
+    first = begin(step=4)
+    gone, lost = sorted(first.trained_subjects)[:2]
+    withdraw(config.data.store, *gone.split("/"))
+    shutil.rmtree(config.data.store / "runs" / lost)
+    write_manifest(config.data.store)
+    with pytest.raises(ConfigError, match=rf"content of .*/store: runs/{lost}/task-rest removed"):
+        planned.choose(config)
+
+
+def test_a_run_that_loses_all_held_out_subjects_says_so_and_one_without_training_subjects_ends(config, begin, caplog):
+    first = begin(step=4)
+    for gone in sorted(person(first, first.validation)):
+        withdraw(config.data.store, *gone.split("/"))
+    assert same(planned.choose(config), first)
+    assert "Everybody who was held out withdrew: from now on there is no held-out loss" in caplog.text
+    for gone in first.trained_subjects:
+        withdraw(config.data.store, *gone.split("/"))
+    with pytest.raises(ConfigError, match=rf"everybody whom {config.run.folder} trains on withdrew .*--name"):
         planned.choose(config)
 
 
