@@ -6,6 +6,7 @@ Plain arrays: 66,000 Python strings and layouts would take hundreds of megabytes
 between the processes of a node without a copy.
 """
 
+import bisect
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
@@ -18,6 +19,7 @@ from neurostorm.store.shard import CODECS, RunLayout
 
 _UNKNOWN = 255  # codec of a run whose layout the manifest does not state
 _CODECS = tuple(CODECS)
+_MARKED = 64  # every how many-th path is a Python string, for a search that takes some microseconds
 
 
 class RunIndex(Sequence[str]):
@@ -34,9 +36,10 @@ class RunIndex(Sequence[str]):
         self._chunk_frames = manifest["chunk_frames"].fill_null(0).to_numpy().astype(np.int32)
         codec = pc.fill_null(pc.index_in(manifest["codec"], pa.array(_CODECS)), _UNKNOWN).to_numpy().astype(np.uint8)
         self._codec = np.where(self._chunk_frames > 0, codec, np.uint8(_UNKNOWN))
-        order = pc.array_sort_indices(self._paths).to_numpy()
+        order = pc.array_sort_indices(self._paths).to_numpy().astype(np.int32)
+        self._marks: list[str] = self.take(order[::_MARKED]).to_pylist()
         # A manifest is sorted by run, so that none has to be kept.
-        self._order = None if (order == np.arange(len(order))).all() else order.astype(np.int32)
+        self._order = None if (order == np.arange(len(order))).all() else order
         names = ("global_mean", "global_std")
         self._moments = np.stack([_floats(manifest[name]) for name in names], axis=1) if moments else None
 
@@ -65,15 +68,13 @@ class RunIndex(Sequence[str]):
 
     def find(self, run: str) -> int | None:
         """The number of a run, None if it is not there."""
-        low, high = 0, len(self)
-        while low < high:
-            middle = (low + high) // 2
-            if self[self._at(middle)] < run:
-                low = middle + 1
-            else:
-                high = middle
-        number = self._at(low) if low < len(self) else None
-        return number if number is not None and self[number] == run else None
+        first = _MARKED * (bisect.bisect_right(self._marks, run) - 1)
+        if first < 0:
+            return None
+        places = np.arange(first, min(first + _MARKED, len(self)))
+        numbers = places if self._order is None else self._order[places]
+        names = self.take(numbers).to_pylist()
+        return int(numbers[names.index(run)]) if run in names else None
 
     def layout(self, number: int, voxels: int) -> RunLayout | None:
         """The layout of a run whose rows have `voxels` bytes, None if the manifest does not state it."""
@@ -88,10 +89,6 @@ class RunIndex(Sequence[str]):
             return None
         mean, std = self._moments[number].tolist()
         return mean, std
-
-    def _at(self, place: int) -> int:
-        """The number of the run that is at `place` when they are sorted."""
-        return place if self._order is None else int(self._order[place])
 
 
 def _floats(column: pa.ChunkedArray) -> NDArray[np.float32]:

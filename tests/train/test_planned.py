@@ -2,10 +2,12 @@
 
 import shutil
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from neurostorm.config import ConfigError
-from neurostorm.data.corpus import open_corpus
+from neurostorm.data.corpus import PLANNED_COLUMNS, open_corpus
 from neurostorm.data.withdrawals import subject_of
 from neurostorm.places import place, replace
 from neurostorm.run_folder import keep_config
@@ -69,6 +71,16 @@ def test_an_ingest_meanwhile_changes_nothing_for_workers_feed_and_later_starts(c
     monkeypatch.setattr(feed, "clip_dataset", lambda reader, plan, **how: fed.append((*reader.runs, how["last_step"])))
     feed.training_data(config)
     assert fed == [(*first.runs, first.plan.total_steps(config.train.epochs, None))]
+
+
+def test_a_manifest_that_an_earlier_version_kept_says_no_layouts_and_is_planned_on(config, begin):
+    first = begin(step=4)
+    sink = pa.BufferOutputStream()
+    pq.write_table(first.manifest.select(PLANNED_COLUMNS), sink)
+    replace(place(str(config.run.folder)) / planned.KEPT, sink.getvalue().to_pybytes())
+    for corpus in (planned.planned(config), planned.choose(config)):
+        assert same(corpus, first)
+        assert not corpus.reader.read(corpus.plan.step_rows(0, 0, 1))["bad"].any()
 
 
 def test_a_run_without_a_checkpoint_is_planned_anew(config, begin, tmp_path):
