@@ -9,11 +9,12 @@ import pytest
 from neurostorm.config import ConfigError
 from neurostorm.data.corpus import PLANNED_COLUMNS, open_corpus
 from neurostorm.data.withdrawals import subject_of
-from neurostorm.places import place, replace
+from neurostorm.places import copy_files, files_below, place, replace
 from neurostorm.run_folder import keep_config
 from neurostorm.store import write_manifest
 from neurostorm.store.care import withdraw
 from neurostorm.train import checkpoint, feed, planned
+from tests.faulty_s3 import bad_network
 
 LAST = "runs/balls/sub-5"
 
@@ -81,6 +82,24 @@ def test_a_manifest_that_an_earlier_version_kept_says_no_layouts_and_is_planned_
     for corpus in (planned.planned(config), planned.choose(config)):
         assert same(corpus, first)
         assert not corpus.reader.read(corpus.plan.step_rows(0, 0, 1))["bad"].any()
+
+
+def test_a_worker_asks_an_object_store_for_little_before_its_first_clips(
+    ball_config, ball_store, make_bucket, s3_server, monkeypatch
+):
+    far, output = place(make_bucket()) / "store", make_bucket()
+    copy_files(ball_store, far, [name for name, _ in files_below(ball_store) if not name.endswith(".lock")])
+    config = ball_config(data={"store": far, "normalise": "global"}, run={"output": output})
+    planned.keep(config, planned.choose(config))
+    with bad_network(s3_server, monkeypatch) as network:
+        corpus = planned.planned(config)
+        assert len(network.requests) < 9, network.requests
+        assert sum(name.endswith("zarr.json") for name in network.requests) == 2, "the store's and its mask's"
+        network.requests.clear()
+        rows = corpus.plan.step_rows(0, 0, 1)
+        assert not corpus.reader.read(rows)["bad"].any()
+    assert {name.split("?")[0].rpartition("/")[2] for name in network.requests} == {"0.0"}
+    assert len(network.requests) == 2 * len(rows), "frames and moments of each clip"
 
 
 def test_a_run_without_a_checkpoint_is_planned_anew(config, begin, tmp_path):
