@@ -1,6 +1,7 @@
 """NIfTI files into the frame store: `python jobs/ingest.py --source DIR --store STORE [--grid 4mm] [--dry-run]`.
 
-A second start skips what is complete. Exit status 0 when the store holds a run of the source (with --dry-run: would).
+A second start skips what is complete. Exit status 0 when the store holds a run of the source (with --dry-run: would)
+and every run that can be used was written.
 """
 
 import shlex
@@ -28,7 +29,7 @@ JOB = Job(
 
 
 def work(config: Config) -> int:
-    """Ingests what is new; 1 when the store then holds no run of the source."""
+    """Ingests what is new; 1 when the store then holds no run of the source, or a run could not be written."""
     from neurostorm.capacity import pretrain_suggestion
     from neurostorm.ingest.estimate import dry_run
     from neurostorm.ingest.fanout import ingest
@@ -44,7 +45,7 @@ def work(config: Config) -> int:
     else:
         store = shlex.quote(str(config.data.store))
         print(f"next: {pretrain_suggestion(config.ingest.grid, current(), store, JOB.command('pretrain'))}")
-    return 0
+    return 1 if report.having("unwritten") else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

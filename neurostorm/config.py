@@ -101,7 +101,12 @@ class DataConfig(Section):
     read_threads: Positive = Field(2, description="reads at a time in a worker; an object store wants 16 or more")
     steps_ahead: Positive = Field(2, description="steps read ahead of training: bounds the feed's memory")
     batch_timeout_s: Positive = Field(
-        1800, description="longest wait of a worker for the clips of one step, seconds; then it says what is missing"
+        1800,
+        description="longest wait of a worker for the clips of one step, seconds; then it says what is missing; above "
+        "data.unavailable_s",
+    )
+    unavailable_s: Positive = Field(
+        600, description="longest wait for the store's storage to answer, seconds; then the run ends with an error"
     )
     verify: Literal["first", "always"] = Field(
         "first", description="which reads compare checksums: a process's first of each frame, or all"
@@ -110,9 +115,22 @@ class DataConfig(Section):
         "voxel", description="signal the model sees: z of each voxel over time, or z over all brain voxels and frames"
     )
     max_bad_fraction: float = Field(
-        0.01, ge=0, le=1, description="stop when more than this share of clips is unreadable"
+        0.01,
+        ge=0,
+        le=1,
+        description="stop when more than this share of the last 10,000 clips, over all workers, is damaged or missing",
     )
     val_clips: Positive = Field(64, description="held-out clips per validation (fewer if the store has fewer)")
+
+    @model_validator(mode="after")
+    def _batches_outlast_storage(self) -> "DataConfig":
+        if self.batch_timeout_s <= self.unavailable_s:
+            shorter_s = max(1, self.batch_timeout_s // 2)
+            raise ValueError(
+                f"batch_timeout_s={self.batch_timeout_s} must exceed unavailable_s={self.unavailable_s}, as no worker "
+                f"can wait longer for storage than for its clips: add --data.unavailable_s {shorter_s}"
+            )
+        return self
 
 
 class ModelConfig(Section):
@@ -252,12 +270,19 @@ class ScaleConfig(Section):
         description="longest wait for nodes, or for cores and GPUs in use by other jobs, seconds; default: 600, or 0 "
         "if the cluster is too small and has no autoscaler",
     )
-    max_failures: int = Field(3, ge=-1, description="worker-group failures that are retried; -1: without end")
+    max_failures: int = Field(
+        3,
+        ge=-1,
+        description="failures in a row, without a new checkpoint between them, after which the run ends; -1: never. "
+        "What would only repeat itself (settings, damaged clips, losses that are not finite) ends it at once",
+    )
     collective_timeout_s: Positive = Field(
         1800, description="seconds before a collective counts as hung, until steps were measured, and at most"
     )
     min_collective_timeout_s: Positive = Field(
-        60, description="the same at least; between the two it is 20 times the longest step, or checkpoint, so far"
+        60,
+        description="lower bound on the collective timeout, seconds; between the bounds it is 20 times what recent "
+        "steps (their 0.9 quantile) or checkpoints took",
     )
 
 

@@ -6,6 +6,7 @@
 Ray wraps what its workers raise in errors of its own. Nothing here loads Ray: its classes are known by their module.
 """
 
+import importlib
 import re
 from collections.abc import Iterator
 
@@ -18,7 +19,13 @@ _FOLLOWS = re.compile(
 
 
 class UserError(Exception):
-    """Input, a setting or the machine cannot be used; the message says what is wrong, where, and what to do."""
+    """Input, a setting or the machine cannot be used; the message says what is wrong, where, and what to do.
+
+    Attributes:
+        retry: whether the same work may succeed when it is started again without a change.
+    """
+
+    retry = False
 
 
 def reason_of(error: BaseException) -> str:
@@ -38,6 +45,28 @@ def reason_of(error: BaseException) -> str:
         text = _described(found)
         ranked.setdefault(_rank(found, text), {})[text] = None
     return " | ".join(ranked[min(ranked)])
+
+
+def may_pass(error: BaseException) -> bool:
+    """Returns whether work that ended with `error` may succeed when it is started again without a change.
+
+    Args:
+        error: what a worker group ended with, possibly in Ray's wrappers. It would only repeat itself when any worker
+            raised a `UserError` whose `retry` is False; what other workers raised then follows from it.
+    """
+    return all(_retry(found) for found in _unwrapped(error))
+
+
+def _retry(error: BaseException) -> bool:
+    if not isinstance(error, _Told):
+        return bool(getattr(error, "retry", True))
+    module, _, name = str(error.args[1]).rpartition(".")
+    if not module.startswith("neurostorm."):
+        return True
+    try:
+        return bool(getattr(getattr(importlib.import_module(module), name, None), "retry", True))
+    except ImportError:
+        return True
 
 
 def _unwrapped(error: BaseException) -> Iterator[BaseException]:

@@ -7,6 +7,7 @@ A second signal ends the process at once. Ray sets signal handlers of its own wh
 Ray calls `reinstall` afterwards.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
+logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GRACE_S = 20.0  # the process ends at the latest after this time: what it waits for may never come
 
@@ -30,12 +32,16 @@ class _Job:
     def __init__(self, resume: Callable[[], str]) -> None:
         self._resume = resume
         self.received: signal.Signals | None = None
+        self.error: Exception | None = None  # to be raised in the main thread
 
     def install(self) -> None:
         for each in SIGNALS:
             signal.signal(each, self.handle)
 
     def handle(self, number: int, frame: FrameType | None) -> NoReturn:
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
         if self.received is not None:
             os._exit(128 + number)
         self.received = signal.Signals(number)
@@ -89,6 +95,15 @@ def interruptible(resume: str | Callable[[], str]) -> Iterator[None]:
         if job.received is None:  # else a further signal still ends the process at once
             for each, handler in before.items():
                 signal.signal(each, handler)
+
+
+def end_with(error: Exception) -> None:
+    """Raises `error` in the main thread, from any other one; logged only when no `interruptible` block runs there."""
+    if _current is None:
+        logger.error("%s", error)
+        return
+    _current.error = error
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
 def reinstall() -> None:

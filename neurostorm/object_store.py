@@ -2,40 +2,26 @@
 
     ObjectPath --/ name--> ObjectPath --read_bytes, read_range, open("rb"), stat, iterdir--> one request each, or a few
 
-Credentials, region and endpoint come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL,
-GOOGLE_APPLICATION_CREDENTIALS, ...) or the role of the machine, not from files such as ~/.aws. Requests are tried again
-a bounded number of times; what fails for good is an OSError that names the place. `places.py` builds on this what is
-the same for files and objects.
+What fails for good is an OSError that names the place; see `object_requests.py` for retries and credentials.
+`places.py` builds on this what is the same for files and objects.
 """
 
 import contextlib
 import io
-import os
-import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import PurePosixPath
-from typing import Any, NoReturn
+from typing import Any
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
-from neurostorm.errors import UserError
+from neurostorm.object_requests import PlaceError, UnavailableError, client, errors, fail, request
+
+__all__ = ["SCHEMES", "STREAM_BYTES", "ObjectPath", "ObjectStat", "PlaceError", "UnavailableError", "errors", "request"]
 
 SCHEMES = ("s3", "gs")
-MAX_RETRIES = 6  # with pauses of 0.1 s, doubled each time: about 6 s of trouble are sat out
-RETRY_TIMEOUT_S = 120.0
-REQUEST_TIMEOUT_S = 60.0
-CONNECT_TIMEOUT_S = 10.0
 STREAM_BYTES = 8 << 20
-_ANSWER = re.compile(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", re.DOTALL)
-_clients: dict[tuple[int, str, str], Any] = {}  # by process, scheme and bucket
-
-
-class PlaceError(UserError, OSError):
-    """An object store refused or did not answer, after all retries; the message names the place."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +114,7 @@ class ObjectPath:
 
     def read_bytes(self) -> bytes:
         """The whole object. FileNotFoundError, or PlaceError after all retries."""
-        with errors(self):
-            return bytes(obstore.get(self.client, self.object_key).bytes())
+        return request(self, lambda: bytes(obstore.get(self.client, self.object_key).bytes()))
 
     def read_text(self, encoding: str = "utf-8") -> str:
         """The whole object as text, every line end as a newline."""
@@ -140,8 +125,9 @@ class ObjectPath:
         if size == 0:
             return memoryview(b"")
         try:
-            with errors(self):
-                return memoryview(obstore.get_range(self.client, self.object_key, start=offset, length=size))
+            return memoryview(
+                request(self, lambda: obstore.get_range(self.client, self.object_key, start=offset, length=size))
+            )
         except PlaceError:
             if offset >= self.stat().st_size:  # servers refuse a range that begins behind the end
                 return memoryview(b"")
@@ -153,8 +139,7 @@ class ObjectPath:
         PlaceError after all retries. What raises while pieces are made leaves no object.
         """
         if isinstance(data, bytes | memoryview):
-            with errors(self):
-                obstore.put(self.client, self.object_key, data)
+            request(self, lambda: obstore.put(self.client, self.object_key, data))
             return memoryview(data).nbytes
         sizes: list[int] = []
         with ThreadPoolExecutor(1) as pool, errors(self):
@@ -169,14 +154,12 @@ class ObjectPath:
         """A stream from the front, fetched in pieces of 8 MB. FileNotFoundError, or PlaceError after all retries."""
         if mode != "rb":
             raise ValueError(f"{self}: an object is read with open('rb') and put whole with write_bytes, not {mode!r}")
-        with errors(self):
-            reader = obstore.open_reader(self.client, self.object_key, buffer_size=STREAM_BYTES)
+        reader = request(self, lambda: obstore.open_reader(self.client, self.object_key, buffer_size=STREAM_BYTES))
         return io.BufferedReader(_Stream(self, reader), STREAM_BYTES)
 
     def stat(self) -> ObjectStat:
         """Size and time of the object. FileNotFoundError, or PlaceError after all retries."""
-        with errors(self):
-            found = obstore.head(self.client, self.object_key)
+        found = request(self, lambda: obstore.head(self.client, self.object_key))
         return ObjectStat(found["size"], int(found["last_modified"].timestamp() * 1e9), found["e_tag"])
 
     def is_file(self) -> bool:
@@ -189,9 +172,8 @@ class ObjectPath:
 
     def is_dir(self) -> bool:
         """Whether any object lies below, or this is a bucket. PlaceError when the bucket is not there."""
-        with errors(self):
-            pages = obstore.list(self.client, f"{self.key}/" if self.key else None, chunk_size=1)
-            return any(page for page in pages) or not self.key
+        prefix = f"{self.key}/" if self.key else None
+        return request(self, lambda: any(obstore.list(self.client, prefix, chunk_size=1))) or not self.key
 
     def exists(self) -> bool:
         """Whether there is an object of this key, or any below."""
@@ -199,8 +181,7 @@ class ObjectPath:
 
     def iterdir(self) -> Iterator["ObjectPath"]:
         """What lies one step below: objects, and prefixes that stand for folders."""
-        with errors(self):
-            found = obstore.list_with_delimiter(self.client, self.key or None)
+        found = request(self, lambda: obstore.list_with_delimiter(self.client, self.key or None))
         keys = {*found["common_prefixes"], *(entry["path"] for entry in found["objects"])}
         for key in sorted(keys - {self.key}):  # some tools mark a folder by an empty object of its name
             yield ObjectPath(self.scheme, self.bucket, key)
@@ -212,38 +193,28 @@ class ObjectPath:
         """Delete the object. FileNotFoundError when it is not there, unless `missing_ok`."""
         if not missing_ok:
             self.stat()
-        with errors(self), contextlib.suppress(FileNotFoundError):
-            obstore.delete(self.client, self.object_key)
+        with contextlib.suppress(FileNotFoundError):
+            request(self, lambda: obstore.delete(self.client, self.object_key))
 
+    def listed(self) -> Iterator[tuple[str, int]]:
+        """(key below here, size in bytes) of every object below, in order; a listing that breaks off goes on."""
+        prefix, last, pages = f"{self.key}/" if self.key else "", None, None
 
-def client(scheme: str, bucket: str) -> Any:
-    """The client of a bucket, one per process; it keeps connections open and tries failed requests again.
+        def next_page() -> Any:
+            nonlocal pages
+            if pages is None:
+                pages = iter(obstore.list(self.client, prefix or None, offset=last, chunk_size=1000))
+            try:
+                return next(pages, None)
+            except Exception:
+                pages = None
+                raise
 
-    PlaceError in a process that was forked from one with a client: its threads are gone, so a request would never end.
-    """
-    mine = (os.getpid(), scheme, bucket)
-    if mine not in _clients:
-        if any(process != mine[0] for process, *_ in list(_clients)):
-            raise PlaceError(
-                f"{scheme}://{bucket}: this process was forked from one that had used an object store already; "
-                "start it with multiprocessing's `spawn` or `forkserver`"
-            )
-        _clients.setdefault(mine, _new_client(scheme, bucket))
-    return _clients[mine]
-
-
-def _new_client(scheme: str, bucket: str) -> Any:
-    options: Any = {
-        "timeout": timedelta(seconds=REQUEST_TIMEOUT_S),
-        "connect_timeout": timedelta(seconds=CONNECT_TIMEOUT_S),
-    }
-    if os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
-        options["allow_http"] = True  # a server of the laboratory's own may speak plain HTTP; it says so by its address
-    retries: Any = {"max_retries": MAX_RETRIES, "retry_timeout": timedelta(seconds=RETRY_TIMEOUT_S)}
-    special: Any = {}
-    if scheme == "s3" and "AWS_COPY_IF_NOT_EXISTS" not in os.environ:
-        special["copy_if_not_exists"] = "multipart"
-    return obstore.store.from_url(f"{scheme}://{bucket}", client_options=options, retry_config=retries, **special)
+        while page := request(self, next_page):
+            last = page[-1]["path"]
+            for entry in page:
+                if len(entry["path"]) > len(prefix):  # some tools mark a folder by an empty object of its name
+                    yield entry["path"][len(prefix) :], entry["size"]
 
 
 def _made_in(pool: ThreadPoolExecutor, pieces: Iterator[bytes], sizes: list[int]) -> Iterator[bytes]:
@@ -251,31 +222,6 @@ def _made_in(pool: ThreadPoolExecutor, pieces: Iterator[bytes], sizes: list[int]
     while (piece := pool.submit(next, pieces, None).result()) is not None:
         sizes.append(len(piece))
         yield piece
-
-
-@contextlib.contextmanager
-def errors(where: ObjectPath) -> Iterator[None]:
-    """The client's errors as those of a file: FileNotFoundError, FileExistsError (a condition failed), PlaceError."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        if "NoSuchBucket" in str(error):
-            fail(where, error)
-        raise FileNotFoundError(2, "No such object", str(where)) from None
-    except (AlreadyExistsError, PreconditionError):
-        raise FileExistsError(17, "The object is there, or changed in between", str(where)) from None
-    except BaseError as error:
-        fail(where, error)
-
-
-def fail(where: ObjectPath, error: Exception) -> NoReturn:
-    """PlaceError with what the client and the server say; the rest of the client's text is its inner state."""
-    text = str(error).split("\n\nDebug source")[0]
-    answer = _ANSWER.search(text)
-    if answer is not None and answer[1] == "NoSuchBucket":
-        raise PlaceError(f"{where}: there is no bucket {where.bucket!r}: mend the address, or make it") from error
-    first = (text.strip().splitlines() or [type(error).__name__])[0].partition("<")[0].rstrip(": ")
-    raise PlaceError(f"{where}: {first}" + (f": {answer[1]}, {answer[2]}" if answer else "")) from error
 
 
 class _Stream(io.RawIOBase):

@@ -10,6 +10,7 @@ of the code does not ask where its data lie.
 
 import contextlib
 import errno
+import functools
 import os
 import random
 import re
@@ -25,13 +26,19 @@ from urllib.parse import parse_qsl, urlsplit
 import obstore
 
 from neurostorm.locks import locked, open_locked
-from neurostorm.object_store import SCHEMES, STREAM_BYTES, ObjectPath, PlaceError, errors
+from neurostorm.object_store import SCHEMES, STREAM_BYTES, ObjectPath, PlaceError, UnavailableError, request
 
 COPY_BYTES = 1 << 30  # the largest object that is copied in one request, which has to answer in time
 TRANSFERS = 8  # files moved at once between a folder and an object store
 _UPDATES = 50  # tries to change an object that others change at the same time
 _TEMPORARY = ".partial"
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+# A file server that is away, a mount that is stale, or rights that have expired; what lies there may be whole.
+_UNAVAILABLE = {
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN,
+    errno.ENETUNREACH, errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EREMOTEIO, errno.ENODEV,
+    errno.ENXIO, errno.EAGAIN, errno.EACCES, errno.EPERM, errno.EKEYEXPIRED, errno.ESHUTDOWN,
+}  # fmt: skip
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _SECRET = re.compile(r"(?i)pass(word|wd)?$|secret|token|signature|credential|(access|api)[-_]?key")  # in a URL's query
 
@@ -70,6 +77,22 @@ def place(address: str | os.PathLike[str] | ObjectPath) -> Place:
     if {".", ".."} & set(steps):
         raise ValueError(f"{text!r}: `.` and `..` have no meaning in an object store")
     return ObjectPath(scheme, bucket, "/".join(steps))
+
+
+def is_unavailable(error: BaseException) -> bool:
+    """Returns whether storage did not answer, as opposed to answering that something is missing or damaged.
+
+    Args:
+        error: of a read or write; what it was raised from counts, too.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, UnavailableError | TimeoutError | ConnectionError):
+            return True
+        if isinstance(found, OSError) and not isinstance(found, PlaceError) and found.errno in _UNAVAILABLE:
+            return True
+        found = found.__cause__
+    return False
 
 
 def no_secret(address: str) -> str:
@@ -121,12 +144,7 @@ def files_below(folder: Place) -> Iterator[tuple[str, int]]:
                 with contextlib.suppress(FileNotFoundError):
                     yield path.relative_to(folder).as_posix(), path.stat().st_size
         return
-    prefix = f"{folder.key}/" if folder.key else ""
-    with errors(folder):
-        for page in obstore.list(folder.client, prefix or None, chunk_size=1000):
-            for entry in page:
-                if len(entry["path"]) > len(prefix):  # some tools mark a folder by an empty object of its name
-                    yield entry["path"][len(prefix) :], entry["size"]
+    yield from folder.listed()
 
 
 def remove_tree(folder: Place) -> None:
@@ -136,9 +154,9 @@ def remove_tree(folder: Place) -> None:
             shutil.rmtree(folder)
         return
     keys = [(folder / name).key for name, _ in files_below(folder)]
-    with errors(folder):
-        for first in range(0, len(keys), 1000):
-            obstore.delete(folder.client, keys[first : first + 1000])
+    for first in range(0, len(keys), 1000):
+        part = keys[first : first + 1000]
+        request(folder, functools.partial(obstore.delete, folder.client, part))
 
 
 def copy_files(source: Place, target: Place, names: Iterable[str]) -> None:
@@ -156,17 +174,22 @@ def copy_files(source: Place, target: Place, names: Iterable[str]) -> None:
         here, there = source / name, target / name
         if isinstance(here, ObjectPath) and isinstance(there, ObjectPath) and _copied_within(here, there):
             return
-        with naming(here, there), here.open("rb") as reader:
-            pieces = iter(lambda: reader.read(STREAM_BYTES), b"")
-            if isinstance(there, Path):
-                there.parent.mkdir(parents=True, exist_ok=True)
-                _replace(there, pieces)
+        with naming(here, there):
+            if isinstance(there, ObjectPath):
+                request(there, lambda: _stream(here, there.write_bytes))
             else:
-                there.write_bytes(pieces)
+                there.parent.mkdir(parents=True, exist_ok=True)
+                _stream(here, functools.partial(_replace, there))
 
     with ThreadPoolExecutor(TRANSFERS) as pool:
         for _ in pool.map(copy, names):
             pass
+
+
+def _stream(source: Place, write: Callable[[Iterator[bytes]], object]) -> None:
+    """Has the pieces of a file written."""
+    with source.open("rb") as reader:
+        write(iter(lambda: reader.read(STREAM_BYTES), b""))
 
 
 def _copied_within(here: ObjectPath, there: ObjectPath) -> bool:
@@ -174,8 +197,7 @@ def _copied_within(here: ObjectPath, there: ObjectPath) -> bool:
     if (here.scheme, here.bucket) != (there.scheme, there.bucket) or here.stat().st_size > COPY_BYTES:
         return False
     try:
-        with errors(here):
-            obstore.copy(here.client, here.object_key, there.object_key)
+        request(here, lambda: obstore.copy(here.client, here.object_key, there.object_key))
     except PlaceError:  # it may still let us read and write
         return False
     return True
@@ -206,8 +228,7 @@ def create(target: Place, data: bytes) -> bool:
     """Make `target` with `data`, unless it is there: False then, and it stays as it is."""
     try:
         if isinstance(target, ObjectPath):
-            with errors(target):
-                obstore.put(target.client, target.object_key, data, mode="create")
+            request(target, lambda: obstore.put(target.client, target.object_key, data, mode="create"))
         else:
             with naming(target), _beside(target, [data]) as partial:
                 _link(partial, target)
@@ -223,8 +244,7 @@ def take_place(uploaded: ObjectPath, target: ObjectPath) -> bool:
     OSError when the store refuses; on S3 and its like this is a multipart copy whose completion bears the condition.
     """
     try:
-        with errors(target):
-            obstore.copy(target.client, uploaded.object_key, target.object_key, overwrite=False)
+        request(target, lambda: obstore.copy(target.client, uploaded.object_key, target.object_key, overwrite=False))
     except FileExistsError:
         return False
     return True
@@ -250,8 +270,8 @@ def update(target: Place, change: Callable[[bytes | None], bytes | None]) -> Non
             return
         mode: Any = version or "create"
         try:
-            with errors(target):
-                obstore.put(target.client, target.object_key, after, mode=mode, use_multipart=False)
+            options = {"mode": mode, "use_multipart": False}
+            request(target, functools.partial(obstore.put, target.client, target.object_key, after, **options))
             return
         except (FileExistsError, FileNotFoundError):  # it changed, or went
             time.sleep(random.uniform(0.01, 0.2))  # those who collide wait differently long
@@ -305,10 +325,13 @@ def _link(partial: Path, target: Path) -> None:
 
 def _read_versioned(target: ObjectPath) -> tuple[bytes | None, dict[str, str] | None]:
     """The object and what tells this version of it from others: S3 goes by the tag, Google by the version."""
+
+    def get() -> tuple[Any, bytes]:
+        answer = obstore.get(target.client, target.object_key)
+        return answer, bytes(answer.bytes())
+
     try:
-        with errors(target):
-            found = obstore.get(target.client, target.object_key)
-            data = bytes(found.bytes())
+        found, data = request(target, get)
     except FileNotFoundError:
         return None, None
     facts = {"e_tag": found.meta["e_tag"], "version": found.meta["version"]}

@@ -26,8 +26,8 @@ PLACED = frozenset({"run.output", "task.store", "adapt.cache", "adapt.gpus", "ad
 RESUMABLE = frozenset(
     {
         "run.output", "run.name", "data.store", "data.max_bad_fraction", "data.read_in", "data.read_threads",
-        "data.steps_ahead", "data.batch_timeout_s", "data.verify", "train.micro_batch", "train.zero_stage",
-        "train.compile", "train.max_skipped_steps", "train.log_every", "train.validate_every",
+        "data.steps_ahead", "data.batch_timeout_s", "data.unavailable_s", "data.verify", "train.micro_batch",
+        "train.zero_stage", "train.compile", "train.max_skipped_steps", "train.log_every", "train.validate_every",
     }
 )  # fmt: skip
 

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from neurostorm import object_store
+from neurostorm import object_requests
 
 Kind = Literal["refuse", "stall", "cut answer", "cut upload", "lose answer", "forbid"]
 _XML = b"<?xml version='1.0'?>\n<Error><Code>%b</Code><Message>%b</Message></Error>"
@@ -37,6 +37,7 @@ class Network:
         self.server = urlsplit(server).netloc
         self.faults: list[Fault] = []
         self.requests: list[str] = []
+        self.outage: Kind | None = None  # what all requests suffer for as long as it is set
         self.over = threading.Event()
         self._lock = threading.Lock()
         network = self
@@ -73,7 +74,7 @@ class Network:
                 if fault.method == request.command and fault.part in request.path and fault.left > 0:
                     fault.left -= 1
                     return fault.kind
-        return None
+        return self.outage
 
     def _handle(self, request: BaseHTTPRequestHandler) -> None:
         fault = self._next_fault(request)
@@ -126,10 +127,10 @@ def _answer(
 
 @contextmanager
 def bad_network(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Network]:
-    """Leads this process's clients over a network of its own; they try three times."""
+    """Leads this process's clients over a network of its own; they try for a second."""
     network = Network(server)
     monkeypatch.setenv("AWS_ENDPOINT_URL", network.address)
-    monkeypatch.setattr(object_store, "_clients", {})
-    monkeypatch.setattr(object_store, "MAX_RETRIES", 2)
+    monkeypatch.setattr(object_requests, "_clients", {})
+    monkeypatch.setattr(object_requests, "RETRY_S", 1.0)
     yield network
     network.close()

@@ -1,21 +1,25 @@
 """Objects behave as files do, and what goes wrong on the way to them is sat out, or named."""
 
+import errno
 import json
 import multiprocessing
 import os
 import pickle
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import boto3
+import obstore
 import pytest
 
-from neurostorm import object_store
-from neurostorm.object_store import ObjectPath, PlaceError
-from neurostorm.places import copy_files, create, files_below, place, remove_tree, replace, update
+from neurostorm import object_requests
+from neurostorm.object_store import ObjectPath, PlaceError, UnavailableError
+from neurostorm.places import copy_files, create, files_below, is_unavailable, place, remove_tree, replace, update
 from tests.faulty_s3 import Network, bad_network
 
 BIG = bytes(range(256)) * (12 << 12)  # 12 MiB: three parts of an upload, two pieces of a stream
@@ -175,7 +179,7 @@ def test_reading_sits_out_a_short_fault(home: ObjectPath, network: Network, kind
 def test_a_stalled_request_is_given_up_and_sent_again(
     home: ObjectPath, network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(object_store, "REQUEST_TIMEOUT_S", 0.4)
+    monkeypatch.setattr(object_requests, "REQUEST_TIMEOUT_S", 0.4)
     (home / "a").write_bytes(b"data")
     network.fail("stall", "GET", "/a")
     assert (home / "a").read_bytes() == b"data"
@@ -205,7 +209,7 @@ def test_a_long_fault_names_the_object(home: ObjectPath, network: Network, kind:
     (home / "a").write_bytes(SOME)
     network.fail(kind, "GET", "/a", times=999)
     for ask in ((home / "a").read_bytes, lambda: (home / "a").open().read()):
-        with pytest.raises(PlaceError, match=f"^{home}/a: "):
+        with pytest.raises(UnavailableError, match=f"^{home}/a: "):
             ask()
     assert len(network.requests) < 60
 
@@ -251,12 +255,94 @@ def test_a_refusal_is_not_taken_for_a_missing_object(home: ObjectPath, network: 
 
 def test_a_server_that_is_gone_is_an_error(home: ObjectPath, network: Network) -> None:
     network.close()
-    with pytest.raises(PlaceError, match=f"^{home}/a: "):
+    with pytest.raises(UnavailableError, match=f"^{home}/a: "):
         (home / "a").read_bytes()
 
 
+def test_refused_credentials_are_unavailable_storage_and_a_missing_bucket_is_not(
+    home: ObjectPath, network: Network
+) -> None:
+    (home / "a").write_bytes(b"1")
+    network.fail("forbid", "GET", "/a", times=9)
+    with pytest.raises(UnavailableError, match="AccessDenied"):
+        (home / "a").read_range(0, 1)
+    network.faults.clear()
+    with pytest.raises(PlaceError, match="no bucket") as missing:
+        place("s3://no-such-bucket/a").read_bytes()
+    assert not is_unavailable(missing.value)
+
+
+@pytest.mark.parametrize(
+    ("number", "away"),
+    [
+        *((number, True) for number in (errno.EIO, errno.ESTALE, errno.EACCES, errno.ETIMEDOUT)),
+        *((number, False) for number in (errno.ENOENT, errno.ENOSPC, errno.EISDIR)),
+    ],
+)
+def test_a_file_system_that_does_not_answer_is_unavailable(number: int, away: bool) -> None:
+    error = OSError(number, os.strerror(number), "file")
+    assert is_unavailable(error) is away
+    outer = ValueError("wrapped")
+    outer.__cause__ = error
+    assert is_unavailable(outer) is away
+
+
+@pytest.mark.parametrize("kind", ["refuse", "cut answer", "lose answer"])
+def test_every_kind_of_request_outlasts_a_store_that_is_busy_for_seconds(
+    kind: Any, home: ObjectPath, network: Network, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(object_requests, "RETRY_S", 60.0)
+    monkeypatch.setattr(object_requests, "_clients", {})
+    monkeypatch.setattr(object_requests, "_SAY_FIRST_S", 0.2)
+    monkeypatch.setattr(object_requests, "_watches", {})
+    for name in ("read", "old", "copied", "changed"):
+        (home / name).write_bytes(SOME)
+    (home / "tree/x").write_bytes(b"1")
+    (tmp_path / "up").write_bytes(BIG)
+    network.outage = kind
+    asks: dict[str, Callable[[], object]] = {
+        "get": (home / "read").read_bytes, "range": lambda: (home / "read").read_range(3, 9),
+        "head": (home / "read").stat, "put": lambda: (home / "put").write_bytes(SOME),
+        "large": lambda: (home / "large").write_bytes(BIG), "upload": lambda: copy_files(tmp_path, home, ["up"]),
+        "list": lambda: dict(files_below(home / "tree")), "folder": (home / "tree").is_dir,
+        "copy": lambda: copy_files(home, home / "there", ["copied"]), "create": lambda: create(home / "new", b"1"),
+        "update": lambda: update(home / "changed", lambda _: b"2"), "delete": lambda: (home / "old").unlink(True),
+        "stream": lambda: (home / "read").open().read(),
+    }  # fmt: skip
+    with ThreadPoolExecutor(len(asks)) as pool:
+        asked = {name: pool.submit(ask) for name, ask in asks.items()}
+        time.sleep(3)
+        network.outage = None
+        found = {name: answer.result(60) for name, answer in asked.items()}
+    assert found["get"] == found["stream"] == SOME and bytes(found["range"]) == SOME[3:12]  # type: ignore[call-overload]
+    assert found["list"] == {"x": 1} and found["folder"] is True
+    sizes = dict(files_below(home))
+    assert sizes["put"] == len(SOME) and sizes["large"] == sizes["up"] == len(BIG) and sizes["new"] == 1
+    assert "old" not in sizes and sizes["there/copied"] == len(SOME) and (home / "changed").read_bytes() == b"2"
+    assert f"s3://{home.bucket}" in caplog.text and "has not answered for" in caplog.text
+
+
+def test_a_long_listing_that_breaks_off_goes_on_where_it_was(home: ObjectPath, network: Network) -> None:
+    for number in range(12):
+        (home / f"{number:02d}").write_bytes(b"1")
+    with pytest.MonkeyPatch.context() as patched:
+        listing, pages = obstore.list, []
+
+        def two_at_a_time(client: Any, prefix: Any, offset: Any, chunk_size: int) -> Any:
+            for page in listing(client, prefix, offset=offset, chunk_size=2):
+                pages.append(offset)
+                if len(pages) in (2, 5):
+                    raise obstore.exceptions.GenericError("HTTP error: request or response body error")
+                yield page
+
+        patched.setattr(obstore, "list", two_at_a_time)
+        assert [name for name, _ in files_below(home)] == [f"{number:02d}" for number in range(12)]
+    assert pages[:2] == [None, None] and pages[2] == "01" and pages[-1] is not None
+
+
 def test_threads_share_one_client(home: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(object_store, "_clients", {})
+    monkeypatch.setattr(object_requests, "_clients", {})
     found: list[Any] = []
     threads = [threading.Thread(target=lambda: found.append(home.client)) for _ in range(4)]
     for thread in threads:
@@ -273,8 +359,8 @@ def test_google_addresses_have_a_client_of_their_own(monkeypatch: pytest.MonkeyP
         "private_key_id": "",
     }))  # fmt: skip
     monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", os.fspath(key))
-    monkeypatch.setattr(object_store, "_clients", {})
-    monkeypatch.setattr(object_store, "MAX_RETRIES", 0)
+    monkeypatch.setattr(object_requests, "_clients", {})
+    monkeypatch.setattr(object_requests, "RETRY_S", 0.1)
     there = place("gs://bucket/a")
     assert isinstance(there, ObjectPath) and type(there.client).__name__ == "GCSStore"
     with pytest.raises(PlaceError, match=r"^gs://bucket/a: "):

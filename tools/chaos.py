@@ -35,9 +35,10 @@ from chaos_nodes import ON_NODES
 from chaos_scene import EVERY, FRAMES, STEPS_PER_EPOCH, Scene, Setting
 from chaos_services import OF_SERVICES
 from chaos_soak import soak
+from chaos_storage import OF_STORAGE
 from chaos_withdrawn import WITHDRAWN
 
-FAULTS: dict[str, Fault] = LOCAL | OF_SERVICES | ON_NODES | WITHDRAWN
+FAULTS: dict[str, Fault] = LOCAL | OF_STORAGE | OF_SERVICES | ON_NODES | WITHDRAWN
 FIRST = 2 * EVERY + 5  # no fault strikes before: two checkpoints are there
 
 

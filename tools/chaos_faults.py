@@ -5,7 +5,7 @@
     hang             SIGSTOP of a training worker                    the collective times out, workers start again
     mid-checkpoint   SIGKILL while a checkpoint is not committed     resumed from the one before
     corrupt          driver killed, newest checkpoint damaged        the same command resumes from its copy
-    shard            frames of the store damaged                     the job stops and names the run; mended, again
+    shard            frames of the store damaged                     the job ends at once, names the run; mended, again
     nan              a loss that is not finite, once, on one rank    the step is computed once more
 
 A fault is a function of a Scene: it strikes, calls `struck`, and starts the job again where a person would have to.
@@ -134,7 +134,7 @@ def damage_shard(scene: Scene) -> None:
             file.write(whole)
     said = scene.job.output()
     scene.note(scene.job.process.returncode != 0, "the job ended well with a damaged store")
-    scene.note("clips could not be read" in said and run in said, f"the job did not name {run}")
+    scene.note("clips are damaged or missing" in said and run in said, f"the job did not name {run}")
     scene.job.kill()
     scene.start()
 
@@ -186,6 +186,6 @@ LOCAL: dict[str, Fault] = {
     "hang": Fault(stop_worker),
     "mid-checkpoint": Fault(kill_in_checkpoint),
     "corrupt": Fault(damage_checkpoint),
-    "shard": Fault(damage_shard, {"data": {"max_bad_fraction": 0.0, "verify": "always"}, "scale": {"max_failures": 0}}),
+    "shard": Fault(damage_shard, {"data": {"max_bad_fraction": 0.0, "verify": "always"}}),
     "nan": Fault(poison, allowed=0, prepare=may_be_poisoned, check=was_repeated),
 }

@@ -3,14 +3,16 @@
     plan rows -> reads (neighbours together) -> ClipReader -> columns of numpy (what Ray Data carries)
                                                            -> ClipBatch of tensors (what training takes)
 
-Frames go from the file to their place in the batch and nowhere else. A clip that cannot be read becomes a clip without
-data, of which the loss counts nothing, and is marked `bad`, so that the worker that gets it names and counts it. So
-does one whose subject withdrew since the plan was made, which is marked `withdrawn`.
+Frames go from the file to their place in the batch and nowhere else. A clip whose data is damaged or missing becomes a
+clip without data, of which the loss counts nothing, and is marked `bad`, so that the worker that gets it names and
+counts it. So does one whose subject withdrew since the plan was made, which is marked `withdrawn`. Storage that is away
+says nothing about the data: the reader waits for it, for a limited time.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,8 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neurostorm.data.reads import Read, plan_reads
+from neurostorm.data.storage_wait import wait_for_storage
 from neurostorm.data.withdrawals import Withdrawals
-from neurostorm.store.layout import MissingRunError, StoreError
+from neurostorm.store.layout import MissingRunError, StoreError, StoreUnavailableError
 from neurostorm.store.reader import FrameStore
 from neurostorm.store.run_index import RunIndex
 
@@ -34,6 +37,7 @@ if TYPE_CHECKING:  # Ray's reading tasks and its plan of them need no torch, whi
 logger = logging.getLogger(__name__)
 
 Columns = dict[str, NDArray[Any]]
+UNAVAILABLE_S = 600.0  # data.unavailable_s of callers without a configuration
 
 
 class WithdrawnError(StoreError):
@@ -45,8 +49,9 @@ class ClipBatch:
     """The clips of one worker in one optimiser step, on the CPU; B clips, L frames, V mask voxels.
 
     row, run, start  int64/int32 (B): place in the plan's stream, run in the manifest, first frame
-    bad              bool (B): the clip could not be read and holds no data
-    withdrawn        bool (B): the clip is left out, as its subject withdrew, and holds no data; it is not bad
+    bad              bool (B): the clip's data is damaged or missing; it holds zeros
+    withdrawn        bool (B): the clip is left out, as its subject withdrew, and holds zeros; it is not bad
+    waited_s         float32 (B): for how long the store's storage was away when the clip was read, seconds
     frames           int8 (B, L, V): 16 x voxel z
     scale, shift     float32 (B, V) and fill float32 (B): z of the voxel to global z (normalise=global), else None
     """
@@ -56,6 +61,7 @@ class ClipBatch:
     start: torch.Tensor
     bad: torch.Tensor
     withdrawn: torch.Tensor
+    waited_s: torch.Tensor
     frames: torch.Tensor
     scale: torch.Tensor | None = None
     shift: torch.Tensor | None = None
@@ -79,16 +85,18 @@ class ClipBatch:
 class ClipReader:
     """Reads plan rows as columns of numpy arrays; picklable, so that read tasks carry it.
 
-    runs         the manifest's run paths, in the order that the plan's `run` column indexes; a `RunIndex` also tells
-                 where their rows lie, and the mean and std of each run
-    normalise    `voxel`: frames alone; `global`: also each voxel's scale and shift to z over the whole run
-    withdrawals  whose clips are left out; None: a clip whose run is gone is bad, whatever the reason
+    runs           the manifest's run paths, in the order that the plan's `run` column indexes; a `RunIndex` also tells
+                   where their rows lie, and the mean and std of each run
+    normalise      `voxel`: frames alone; `global`: also each voxel's scale and shift to z over the whole run
+    unavailable_s  longest wait for storage that is away, seconds; then StorageAwayError
+    withdrawals    whose clips are left out; None: a clip whose run is gone is bad, whatever the reason
     """
 
     store: FrameStore
     runs: Sequence[str]
     clip_frames: int
     normalise: str
+    unavailable_s: float = UNAVAILABLE_S
     withdrawals: Withdrawals | None = None
 
     def __post_init__(self) -> None:
@@ -120,17 +128,20 @@ class ClipReader:
         """
         ring: deque[Columns | None] = deque([None] * (ahead + 2))
         waiting: deque[tuple[Columns, list[Any]]] = deque()
+        stop = threading.Event()
         with ThreadPoolExecutor(threads, thread_name_prefix="clips") as pool:
             try:
                 for rows, paths in orders:
                     columns, reads, paths = self._prepare(rows, paths, ring.popleft())
                     ring.append(columns)
-                    waiting.append((columns, [pool.submit(self._fill, columns, r, paths[r.first]) for r in reads]))
+                    begun = [pool.submit(self._fill, columns, read, paths[read.first], stop) for read in reads]
+                    waiting.append((columns, begun))
                     if len(waiting) > ahead:
                         yield _finished(*waiting.popleft())
                 while waiting:
                     yield _finished(*waiting.popleft())
             finally:
+                stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def batch(self, rows: NDArray[np.void]) -> ClipBatch:
@@ -148,6 +159,7 @@ class ClipReader:
         """Columns still without frames, in the memory of `used` if that fits, and what to read for them."""
         columns: Columns = {name: np.ascontiguousarray(rows[name]) for name in ("row", "run", "start")}
         columns |= {name: np.zeros(len(rows), bool) for name in ("bad", "withdrawn")}
+        columns["waited_s"] = np.zeros(len(rows), np.float32)
         shapes: dict[str, tuple[tuple[int, ...], type]] = {"frames": ((self.clip_frames,), np.int8)}
         if self.normalise == "global":
             shapes |= {"scale": ((), np.float32), "shift": ((), np.float32)}
@@ -166,16 +178,20 @@ class ClipReader:
             reads = [read for read in reads if not gone[read.first]]
         return columns, reads, named
 
-    def _fill(self, columns: Columns, read: Read, run: str) -> None:
+    def _fill(self, columns: Columns, read: Read, run: str, stop: threading.Event | None = None) -> None:
         """Bring in the clips of one read; where it fails, one clip after the other, so that only bad ones are lost."""
         try:
-            self._read_clips(columns, read, run)
+            _, waited_s = wait_for_storage(lambda: self._read_clips(columns, read, run), self.unavailable_s, stop=stop)
+            columns["waited_s"][read.first : read.first + read.count] = waited_s
+        except StoreUnavailableError:
+            raise
         except WithdrawnError:
             _leave_out(columns, read)
         except StoreError as error:  # a damaged clip, or a run that is gone
             if read.count > 1:
                 for index in range(read.first, read.first + read.count):
-                    self._fill(columns, Read(index, 1, int(columns["start"][index]), self.clip_frames, True), run)
+                    one = Read(index, 1, int(columns["start"][index]), self.clip_frames, True)
+                    self._fill(columns, one, run, stop)
                 return
             logger.warning("%s", error)
             _zero(columns, read)

@@ -110,7 +110,7 @@ def open_corpus(config: Config, manifest: pa.Table | None = None) -> Corpus:
     )
     runs = RunIndex(manifest, moments=data.normalise == "global")
     withdrawals = Withdrawals.read(store.path)
-    reader = ClipReader(store, runs, data.clip_frames, data.normalise, withdrawals=withdrawals)
+    reader = ClipReader(store, runs, data.clip_frames, data.normalise, data.unavailable_s, withdrawals)
     rows = validation_rows(parted.validation, clip_frames=data.clip_frames, count=data.val_clips)
     content = store.content_hash(manifest)
     return Corpus(store, reader, plan, rows, len(set(subjects)), int(frames.sum()), parted.description, content)

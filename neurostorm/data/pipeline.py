@@ -14,16 +14,11 @@ object store. With read_in=tasks that store holds `feed_bytes` in blocks. Readin
 (tools/bench_feed.py); tasks use the cores of nodes that do not train.
 """
 
-import contextlib
 import itertools
-import logging
-import queue
-import threading
-import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -32,15 +27,12 @@ from numpy.typing import NDArray
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
+from neurostorm.data.batch_stream import BatchStream
 from neurostorm.data.clips import ClipBatch, ClipReader, Columns, as_batch
 from neurostorm.data.plan import ROW, ClipPlan
 from neurostorm.store.run_index import RunIndex
 
-logger = logging.getLogger(__name__)
-
 ReadIn = Literal["worker", "tasks"]
-T = TypeVar("T")
-SAY_EVERY_S = 60  # of waiting for a batch
 STRETCH_CLIPS = 4096  # of one worker in one task of plan rows: about 0.5 MB of rows and names
 _ROW_BYTES = 120  # of a plan row with its run's path
 
@@ -166,16 +158,11 @@ class _ReadBlock:
 _READERS: dict[tuple[Any, ...], ClipReader] = {}  # of this process: what a reader knows of runs outlives a task
 
 
-class BatchTimeout(RuntimeError):
-    """No clips came in time; the message says what was waited for and what to check."""
-
-
 @dataclass
 class _Feeding:
     """What the feed of one worker is busy with, as the thread that waits for it reports it."""
 
     reader: ClipReader
-    rank: int
     clips: int
     read_in: ReadIn | None = None  # not known before the first block
     reads: bool = False  # in this process, with read_in=worker
@@ -206,7 +193,7 @@ class _Feeding:
 def batches(
     shard: Any, reader: ClipReader, *, rank: int, first_step: int, clips: int, threads: int = 2, steps_ahead: int = 2,
     timeout_s: float = 1800,
-) -> Iterator[ClipBatch]:  # fmt: skip
+) -> BatchStream:  # fmt: skip
     """A worker's shard of the dataset as ClipBatches for steps first_step, first_step + 1, ...
 
     The frames of a batch are good until the second one after it is asked for: their memory is used again.
@@ -225,10 +212,11 @@ def batches(
         RuntimeError: a block is not the one that the plan has for this step and rank.
         BatchTimeout: a batch did not come in time.
     """
-    feeding = _Feeding(reader, rank, clips)
+    feeding = _Feeding(reader, clips)
     blocks = shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=steps_ahead)
     parts = _steps(feeding.blocks(blocks), rank=rank, first_step=first_step, clips=clips)
-    return _in_time(_read(parts, reader, threads, steps_ahead), feeding, first_step, timeout_s)
+    made = _read(parts, reader, threads, steps_ahead)
+    return BatchStream(made, rank=rank, first_step=first_step, timeout_s=timeout_s, words=feeding.words)
 
 
 def _read(parts: Iterator[Columns], reader: ClipReader, threads: int, steps_ahead: int) -> Iterator[ClipBatch]:
@@ -242,51 +230,6 @@ def _read(parts: Iterator[Columns], reader: ClipReader, threads: int, steps_ahea
     else:
         orders = ((_rows(part), part["path"].tolist()) for part in whole)
         yield from map(as_batch, reader.read_ahead(orders, threads=threads, ahead=steps_ahead))
-
-
-def _in_time(
-    stream: Iterator[ClipBatch], feeding: _Feeding, first_step: int, timeout_s: float
-) -> Generator[ClipBatch, None, None]:
-    """The same batches, each made when it is asked for, in a thread that can be given up when none comes."""
-    asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
-    made: queue.SimpleQueue[tuple[ClipBatch | None, BaseException | None]] = queue.SimpleQueue()
-
-    def make() -> None:
-        try:
-            while asked.get():
-                made.put((next(stream, None), None))
-        except BaseException as error:
-            made.put((None, error))
-
-    threading.Thread(target=make, name="batches", daemon=True).start()
-    try:
-        for step in itertools.count(first_step):
-            asked.put(True)
-            batch, error = _wait(made, feeding, step, timeout_s)
-            if error is not None:
-                raise error
-            if batch is None:
-                return
-            yield batch
-    finally:
-        asked.put(False)
-
-
-def _wait(made: "queue.SimpleQueue[T]", feeding: _Feeding, step: int, timeout_s: float) -> T:
-    """What comes next, with a line for each minute of waiting; BatchTimeout after `timeout_s`."""
-    began_s = time.monotonic()
-    while True:
-        waited_s = time.monotonic() - began_s
-        with contextlib.suppress(queue.Empty):
-            return made.get(timeout=max(0.0, min(SAY_EVERY_S, timeout_s - waited_s)))
-        waited_s = time.monotonic() - began_s
-        what, check = feeding.words()
-        if waited_s >= timeout_s:
-            raise BatchTimeout(
-                f"no clips of step {step} came to worker {feeding.rank} in {waited_s:.0f} s (data.batch_timeout_s): it "
-                f"waited for {what}. Check that {check}; if that is only slow, raise --data.batch_timeout_s"
-            )
-        logger.warning("worker %d waits for the clips of step %d for %.0f s: %s", feeding.rank, step, waited_s, what)
 
 
 def _steps(blocks: Iterator[Columns], *, rank: int, first_step: int, clips: int) -> Iterator[Columns]:

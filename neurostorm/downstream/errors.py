@@ -4,15 +4,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-from neurostorm.config import ConfigError
-from neurostorm.downstream.labels import LabelError
-from neurostorm.downstream.reid import ReidError
-from neurostorm.downstream.splits import SplitError
 from neurostorm.errors import UserError
-from neurostorm.model.hub import HubError
-from neurostorm.model.reference import ReferenceMismatch
 from neurostorm.places import Place, replace
-from neurostorm.store import StoreError
 
 ERRORS = "errors"  # folder of a run with the tracebacks of its trials
 
@@ -20,9 +13,6 @@ ERRORS = "errors"  # folder of a run with the tracebacks of its trials
 class TrialsFailed(UserError, RuntimeError):
     """Training or testing failed; the message names the reasons and where the tracebacks are."""
 
-
-# What a second try of the same trial meets again. An object store (PlaceError) may answer by then.
-PERMANENT = (ConfigError, LabelError, SplitError, ReidError, HubError, ReferenceMismatch, StoreError)
 
 _PACKAGE = re.compile(r"^(?:\w+\.)+(?=\w+: )")
 _PATH = re.compile(r"[^\s'\"(),;=]*/[^\s'\"(),;]*")

@@ -23,6 +23,7 @@ from neurostorm.downstream.record import record_end, record_epoch, record_start,
 from neurostorm.downstream.training import State
 from neurostorm.downstream.trial import PREDICTIONS, Outcome, Trial, test_trial, train_trial
 from neurostorm.errors import UserError, reason_of
+from neurostorm.lease import held
 from neurostorm.places import Place, replace
 from neurostorm.run_folder import keep_config, refuse_other
 
@@ -74,10 +75,15 @@ def finetune(config: Config) -> Finetuned:
     """Train, choose, test.
 
     Raises:
-        ConfigError: the folder holds another run, or other settings.
+        ConfigError: the folder holds another run or other settings, or another driver is at work on it.
         TrialsFailed: training or testing failed, with the reason and the file of its traceback.
         Others as `prepare.prepare`, and what the trial's data do not allow.
     """
+    with held(config.run.folder):
+        return _finetune(config)
+
+
+def _finetune(config: Config) -> Finetuned:
     task = task_of(config.task.name, config.task)
     try:
         uri_of(config)

@@ -2,11 +2,12 @@
 
     header ─ bring_to_target (target.py) ─ annotations ─ one atomic write ─> Outcome
        ├──────── whatever is wrong with the file: RunError, in words ────────> quarantine
-       └──────── the store cannot be written: StoreWriteError ───────────────> the job stops, no file is to blame
+       └──────── the store cannot be written: StoreWriteError ───────────────> "unwritten", no file is to blame
 
 `ingest_run` knows nothing of Ray: `spread.py` takes it to a cluster, a test calls it as it is.
 """
 
+import errno
 import hashlib
 import logging
 import time
@@ -20,6 +21,7 @@ from neurostorm.ingest.discover import Source
 from neurostorm.ingest.nifti import RunError, file_sha256, open_run
 from neurostorm.ingest.standardize import SpatialPlan, Standardised, TemporalPlan
 from neurostorm.ingest.target import Target, bring_to_target
+from neurostorm.object_store import UnavailableError
 from neurostorm.places import Place, files_below
 from neurostorm.store import FORMAT, FrameStore, StoreError, write_run
 from neurostorm.store.files import is_node
@@ -30,10 +32,22 @@ logger = logging.getLogger(__name__)
 RECIPE, RECIPE_VERSION = "mni-voxelz", 1
 
 Status = Literal["ingested", "complete", "changed", "quarantined", "withdrawn", "unwritten"]
+_MAY_PASS = (errno.EIO, errno.ETIMEDOUT, errno.ESTALE)  # of a write, beside what an object store does not answer
 
 
 class StoreWriteError(StoreError):
-    """A finished run could not be put into the store: disk full, no permission, an object store without an answer."""
+    """A finished run could not be put into the store: disk full, no permission, an object store without an answer.
+
+    Attributes:
+        retry: whether a later try may succeed without anybody doing something.
+    """
+
+    def __init__(self, message: str, retry: bool = False) -> None:
+        super().__init__(message, retry)  # both, so that the error survives pickling between processes
+        self.retry = retry
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,7 @@ class Outcome:
             (the stored run stays); "quarantined"; "withdrawn": its participant withdrew from the store; "unwritten":
             the store could not be written, which is not the file's fault.
         reason: in words, for all but the first two.
+        again: of an "unwritten" one, whether a later try may succeed without anybody doing something.
         frames, tr_s, size_bytes: of the stored run.
         coverage, tsnr_median, quantisation_db: its quality; see `Standardised`.
         seconds: spent on it.
@@ -56,6 +71,7 @@ class Outcome:
     run: str
     status: Status
     reason: str = ""
+    again: bool = False
     frames: int = 0
     tr_s: float = 0.0
     size_bytes: int = 0
@@ -74,18 +90,19 @@ def attempt(
     """
     started = time.monotonic()
     status: Status = "quarantined"
+    again = False
     try:
         return ingest_run(source, store, chunk_frames=chunk_frames, codec=codec, threads=threads)
     except RunError as error:
         reason = str(error)
     except StoreError as error:
-        status, reason = "unwritten", str(error)
+        status, reason, again = "unwritten", str(error), error.retry
     except MemoryError as error:
         reason = f"needs more memory than there is ({error or 'no details'})"
     except Exception as error:  # the border between runs: a defect met by one file must not cost the other files
         logger.exception("unexpected error in %s", source.path)
         reason = f"unexpected {type(error).__name__}: {error}"
-    return Outcome(str(source.path), source.run, status, reason, seconds=time.monotonic() - started)
+    return Outcome(str(source.path), source.run, status, reason, again, seconds=time.monotonic() - started)
 
 
 def ingest_run(
@@ -196,7 +213,8 @@ def _write(store: Place, run: str, result: Standardised, facts: dict[str, Any], 
             store, run, frames=result.frames, mean=result.mean, std=result.std, attributes=facts, **options
         )
     except OSError as error:
-        raise StoreWriteError(f"{run} cannot be written: {error.strerror or error}") from error
+        may_pass = isinstance(error, UnavailableError) or error.errno in _MAY_PASS
+        raise StoreWriteError(f"{run} cannot be written: {error.strerror or error}", may_pass) from error
     except StoreError as error:
         raise StoreWriteError(str(error)) from error
 

@@ -1,7 +1,8 @@
 """The whole ingest: every run below a folder into one store, spread over a Ray cluster.
 
     survey ─> participants ─> waiting runs ─ spread ─> outcomes ─ tables, now and then ─> manifest ─> report
-                                                          └─ the store cannot be written ─> stop, nobody is to blame
+                                               ^          |─ its write failed, which may pass ─> again at the end
+                                               '----------'─ the store cannot be written at all ─> stop
 
 One run is one task and one atomic write, so a start after an interruption goes on where it was, two ingests may fill
 one store, and a task that dies (killed for memory, a lost node) costs its own run and no other.
@@ -11,12 +12,14 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 from neurostorm.capacity import Demand
 from neurostorm.config import Config
 from neurostorm.ingest.convert import RECIPE, RECIPE_VERSION, Outcome, attempt
+from neurostorm.ingest.discover import Source
 from neurostorm.ingest.estimate import free_bytes, sampled_growth
 from neurostorm.ingest.report import IngestReport
 from neurostorm.ingest.spread import spread
@@ -29,6 +32,8 @@ from neurostorm.resources import require
 from neurostorm.store import GRIDS, StoreError, create_store, remove_partials, withdrawn_subjects
 from neurostorm.store.care import readmit
 
+FAILED_WRITES = 20  # in a row, each tried for minutes: the store is not busy, it cannot be written
+PAUSE_S = 30.0  # before the writes that failed are tried again
 logger = logging.getLogger(__name__)
 
 
@@ -71,10 +76,10 @@ def ingest(config: Config) -> IngestReport:
     waiting = found.waiting
     outcomes = dict(found.known)
     tables = Tables(store)
-    with contextlib.closing(spread(waiting, work, settings.cpus_per_run)) as coming, _kept_up(tables):
-        for outcome in itertools.chain(found.known.values(), _with_progress(coming, len(waiting))):
+    with _kept_up(tables):
+        for outcome in itertools.chain(found.known.values(), _spread_twice(waiting, work, settings.cpus_per_run)):
             with _store_trouble(store):
-                if outcome.status == "unwritten":
+                if outcome.status == "unwritten" and not outcome.again:
                     raise OSError(outcome.reason)
                 outcomes[outcome.source] = outcome
                 tables.take(outcome)
@@ -85,6 +90,34 @@ def ingest(config: Config) -> IngestReport:
     notes += _withdrew_meanwhile(outcomes.values(), store)
     ordered = tuple(outcomes[str(source.path)] for source in found.sources)
     return IngestReport(ordered, tuple(notes), participants, time.monotonic() - started, store, manifest)
+
+
+def _spread_twice(
+    sources: Sequence[Source], work: Callable[[Source], Outcome], cpus_per_run: float
+) -> Iterator[Outcome]:
+    """The outcome of each source; those whose write failed are tried once more, after all others and a pause.
+
+    When many writes in a row fail, the last of them has `again=False`: the store cannot be written.
+    """
+    left: dict[str, Source] = {str(source.path): source for source in sources}
+    for last_round in (False, True):
+        failed_in_a_row = 0
+        with contextlib.closing(spread(list(left.values()), work, cpus_per_run)) as coming:
+            for outcome in _with_progress(coming, len(left)):
+                if outcome.status != "unwritten" or last_round:
+                    left.pop(outcome.source)
+                    failed_in_a_row = 0
+                    yield outcome
+                    continue
+                failed_in_a_row += 1
+                logger.warning("%s: %s; it is tried again at the end", outcome.source, outcome.reason)
+                if not outcome.again or failed_in_a_row >= FAILED_WRITES:
+                    yield replace(outcome, again=False)
+        if not left:
+            return
+        if not last_round:
+            logger.info("%d run(s) could not be written: trying again in %.0f s", len(left), PAUSE_S)
+            time.sleep(PAUSE_S)
 
 
 @contextlib.contextmanager

@@ -50,6 +50,8 @@ class IngestReport:
         there = self.in_store - len(new)
         others = [f"{there} were there already"] if there else []
         others += [f"{len(bad)} quarantined"] if bad else []
+        unwritten = self.having("unwritten")
+        others += [f"{len(unwritten)} could not be written"] if unwritten else []
         lines = [
             f"{len(new)} of {len(self.outcomes)} run(s) ingested in {self.seconds:.0f} s"
             + (f"; {', '.join(others)}" if others else ""),
@@ -67,6 +69,7 @@ class IngestReport:
         lines += withdrawn_lines(self.having("withdrawn"))
         lines += with_reasons("changed since they were ingested", changed)
         lines += with_reasons("quarantined (quarantine.parquet)", bad)
+        lines += with_reasons("could not be written; start the same command again", unwritten)
         return lines
 
 

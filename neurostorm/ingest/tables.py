@@ -38,7 +38,7 @@ class Tables:
         """Take note of one outcome; writes what is due."""
         if outcome.status == "quarantined":
             self._bad.append({"source": outcome.source, "reason": outcome.reason})
-        elif outcome.source in self._quarantined:
+        elif outcome.status != "unwritten" and outcome.source in self._quarantined:
             self._good.append(outcome.source)
         now_s = time.monotonic()
         if now_s - self._flushed_s > QUARANTINE_EVERY_S:

@@ -8,7 +8,17 @@
 """
 
 from neurostorm.store.codec import dequantise, quantise
-from neurostorm.store.layout import FORMAT, GRIDS, ClipReadError, FrameRangeError, Grid, StoreError, mask_hash, run_path
+from neurostorm.store.layout import (
+    FORMAT,
+    GRIDS,
+    ClipReadError,
+    FrameRangeError,
+    Grid,
+    StoreError,
+    StoreUnavailableError,
+    mask_hash,
+    run_path,
+)
 from neurostorm.store.manifest import (
     MANIFEST_SCHEMA,
     add_quarantine,
@@ -36,6 +46,7 @@ __all__ = [
     "FrameStore",
     "Grid",
     "StoreError",
+    "StoreUnavailableError",
     "add_quarantine",
     "build_manifest",
     "clear_quarantine",

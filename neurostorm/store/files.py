@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from neurostorm.object_store import ObjectPath
-from neurostorm.places import Place, files_below, place
-from neurostorm.store.layout import FORMAT, METADATA, RUNS, StoreError
+from neurostorm.places import Place, files_below, is_unavailable, place
+from neurostorm.store.layout import FORMAT, METADATA, RUNS, StoreError, StoreUnavailableError
 
 StorePath = str | os.PathLike[str] | ObjectPath
 READ_THREADS = 16  # small files at once; on an object store each is a round trip
@@ -60,7 +60,10 @@ def read_header(path: StorePath) -> dict[str, Any]:
 
 
 def read_metadata(node: Place) -> dict[str, Any]:
-    """The zarr.json of a group or an array. MissingNodeError, or StoreError when it cannot be read as one."""
+    """The zarr.json of a group or an array.
+
+    MissingNodeError, StoreUnavailableError when storage is away, else StoreError when it cannot be read as one.
+    """
     file = node / METADATA
     try:
         metadata = json.loads(file.read_text(encoding="utf-8"))
@@ -68,9 +71,16 @@ def read_metadata(node: Place) -> dict[str, Any]:
             raise ValueError("`attributes` is not an object")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise MissingNodeError(f"{file} is missing") from error
-    except (OSError, ValueError, AttributeError) as error:
+    except OSError as error:
+        raise unreadable(f"{file} cannot be read: {error}", error) from error
+    except (ValueError, AttributeError, RecursionError) as error:
         raise StoreError(f"{file} cannot be read as the metadata of a Zarr v3 node: {error}") from error
     return dict(metadata)
+
+
+def unreadable(message: str, error: OSError) -> StoreError:
+    """The error to raise for something that could not be read: StoreUnavailableError when its storage is away."""
+    return (StoreUnavailableError if is_unavailable(error) else StoreError)(message)
 
 
 def read_attributes(node: Place) -> dict[str, Any]:

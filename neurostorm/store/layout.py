@@ -52,6 +52,12 @@ class FrameRangeError(StoreError, IndexError):
     """Frames were asked for that the run does not have."""
 
 
+class StoreUnavailableError(StoreError):
+    """The storage of a store does not answer, or refuses access now; its data may be whole."""
+
+    retry = True
+
+
 class ClipReadError(StoreError):
     """A clip could not be read: missing chunk, failed checksum, unreadable file.
 

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from neurostorm.places import Place, one_step, update
-from neurostorm.store.files import StorePath, find_runs, read_header, read_many, store_place
+from neurostorm.store.files import StorePath, find_runs, read_header, read_many, store_place, unreadable
 from neurostorm.store.layout import (
     MANIFEST,
     METADATA,
@@ -355,7 +355,7 @@ def _read(file: Place, columns: Sequence[str] | None = None) -> pa.Table | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise StoreError(f"{file} cannot be read: {error}") from error
+        raise unreadable(f"{file} cannot be read: {error}", error) from error
 
 
 def _parse(file: Place, data: bytes, columns: Sequence[str] | None = None) -> pa.Table:

@@ -9,7 +9,6 @@ nearly all of it. Each chunk carries a checksum: what comes back is what was wri
 the clip. A `FrameStore` is cheap to send to another process: only its path travels.
 """
 
-import contextlib
 import hashlib
 import json
 import threading
@@ -33,6 +32,7 @@ from neurostorm.store.files import (
     read_header,
     read_metadata,
     store_place,
+    unreadable,
 )
 from neurostorm.store.layout import (
     MASK,
@@ -42,6 +42,7 @@ from neurostorm.store.layout import (
     Grid,
     MissingRunError,
     StoreError,
+    StoreUnavailableError,
     mask_hash,
     split_run,
 )
@@ -140,7 +141,9 @@ class FrameStore:
         """(X, Y, Z) bool, True inside the brain."""
         try:
             return _read_array(self.path / MASK) != 0
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except OSError as error:
+            raise unreadable(f"{self.path / MASK} cannot be read: {error}", error) from error
+        except (ValueError, KeyError, RuntimeError) as error:
             raise StoreError(f"{self.path / MASK} cannot be read: {error}") from error
 
     @cached_property
@@ -162,7 +165,7 @@ class FrameStore:
         try:
             return read_attributes(folder)
         except MissingNodeError:
-            raise MissingRunError(f"{self.path} has no run {run!r}") from None
+            raise self._missing_run(run) from None
 
     def frame_count(self, run: str) -> int:
         """T of a run. StoreError if there is no such run, ClipReadError if its metadata cannot be read.
@@ -186,6 +189,7 @@ class FrameStore:
 
         Raises:
             StoreError: there is no such run.
+            StoreUnavailableError: the store's storage does not answer, or refuses access now.
             ValueError: an `out` that does not fit.
             FrameRangeError: the run does not have these frames.
             ClipReadError: the run's file is missing, too short, or a chunk fails its checksum.
@@ -279,16 +283,12 @@ class FrameStore:
             if layout.voxels != self.voxel_count:
                 raise ShardError(f"has {layout.voxels} voxels where the store's mask has {self.voxel_count}")
         except MissingNodeError:
-            raise MissingRunError(f"{self.path} has no run {run!r}") from None
+            raise self._missing_run(run) from None
+        except StoreUnavailableError:
+            raise
         except (StoreError, ShardError) as error:
             raise ClipReadError(run, start, f"{folder / METADATA} {error}") from error
         return layout
-
-    def _is_gone(self, run: str) -> bool:
-        """Whether a run whose shard is missing lacks its metadata as well, so far as that can be seen."""
-        with contextlib.suppress(OSError):
-            return not is_node(self.path / run)
-        return False
 
     def _own_file(self, run: str, start: int, known: RunFile) -> RunFile:
         """The run's file by its own metadata, after `known`, which the index states, could not be read.
@@ -316,9 +316,28 @@ class FrameStore:
                 return
             raise ClipReadError(run, first, f"{known.shard} {error}") from error
         except OSError as error:
-            if isinstance(error, FileNotFoundError) and self._is_gone(run):
-                raise MissingRunError(f"{self.path} has no run {run!r}") from None
-            raise ClipReadError(run, first, f"{known.shard} cannot be read: {error}") from error
+            message = f"{known.shard} cannot be read: {error}"
+            if isinstance(error, FileNotFoundError) and not self._is_there(run):
+                raise self._missing_run(run) from None
+            found = unreadable(message, error)
+            if isinstance(found, StoreUnavailableError):
+                raise found from error
+            raise ClipReadError(run, first, message) from error
+
+    def _missing_run(self, run: str) -> StoreError:
+        """The error for a run that is not there: a store without its header is one that is not mounted."""
+        message = f"{self.path} has no run {run!r}"
+        if self._is_there(""):
+            return MissingRunError(message)
+        return StoreUnavailableError(f"{message}: {self.path} is gone itself")
+
+    def _is_there(self, run: str) -> bool:
+        """Whether the metadata of a run, or of the store, is there. StoreUnavailableError when that cannot be seen."""
+        folder = self.path / run if run else self.path
+        try:
+            return is_node(folder)
+        except OSError as error:
+            raise unreadable(f"{folder / METADATA} cannot be read: {error}", error) from error
 
 
 def _read_array(node: Place) -> NDArray[Any]:

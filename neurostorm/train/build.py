@@ -4,13 +4,14 @@ config + store -> model, unpacker, engine -> newest checkpoint -> Loop ... -> ex
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from neurostorm.config import Config, ConfigError
-from neurostorm.data.clips import ClipBatch
+from neurostorm.data.batch_stream import BatchStream
 from neurostorm.data.corpus import Corpus
 from neurostorm.data.device import ClipUnpacker
 from neurostorm.data.split import subject_hash
@@ -23,17 +24,20 @@ from neurostorm.model.masking import MaskConfig
 from neurostorm.model.strd import StrdConfig
 from neurostorm.model.swin4d import compile_blocks
 from neurostorm.model.swin_config import SwinConfig
+from neurostorm.object_requests import RETRY_S
 from neurostorm.places import Place
 from neurostorm.staging import outgoing
 from neurostorm.store.reader import FrameStore
 from neurostorm.tracking import Tracker, code_revision
 from neurostorm.train import checkpoint
+from neurostorm.train.barrier import Barrier
 from neurostorm.train.engine import Engine
 from neurostorm.train.goodput import Account
 from neurostorm.train.left_out import removed
 from neurostorm.train.lines import line
 from neurostorm.train.loop import Loop
-from neurostorm.train.ranks import gather
+from neurostorm.train.ranks import gather, set_collective_timeout
+from neurostorm.train.timeouts import CollectiveTimeouts
 from neurostorm.train.validate import Validation
 
 logger = logging.getLogger(__name__)
@@ -109,7 +113,7 @@ def assemble(
     corpus: Corpus,
     tracker: Tracker,
     account: Account,
-    feed: Callable[..., Iterator[ClipBatch]],
+    feed: Callable[..., BatchStream],
     *,
     rank: int,
     device: torch.device,
@@ -131,6 +135,9 @@ def assemble(
     regroup = found is not None and found.workers != dist.get_world_size()
     engine = Engine(model, config.train, config.clips_per_worker, device, regroup)
     first_step = 0 if found is None else resume(found, engine, rank)
+    timeouts = collective_timeouts(config)
+    barrier = Barrier(timeouts, config.scale.min_collective_timeout_s)
+    held_out = corpus.validation
     return Loop(
         config=config,
         engine=engine,
@@ -138,7 +145,9 @@ def assemble(
         unpack=unpack,
         unpack_view=ViewUnpacker(unpack, brain, config.model.patch) if config.augment.enabled else None,
         batches=feed(first_step=first_step),
-        validation=Validation(config, engine, model, unpack, corpus.reader, corpus.validation, tracker, rank),
+        barrier=barrier,
+        timeouts=timeouts,
+        validation=Validation(config, engine, model, unpack, corpus.reader, held_out, tracker, barrier, rank),
         tracker=tracker,
         account=account,
         notice=notice,
@@ -156,6 +165,15 @@ def assemble(
         clips_per_epoch=corpus.plan.clips_per_epoch,
         clip_flops=clip_flops,
     )
+
+
+def collective_timeouts(config: Config) -> CollectiveTimeouts:
+    """The timeouts of a run's collectives, within the bounds of its configuration."""
+    scale = config.scale
+    # A rank whose shard waits for a busy object store is not hung.
+    upload_s = 0.0 if isinstance(config.run.folder, Path) else RETRY_S + scale.min_collective_timeout_s
+    least_s, most_s = scale.min_collective_timeout_s, scale.collective_timeout_s
+    return CollectiveTimeouts(least_s, most_s, set_collective_timeout, {"checkpoint": upload_s})
 
 
 def resume(found: checkpoint.Checkpoint, engine: Engine, rank: int) -> int:

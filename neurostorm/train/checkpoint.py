@@ -48,6 +48,8 @@ Gather = Callable[[Any], list[Any]]
 class CheckpointError(UserError, RuntimeError):
     """A checkpoint cannot be used; the message names the folder and the fix."""
 
+    retry = True  # from its copy, from the one before, or when there is room
+
 
 @dataclass(frozen=True)
 class Marker:

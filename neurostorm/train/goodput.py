@@ -15,12 +15,16 @@ that sums are exact.
 """
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from neurostorm.places import Place, replace
+from neurostorm.train.latest_file import LatestFile
 
+logger = logging.getLogger(__name__)
 ACCOUNT = "goodput.json"
 Part = Literal["step", "wait", "checkpoint", "validation", "startup", "repeated", "down", "log"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -44,10 +48,12 @@ class Account:
         self, folder: Place | None = None, started_ns: int | None = None, clock_ns: Callable[[], int] = now_ns
     ) -> None:
         self._file = None if folder is None else folder / ACCOUNT
+        self._remote = None if self._file is None or isinstance(self._file, Path) else LatestFile(self._file)
         self._clock_ns, self._alive_ns = clock_ns, clock_ns()
         self._started_ns = self._alive_ns if started_ns is None else started_ns
         self.spent_ns: dict[Part, int] = dict.fromkeys(PARTS, 0)
         self.reached = 0  # steps that any start has done
+        self._failed = False
         self.saved_ns = 0  # wall time of the run when a checkpoint was last saved
         self._begin()
         self.known = self.reached  # steps that earlier starts had done
@@ -86,8 +92,26 @@ class Account:
                 "started_ns": self._started_ns, "alive_ns": self._alive_ns, "reached": self.reached,
                 "saved_ns": self.saved_ns, "spent_ns": self.spent_ns,
             }  # fmt: skip
-            replace(self._file, json.dumps(content).encode())
+            self._write(json.dumps(content).encode())
             self.charge(part)
+
+    def flush(self, within_s: float = 60.0) -> None:
+        """Waits until the account is in the run's folder, so many seconds at most."""
+        if self._remote is not None:
+            self._remote.flush(within_s)
+
+    def _write(self, content: bytes) -> None:
+        """Best effort: neither a busy object store nor a file system in trouble ends training for an account."""
+        assert self._file is not None
+        if self._remote is not None:
+            self._remote.put(content)
+            return
+        try:
+            replace(self._file, content)
+        except OSError as error:
+            if not self._failed:
+                logger.warning("%s cannot be written (%s); training goes on without it", self._file, error)
+            self._failed = True
 
     def metrics(self) -> dict[str, float]:
         """The account as metrics in seconds, and the share of useful steps, which is 0 before time has passed."""

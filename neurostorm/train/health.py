@@ -1,17 +1,22 @@
-"""What stops a run that has gone wrong: steps that are not finite, and clips that cannot be read.
+"""What stops a run that has gone wrong: steps that are not finite, and clips that are damaged or missing.
 
-    every step: SkipGuard.check(applied)      -> NonFiniteError after too many skipped steps in a row
-    every batch: BadClips.note(batch)         -> named in RUN/unreadable-RANK.jsonl; UnreadableClipsError past the share
+    SkipGuard.check(applied)        -> NonFiniteError after too many skipped steps in a row
+    DamagedClips.note(batch, clips) -> named in RUN/unreadable-RANK.jsonl; UnreadableClipsError past the share
 
-Both name the clips concerned, so that a person can look at them.
+Both name the clips concerned, so that a person can look at them. All ranks stop at the same step.
 """
 
+from collections import deque
 from collections.abc import Sequence
 
 from neurostorm.data.clips import ClipBatch
 from neurostorm.errors import UserError
 from neurostorm.places import Place
+from neurostorm.train.barrier import StepClips
 from neurostorm.train.journal import Journal
+
+WINDOW_CLIPS = 10_000  # over which the share of damaged clips is taken, all ranks together
+FEWEST_CLIPS = 1_000  # that a share is taken of: the first damaged clips of a start are not all there is
 
 
 class NonFiniteError(UserError, RuntimeError):
@@ -19,7 +24,7 @@ class NonFiniteError(UserError, RuntimeError):
 
 
 class UnreadableClipsError(UserError, RuntimeError):
-    """Too large a share of the clips could not be read."""
+    """Too large a share of the recent clips is damaged or missing."""
 
 
 def clip_names(batch: ClipBatch, runs: Sequence[str]) -> list[str]:
@@ -45,27 +50,41 @@ class SkipGuard:
             )
 
 
-class BadClips:
-    """Counts and names the clips of one worker that could not be read."""
+class DamagedClips:
+    """Counts the damaged clips of all ranks over a recent window, and names those of one worker.
+
+    Attributes:
+        total: damaged clips of all ranks since this start.
+    """
 
     def __init__(self, folder: Place, rank: int, max_fraction: float) -> None:
-        self._journal, self._max_fraction = Journal(folder, f"unreadable-{rank}"), max_fraction
-        self.bad = self.seen = 0
+        self._folder, self._max_fraction = folder, max_fraction
+        self._journal = Journal(folder, f"unreadable-{rank}")
+        self._recent: deque[StepClips] = deque()
+        self._clips = self._damaged = self.total = 0  # of the steps in `_recent`; of all
 
-    def note(self, batch: ClipBatch, runs: Sequence[str], step: int) -> None:
-        """Takes note of one batch; raises UnreadableClipsError past the configured share (of at least 100 clips)."""
-        self.seen += len(batch.bad)
-        if not batch.bad.any():
-            return
+    def note(self, batch: ClipBatch, runs: Sequence[str], step: int, clips: StepClips) -> None:
+        """Takes note of one step: of this worker's batch, and of the clips of all ranks.
+
+        UnreadableClipsError past the configured share of the last 10,000 clips; fewer than 1,000 count as 1,000.
+        """
         named = [name for name, bad in zip(clip_names(batch, runs), batch.bad.tolist(), strict=True) if bad]
-        self.bad += len(named)
         for name in named:
             self._journal.add(step=step, clip=name)
-        if self.bad > self._max_fraction * max(self.seen, 100):
+        self._recent.append(clips)
+        self._clips, self._damaged = self._clips + clips.total, self._damaged + clips.damaged
+        self.total += clips.damaged
+        while self._clips - self._recent[0].total >= WINDOW_CLIPS:
+            old = self._recent.popleft()
+            self._clips, self._damaged = self._clips - old.total, self._damaged - old.damaged
+        if self._damaged > self._max_fraction * max(self._clips, FEWEST_CLIPS):
             self.keep(step + 1)
             raise UnreadableClipsError(
-                f"{self.bad} of {self.seen} clips could not be read, more than data.max_bad_fraction="
-                f"{self._max_fraction}; the last: {named[-1]}; all are in {self._journal}"
+                f"step {step}: {self._damaged} of the last {self._clips} clips are damaged or missing, more than "
+                f"data.max_bad_fraction={self._max_fraction} allows"
+                + (f"; one is {named[-1]}" if named else "")
+                + f". All are named in {self._folder}/unreadable-*: check the store with `python tools/store.py "
+                "verify STORE`, repair it, and start the same command again"
             )
 
     def keep(self, done: int) -> None:

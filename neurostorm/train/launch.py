@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from neurostorm.capacity import training_demand
 from neurostorm.config import Config, ConfigError
 from neurostorm.data.corpus import Corpus
+from neurostorm.lease import held
 from neurostorm.resources import require
 from neurostorm.run_folder import (
     changed_settings,
@@ -103,11 +104,16 @@ def pretrain(config: Config) -> dict[str, Any]:
     The summary also holds `mlflow_uri`, and `trained_steps`, which is 0 if the run was complete already; then a line
     says so and nothing starts.
 
-    Raises ConfigError (also when the cluster is too small), StoreError or PlaceError before anything starts, and Ray
-    Train's error when the run fails for good.
+    Raises ConfigError (also when the cluster is too small, or another driver is at work on the run), StoreError or
+    PlaceError before anything starts, and Ray Train's error when the run fails for good.
     """
     started_ns = now_ns()
     check_folder(config)
+    with held(config.run.folder):
+        return _pretrain(config, started_ns)
+
+
+def _pretrain(config: Config, started_ns: int) -> dict[str, Any]:
     corpus = planned.choose(config)
     plan = check(config, corpus)
     folder = config.run.folder

@@ -1,6 +1,7 @@
 """The training loop. It knows no Ray: whoever calls it brings clip batches, an engine and a process group.
 
-    batch -> patches -> loss -> backward (per micro-batch) -> finite on all ranks? -> step -> log, validate, save
+    all ranks have their batch? -> patches -> loss -> backward (per micro-batch) -> finite on all ranks? -> step
+                                -> log, validate, save
 
 `Loop.run` starts at the step that the newest checkpoint reached. Masks follow from (seed, clip), dropout from (seed,
 step, rank), so a resumed run repeats the uninterrupted one.
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from neurostorm.config import Config
+from neurostorm.data.batch_stream import BatchStream
 from neurostorm.data.clips import ClipBatch
 from neurostorm.data.device import ClipUnpacker, Patches
 from neurostorm.data.views import ViewUnpacker
@@ -25,16 +27,17 @@ from neurostorm.model.cost import measured_peak
 from neurostorm.model.mae import MaskedAutoencoder
 from neurostorm.tracking import Tracker
 from neurostorm.train import checkpoint
+from neurostorm.train.barrier import Barrier, StepClips
 from neurostorm.train.engine import Engine, StepOutcome
 from neurostorm.train.goodput import Account
-from neurostorm.train.health import BadClips, SkipGuard, clip_names
+from neurostorm.train.health import DamagedClips, SkipGuard, clip_names
 from neurostorm.train.journal import Journal
 from neurostorm.train.left_out import LeftOut
 from neurostorm.train.lines import line, percent
-from neurostorm.train.patience import Patience
-from neurostorm.train.ranks import gather, mean_over_ranks, set_collective_timeout, sum_over_ranks
+from neurostorm.train.ranks import gather, mean_over_ranks
 from neurostorm.train.schedule import DROPOUT, MASK, draw_masks, draw_views, learning_rate, seed_for
 from neurostorm.train.time_left import TimeLeft
+from neurostorm.train.timeouts import CollectiveTimeouts
 from neurostorm.train.validate import Validation
 
 logger = logging.getLogger(__name__)
@@ -52,17 +55,18 @@ class Window:
 
     def restart(self) -> None:
         """Forgets everything; the clock starts now."""
-        self.sums, self.micro_batches = self._zero.clone(), 0
+        self.sums, self.micro_batches, self.storage_wait_s = self._zero.clone(), 0, 0.0
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """Leaves the steps so far out of the times; their losses still count."""
         self.steps, self.wait_s, self.slowest_wait_s, self.began_s = 0, 0.0, 0.0, time.perf_counter()
 
-    def add(self, sums: torch.Tensor, micro_batches: int, wait_s: float) -> None:
-        """Takes in one step: summed loss, baseline, masked fraction and STRD rates; the wait for its batch."""
+    def add(self, sums: torch.Tensor, micro_batches: int, wait_s: float, storage_wait_s: float) -> None:
+        """Takes in one step: summed loss, baseline, masked fraction and STRD rates; the waits for batch and storage."""
         self.sums += sums
         self.micro_batches, self.steps = self.micro_batches + micro_batches, self.steps + 1
+        self.storage_wait_s += storage_wait_s
         self.wait_s, self.slowest_wait_s = self.wait_s + wait_s, max(self.slowest_wait_s, wait_s)
 
     @contextmanager
@@ -73,7 +77,10 @@ class Window:
         self.began_s += time.perf_counter() - paused_s
 
     def means(self) -> list[float]:
-        """Loss, baseline, masked fraction and STRD rates, averaged over steps and ranks; a collective call."""
+        """Loss, baseline, masked fraction and STRD rates, averaged over steps and ranks; a collective call.
+
+        NaN when no step counted, which is so on all ranks or none.
+        """
         return mean_over_ranks(self.sums / self.micro_batches)
 
     def speed(self, global_batch: int) -> dict[str, float]:
@@ -94,6 +101,8 @@ class Loop:
     """One worker's part of a pretraining run; `run()` does it.
 
     batches      this worker's ClipBatch of each step from `first_step` on
+    barrier      where all ranks meet before a step
+    timeouts     of collectives
     unpack_view  unpacks training clips through a view of their own; None trains on clips as they are
     runs         the manifest's run paths, for naming clips
     account      where the time goes; the loop charges every part of a step to it
@@ -107,7 +116,9 @@ class Loop:
     model: MaskedAutoencoder
     unpack: ClipUnpacker
     unpack_view: ViewUnpacker | None
-    batches: Iterator[ClipBatch]
+    batches: BatchStream
+    barrier: Barrier
+    timeouts: CollectiveTimeouts
     validation: Validation
     tracker: Tracker
     account: Account
@@ -127,12 +138,10 @@ class Loop:
         dtype = torch.bfloat16 if train.dtype == "bf16" else torch.float32
         self.peak_flops_per_s = self.config.scale.workers * measured_peak(self.device, dtype)
         self.guard = SkipGuard(train.max_skipped_steps)
-        self.bad_clips = BadClips(self.folder, self.rank, self.config.data.max_bad_fraction)
+        self.damaged = DamagedClips(self.folder, self.rank, self.config.data.max_bad_fraction)
         self.left_out = LeftOut(self.folder, self.rank)
         self.ledger = Journal(self.folder / "ledger", f"rank-{self.rank}")
         self.window = Window(len(self.config.model.depths), self.device)
-        scale = self.config.scale
-        self.patience = Patience(scale.min_collective_timeout_s, scale.collective_timeout_s, set_collective_timeout)
         self.time_left = TimeLeft(
             self.total_steps, {"validation": train.validate_every, "checkpoint": self.config.checkpoint.every}
         )
@@ -146,20 +155,19 @@ class Loop:
             # The first step of a process also starts the data loader, allocates and compiles: it is start-up.
             first = step == self.first_step
             waiting_s = time.perf_counter()
-            batch = next(self.batches, None)
-            if batch is None:
-                raise RuntimeError(f"the feed ended before step {step} of {self.total_steps}: start the job again")
+            batch, clips = self.next_batch(step)
             wait_s = time.perf_counter() - waiting_s
             self.account.charge("startup" if first else "wait")
-            self.bad_clips.note(batch, self.runs, step)
+            self.damaged.note(batch, self.runs, step, clips)
             self.left_out.note(batch, self.runs, step)
-            with self.patience.during("step"):
-                sums, micro_batches, outcome = self.step(batch, step)
-            self.guard.check(outcome.applied, step=step, clips=clip_names(batch, self.runs))
-            self.window.add(sums, micro_batches, wait_s)
+            with self.timeouts.during("step"):
+                sums, micro_batches, outcome = self.step(batch, step, clips)
+            if clips.counted:
+                self.guard.check(outcome.applied, step=step, clips=clip_names(batch, self.runs))
+            self.window.add(sums, micro_batches, wait_s, clips.storage_wait_s)
             done = step + 1
             if self.config.tracking.clip_ledger:
-                self.write_ledger(step, batch, sums / micro_batches)
+                self.write_ledger(step, batch, sums / max(micro_batches, 1))
             self.account.stepped(done, startup=first)
             step_s = time.perf_counter() - waiting_s
             if first:
@@ -179,22 +187,38 @@ class Loop:
                 self.save(done)
         return result or self.validate(self.total_steps)
 
-    def step(self, batch: ClipBatch, step: int) -> tuple[torch.Tensor, int, StepOutcome]:
+    def next_batch(self, step: int) -> tuple[ClipBatch, StepClips]:
+        """This rank's batch of `step`, and what all ranks' batches hold; a collective call."""
+        try:
+            return self.barrier.next_batch(self.batches)
+        except StopIteration:
+            message = f"the data loader ended before step {step} of {self.total_steps}: start the job again"
+            raise RuntimeError(message) from None
+
+    def step(self, batch: ClipBatch, step: int, clips: StepClips) -> tuple[torch.Tensor, int, StepOutcome]:
         """What `forward_backward` gives, and the optimiser's step.
 
         One that is not finite is computed once more, from the same seeds: a fault that is none of the clips or weights
-        does not come again, and then nothing happened.
+        does not come again, and then nothing happened. Without a clip that counts on any rank nothing is done: AdamW
+        would move the weights by its moments and the weight decay.
         """
-        sums, micro_batches = self.forward_backward(batch, step)
+        if not clips.counted:
+            self.say("no_clips", step=step, damaged=clips.damaged, withdrawn=clips.withdrawn)
+            return torch.zeros_like(self.window.sums), 0, StepOutcome(False, 0.0)
+        sums, micro_batches = self.forward_backward(batch, step, clips)
         outcome = self.engine.step(self.learning_rate(step))
         if not outcome.applied:
             self.say("repeating", step=step)
-            sums, micro_batches = self.forward_backward(batch, step)
+            sums, micro_batches = self.forward_backward(batch, step, clips)
             outcome = self.engine.step(self.learning_rate(step))
         return sums, micro_batches, outcome
 
-    def forward_backward(self, batch: ClipBatch, step: int) -> tuple[torch.Tensor, int]:
-        """Gradients of one step; returns the sums over micro-batches of loss, baseline, masked fraction, STRD rates."""
+    def forward_backward(self, batch: ClipBatch, step: int, clips: StepClips) -> tuple[torch.Tensor, int]:
+        """Gradients of the mean loss over the step's clips that count.
+
+        Returns:
+            The sums over micro-batches of loss, baseline, masked fraction and STRD rates, and how many micro-batches.
+        """
         self.engine.train()
         size = self.config.train.micro_batch
         starts = range(0, len(batch.row), size)
@@ -206,10 +230,21 @@ class Loop:
             patches = self.patches(micro)
             mask = draw_masks(self.model, micro.row, self.config, MASK)
             out = self.engine(patches.values, mask=mask, inside=patches.inside, centre=patches.centre)
-            self.engine.backward(out.loss)
-            parts = torch.stack([out.loss.detach(), out.baseline, out.masked_fraction])
+            weight = self.loss_weight(micro, clips)
+            self.engine.backward(out.loss * weight)
+            parts = torch.stack([out.loss.detach() * weight, out.baseline * clips.weight, out.masked_fraction])
             sums += torch.cat([parts, out.strd_rates]).double()
         return sums, len(starts)
+
+    def loss_weight(self, micro: ClipBatch, clips: StepClips) -> float:
+        """What makes the mean over ranks and micro-batches one over the step's clips that count; 1 when all do.
+
+        A clip without data has loss 0 in a micro-batch's mean over clips (model.loss_on=brain), and no part in its mean
+        over voxels (all).
+        """
+        if self.config.model.loss_on == "brain":
+            return clips.weight
+        return clips.weight * (1 - float((micro.bad | micro.withdrawn).double().mean()))
 
     def patches(self, batch: ClipBatch) -> Patches:
         """Training clips as the model takes them."""
@@ -237,12 +272,12 @@ class Loop:
             clips_per_s = speeds["speed/clips_per_s"]
             speeds["speed/mfu"] = clips_per_s * self.clip_flops / self.peak_flops_per_s
             shown = {"clips_per_s": clips_per_s, "wait": percent(speeds["data/wait_fraction"])}
-        bad = sum_over_ranks([float(self.bad_clips.bad)], self.device)[0]
         values = {
             "loss/train": loss, "loss/train_predicting_mean": baseline, "mask/fraction": masked,
             "strd/drop_rate": sum(rates) / len(rates), **{f"strd/drop_rate_stage{i}": r for i, r in enumerate(rates)},
             "optim/lr": self.learning_rate(done - 1), "optim/gradient_norm": gradient_norm,
-            "data/bad_clips": bad, "health/skipped_steps": float(self.guard.total),
+            "data/bad_clips": float(self.damaged.total), "data/storage_wait_s": self.window.storage_wait_s,
+            "health/skipped_steps": float(self.guard.total),
             "progress/epoch": done * self.config.train.global_batch / self.clips_per_epoch,
             **speeds, **memory(self.device), **self.account.metrics(),
         }  # fmt: skip
@@ -257,7 +292,7 @@ class Loop:
 
     def validate(self, done: int) -> dict[str, float]:
         """The validation's metrics after `done` finished steps; a collective call."""
-        with self.window.aside(), self.time_left.timed("validation"), self.patience.during("validation"):
+        with self.window.aside(), self.time_left.timed("validation"), self.timeouts.during("validation"):
             result = self.validation.run(done)
             self.account.charge("validation")
         loss, baseline = result["loss/validation"], result["loss/validation_predicting_mean"]
@@ -266,9 +301,9 @@ class Loop:
 
     def save(self, done: int) -> None:
         """Commits a checkpoint of `done` finished steps, and what was noted down to there; a collective call."""
-        with self.window.aside(), self.time_left.timed("checkpoint"), self.patience.during("checkpoint"):
+        with self.window.aside(), self.time_left.timed("checkpoint"), self.timeouts.during("checkpoint"):
             self.ledger.keep(done)
-            self.bad_clips.keep(done)
+            self.damaged.keep(done)
             self.left_out.keep(done)
             checkpoint.save(
                 self.folder / "checkpoints", done, write_shards=self.engine.save, gather=gather, rank=self.rank,

@@ -10,13 +10,28 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from neurostorm.config import Config
 from neurostorm.data.corpus import Corpus
-from neurostorm.train.controller import FewerWarnings
+from neurostorm.places import Place
+from neurostorm.train.controller import FailuresSinceCheckpoint, FewerWarnings
 from neurostorm.train.feed import Feed
 from neurostorm.train.worker import train_worker
 
 
 class Trainer(TorchTrainer):
-    """Ray Train's trainer, without its handler of Ctrl-C and its placement group cleaner."""
+    """Ray Train's trainer with a failure policy of ours, without its handler of Ctrl-C and placement group cleaner.
+
+    Args:
+        checkpoints: the run's folder of checkpoints.
+        arguments: of TorchTrainer.
+    """
+
+    def __init__(self, *arguments: Any, checkpoints: Place, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._checkpoints = checkpoints
+
+    def _initialize_and_run_controller(self, **given: Any) -> Any:
+        """Has failures judged by `FailuresSinceCheckpoint`: Ray Train offers no option for it."""
+        policy = FailuresSinceCheckpoint(self.run_config.failure_config, self._checkpoints)
+        return super()._initialize_and_run_controller(**{**given, "failure_policy": policy})
 
     def _create_default_callbacks(self) -> list[Any]:
         """Leaves the cleaner out: it looks for the run's controller in whichever Ray of this machine it finds.
@@ -61,6 +76,7 @@ def trainer_of(config: Config, corpus: Corpus, storage: str, started_ns: int) ->
         ),
         datasets={"train": lambda: ray.data.range(0)},
         dataset_config=Feed(config, corpus),
+        checkpoints=config.run.folder / "checkpoints",
     )
 
 

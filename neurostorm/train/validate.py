@@ -15,10 +15,12 @@ import torch
 from numpy.typing import NDArray
 
 from neurostorm.config import Config
+from neurostorm.data.batch_stream import BatchStream
 from neurostorm.data.clips import ClipReader
 from neurostorm.data.device import ClipUnpacker, Patches
 from neurostorm.model.mae import MaeOutput, MaskedAutoencoder
 from neurostorm.tracking import Tracker
+from neurostorm.train.barrier import Barrier
 from neurostorm.train.engine import Engine
 from neurostorm.train.ranks import sum_over_ranks
 from neurostorm.train.schedule import VALIDATION, draw_masks
@@ -52,6 +54,7 @@ class Validation:
     reader: ClipReader
     rows: NDArray[np.void]
     tracker: Tracker
+    barrier: Barrier
     rank: int
 
     def run(self, done: int) -> dict[str, float]:
@@ -63,8 +66,16 @@ class Validation:
         sums = torch.zeros(3, dtype=torch.float64)
         self.engine.train(False)
         parts = shares(self.rows, rank=self.rank, workers=self.config.scale.workers, size=self.config.train.micro_batch)
-        for nth, (rows, counts) in enumerate(parts):
-            batch = self.reader.batch(rows)
+        # Through the barrier, as in training: a rank whose reads wait for storage is not hung.
+        data = self.config.data
+        batches = BatchStream(
+            map(self.reader.batch, (rows for rows, _ in parts)),
+            rank=self.rank,
+            first_step=done,
+            timeout_s=data.batch_timeout_s,
+        )
+        for nth, (_, counts) in enumerate(parts):
+            batch, _ = self.barrier.next_batch(batches)
             patches = self.unpack(batch)
             mask = draw_masks(self.model, batch.row, self.config, VALIDATION)
             with torch.no_grad():

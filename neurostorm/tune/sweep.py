@@ -22,12 +22,14 @@ import ray
 from ray import tune
 
 from neurostorm.config import Config, ConfigError
-from neurostorm.downstream.errors import ERRORS, PERMANENT, TrialsFailed, alike, count_alike, told_by
+from neurostorm.downstream.errors import ERRORS, TrialsFailed, alike, count_alike, told_by
 from neurostorm.downstream.metrics import higher_is_better
 from neurostorm.downstream.prepare import prepare
 from neurostorm.downstream.record import KIND, SELECTED, record_test, uri_of
 from neurostorm.downstream.training import State
 from neurostorm.downstream.trial import TEST, Trial, read_outcome, test_trial, train_trial
+from neurostorm.errors import UserError
+from neurostorm.lease import held
 from neurostorm.places import Place, replace
 from neurostorm.progress import progress
 from neurostorm.run_folder import CONFIG_FILE, PLACED, keep_config, refuse_other
@@ -96,10 +98,15 @@ def sweep(config: Config) -> Swept:
     """Run the whole sweep, or what is left of it.
 
     Raises:
-        ConfigError: the settings contradict each other, or the folder holds another sweep.
+        ConfigError: the settings contradict each other, the folder holds another sweep, or another driver works on it.
         TrialsFailed: no trial gave a result, or the first ones all failed alike; the message has the reasons.
         Others as `prepare.prepare`, before any trial has started. A trial that fails among others raises nothing.
     """
+    with held(config.run.folder):
+        return _sweep(config)
+
+
+def _sweep(config: Config) -> Swept:
     try:
         uri_of(config)
     except ValueError as error:
@@ -235,7 +242,9 @@ def _trainable(config: dict[str, Any], trials: Sequence[Trial]) -> None:
 
     try:
         outcome = train_trial(trial, tell)
-    except PERMANENT as error:  # reported, not raised: Tune tries again what is raised
+    except UserError as error:
+        if error.retry:
+            raise  # Tune tries again what is raised, and not what is reported
         tune.report({EPOCH: 0, REFUSED: traceback.format_exc(), REASON: str(error)})
         return
     last = int(outcome.chosen.get(EPOCH, 0))

@@ -4,11 +4,15 @@ import json
 import logging
 import pickle
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from neurostorm.data import storage_wait
+from neurostorm.data.storage_wait import StorageAwayError
+from neurostorm.store.layout import StoreUnavailableError
 from neurostorm.store.shard import SHARD_FILE
 
 PLACES = [(3, 0), (0, 20), (8, 19), (3, 7)]
@@ -22,7 +26,8 @@ def test_a_clip_is_the_stored_frames_of_its_run_from_its_start(uneven, rows_of):
         assert np.array_equal(clip, uneven.frames[uneven.runs[run]][start : start + 6])
     assert columns["frames"].dtype == np.int8
     assert not columns["bad"].any()
-    assert set(columns) == {"row", "run", "start", "bad", "withdrawn", "frames"}, "voxel z needs nothing else"
+    names = {"row", "run", "start", "bad", "withdrawn", "waited_s", "frames"}
+    assert set(columns) == names, "voxel z needs nothing else"
 
 
 def test_scale_and_shift_turn_the_bytes_into_z_over_the_run(uneven, rows_of):
@@ -96,7 +101,7 @@ def test_a_batch_holds_what_was_read_and_its_parts_are_views(uneven, rows_of):
 def test_mapping_a_batch_leaves_out_what_is_not_there(uneven, rows_of):
     seen = []
     doubled = uneven.reader().batch(rows_of(PLACES)).map(lambda values: seen.append(values) or values + values)
-    assert len(seen) == 6
+    assert len(seen) == 7
     assert doubled.row.tolist() == [200, 202, 204, 206]
     assert doubled.scale is None and doubled.shift is None and doubled.fill is None
     assert doubled.part(0, 2).to(torch.device("cpu")).scale is None
@@ -161,3 +166,37 @@ def test_reading_ahead_gives_the_same_in_order_and_begins_no_more_than_it_may(un
         before = columns
         places.add(columns["frames"].ctypes.data)
     assert nth == 7 and len(places) == 4, "memory is used again"
+
+
+def test_storage_that_is_away_for_a_while_costs_no_clip(uneven, rows_of, monkeypatch):
+    monkeypatch.setattr(storage_wait, "SHORTEST_S", 0.01)
+    reader, rows = uneven.reader(), rows_of(PLACES)
+    whole, read, left = reader.read(rows), reader.store.frames, [2]
+
+    def away(*arguments, **named):
+        if left[0]:
+            left[0] -= 1
+            raise StoreUnavailableError("503")
+        return read(*arguments, **named)
+
+    monkeypatch.setattr(reader.store, "frames", away)
+    found = reader.read(rows)
+    assert not found["bad"].any() and np.array_equal(found["frames"], whole["frames"])
+    assert found["waited_s"][0] > 0 and not found["waited_s"][1:].any() and not whole["waited_s"].any()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_storage_that_stays_away_is_an_error_and_no_damaged_clip(ahead, uneven, rows_of, monkeypatch):
+    monkeypatch.setattr(storage_wait, "SHORTEST_S", 0.01)
+    reader = replace(uneven.reader(), unavailable_s=0.05)
+    rows = rows_of(PLACES)
+
+    def away(*arguments, **named):
+        raise StoreUnavailableError("503")
+
+    monkeypatch.setattr(reader.store, "frames", away)
+    with pytest.raises(StorageAwayError, match=r"503\. Its storage was away .*data\.unavailable_s=0\.05"):
+        if ahead:
+            list(reader.read_ahead([(rows, None)], threads=2, ahead=1))
+        else:
+            reader.read(rows)

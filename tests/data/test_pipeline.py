@@ -16,9 +16,10 @@ import ray.train
 import torch
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from neurostorm.data import pipeline
+from neurostorm.data import batch_stream, pipeline
+from neurostorm.data.batch_stream import BatchTimeout
 from neurostorm.data.clips import ClipReader
-from neurostorm.data.pipeline import BatchTimeout, OrderSource, batches, clip_dataset, feed_bytes, feed_options
+from neurostorm.data.pipeline import OrderSource, batches, clip_dataset, feed_bytes, feed_options
 from neurostorm.data.plan import ClipPlan
 from neurostorm.data.split import Segments
 from neurostorm.store.shard import SHARD_FILE
@@ -49,7 +50,7 @@ def late_first_reader(uneven):
     """A reader whose earliest rows take longest, so that blocks become ready in another order than the plan's."""
 
     class LateFirst(ClipReader):  # local, so that it travels to the tasks by value
-        def _fill(self, columns, read, run):
+        def _fill(self, columns, read, run, stop=None):
             time.sleep(max(0.0, 0.3 - 0.02 * int(columns["row"][read.first])))
             super()._fill(columns, read, run)
 
@@ -191,7 +192,7 @@ def block_of(plan, reader, step, read_in):
 def test_a_batch_that_does_not_come_ends_the_wait_with_what_it_was_for(
     read_in, given, words, uneven, plan, monkeypatch, caplog
 ):
-    monkeypatch.setattr(pipeline, "SAY_EVERY_S", 0.02)
+    monkeypatch.setattr(batch_stream, "SAY_EVERY_S", 0.02)
     reader = uneven.reader()
     shard = Stuck(*(block_of(plan, reader, step, read_in) for step in range(given)))
     stream = batches(shard, reader, rank=0, first_step=0, clips=plan.global_batch, steps_ahead=1, timeout_s=0.3)
@@ -208,7 +209,7 @@ def test_reads_that_do_not_end_are_named_with_the_store(uneven, plan):
     end = threading.Event()
 
     class Hanging(ClipReader):
-        def _fill(self, columns, read, run):
+        def _fill(self, columns, read, run, stop=None):
             end.wait(60)
 
     reader = uneven.reader()

@@ -191,8 +191,8 @@ def proxy(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     server = Proxy(s3_server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.address)
-    monkeypatch.setattr("neurostorm.object_store.MAX_RETRIES", 2)
-    monkeypatch.setattr("neurostorm.object_store.REQUEST_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("neurostorm.object_requests.RETRY_S", 3.0)
+    monkeypatch.setattr("neurostorm.object_requests.REQUEST_TIMEOUT_S", 1.0)
     yield server
     server.closing.set()
     server.shutdown()

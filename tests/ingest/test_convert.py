@@ -219,7 +219,7 @@ def test_a_store_that_cannot_be_written_is_not_the_files_fault(
 
     monkeypatch.setattr("neurostorm.ingest.convert.write_run", fail)
     outcome = attempt(source_of(good), store)
-    assert outcome.status == "unwritten"
+    assert outcome.status == "unwritten" and not outcome.again
     assert os.strerror(code) in outcome.reason
     monkeypatch.undo()
     monkeypatch.setattr(Path, "open", fail)

@@ -148,7 +148,7 @@ def test_trouble_that_stays_names_the_run_after_a_bounded_time(
     assert outcome.status == "quarantined"
     assert outcome.reason.startswith("cannot be read: ")
     assert f"{bucket}/{FIRST}" in outcome.reason
-    assert 1 < proxy.count("GET", FIRST) <= 9
+    assert 1 < proxy.count("GET", FIRST) <= 60
     assert attempt(second, store).status == "ingested"
 
 
@@ -156,7 +156,7 @@ def test_a_store_that_refuses_is_not_the_files_fault(proxy: Any, folder: Path, f
     source = discover(folder)[0]
     proxy.plan = lambda method, key: "503" if method in ("PUT", "POST") else ""
     outcome = attempt(source, far_store)
-    assert outcome.status == "unwritten"
+    assert outcome.status == "unwritten" and outcome.again
     assert str(far_store) in outcome.reason
     proxy.plan = lambda method, key: ""
     assert attempt(source, far_store).status == "ingested"

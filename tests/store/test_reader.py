@@ -1,5 +1,6 @@
 """What a store gives back, and what it says when something is wrong with it."""
 
+import errno
 import json
 import os
 import pickle
@@ -14,7 +15,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import neurostorm.store.reader as reader
-from neurostorm.store import ClipReadError, FrameRangeError, FrameStore, StoreError, create_store, write_manifest
+from neurostorm.store import (
+    ClipReadError,
+    FrameRangeError,
+    FrameStore,
+    StoreError,
+    StoreUnavailableError,
+    create_store,
+    write_manifest,
+)
 from neurostorm.store.shard import layout_of, read_index
 
 
@@ -133,6 +142,40 @@ def test_a_run_of_another_mask_is_a_clip_error(example: Any, make_example: Any) 
     shutil.copytree(other.path / "runs", example.path / "runs", dirs_exist_ok=True)
     with pytest.raises(ClipReadError, match=f"{other.voxels} voxels"):
         FrameStore.open(example.path).frames(run)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.ETIMEDOUT])
+def test_a_file_system_that_does_not_answer_is_unavailable_and_not_damage(
+    number: int, example: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = example.add()
+    store = FrameStore.open(example.path)
+
+    def away(*arguments: Any, **named: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "preadv", away)
+        with pytest.raises(StoreUnavailableError, match=os.strerror(number)):
+            store.frames(run, 0, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_text", away)
+        for ask in (lambda: store.run_attributes(run), lambda: FrameStore.open(example.path)):
+            with pytest.raises(StoreUnavailableError, match=os.strerror(number)):
+                ask()
+    store.frames(run, 0, 1)
+
+
+def test_a_store_whose_file_system_is_not_mounted_is_unavailable(example: Any, tmp_path: Path) -> None:
+    first, second = example.add("sub-01"), example.add("sub-02")
+    path = tmp_path / "mount" / "store.zarr"
+    shutil.copytree(example.path, path)
+    store = FrameStore.open(path)
+    store.frames(first)
+    shutil.rmtree(tmp_path / "mount")
+    for run in (first, second):  # one whose layout is known, one that was never read
+        with pytest.raises(StoreUnavailableError, match="is gone itself"):
+            store.frames(run, 0, 1)
 
 
 @pytest.mark.parametrize("codec", ["none", "zstd"])

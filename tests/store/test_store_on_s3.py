@@ -21,6 +21,7 @@ from neurostorm.store import (
     ClipReadError,
     FrameStore,
     StoreError,
+    StoreUnavailableError,
     add_quarantine,
     create_store,
     partials,
@@ -175,19 +176,19 @@ def test_an_upload_that_is_cut_off_leaves_no_run_and_the_next_attempt_succeeds(r
     assert np.array_equal(FrameStore.open(remote.path).frames(RUN), arrays["frames"])
 
 
-def test_reading_sits_out_a_short_fault_and_names_the_clip_in_a_long_one(remote: Any, network: Network) -> None:
+def test_reading_sits_out_a_short_fault_and_names_the_run_in_a_long_one(remote: Any, network: Network) -> None:
     run = remote.add(frames=30, chunk_frames=7)
     for kind in ("refuse", "cut answer"):
         network.fail(kind, "GET", "0.0", times=2)
         assert np.array_equal(FrameStore.open(remote.path).frames(run, 3, 9), remote.arrays(30)["frames"][3:12])
     network.fail("refuse", "GET", f"{run}/0.0", times=99)
-    with pytest.raises(ClipReadError, match=f"{run}, clip from frame 3: .*cannot be read"):
+    with pytest.raises(StoreUnavailableError, match=f"{run}/0.0 cannot be read"):
         FrameStore.open(remote.path).frames(run, 3, 9)
     network.fail("forbid", "GET", f"{run}/zarr.json", times=1)
-    with pytest.raises(ClipReadError, match="AccessDenied"):
+    with pytest.raises(StoreUnavailableError, match="AccessDenied"):
         FrameStore.open(remote.path).frames(run, 3, 9)
     network.fail("forbid", "GET", "box.zarr/zarr.json", times=1)
-    with pytest.raises(StoreError, match="AccessDenied"):
+    with pytest.raises(StoreUnavailableError, match="AccessDenied"):
         FrameStore.open(remote.path)
 
 

@@ -7,7 +7,7 @@ as many steps.
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch._dynamo  # which an optimizer loads
 import torch.distributed as dist
 
 from neurostorm.config import Config
-from neurostorm.data.clips import ClipBatch
+from neurostorm.data.batch_stream import BatchStream
 from neurostorm.places import replace
 from neurostorm.tracking import Tracker
 from neurostorm.train.build import assemble, export
@@ -49,9 +49,9 @@ def train(config: Config, rank: int, workers: int, poison: int, last: int | None
     account = Account(config.run.folder if rank == 0 else None)
     corpus = planned(config)
 
-    def feed(first_step: int) -> Iterator[ClipBatch]:
-        for step in range(first_step, corpus.plan.total_steps(config.train.epochs, config.train.max_steps)):
-            yield corpus.reader.batch(corpus.plan.step_rows(step, rank, workers))
+    def feed(first_step: int) -> BatchStream:
+        steps = range(first_step, corpus.plan.total_steps(config.train.epochs, config.train.max_steps))
+        return BatchStream(corpus.reader.batch(corpus.plan.step_rows(step, rank, workers)) for step in steps)
 
     loop = assemble(config, corpus, Tracker(), account, feed, rank=rank, device=torch.device("cpu"))
     if poison >= 0:
@@ -85,13 +85,13 @@ def poison_step(loop, step: int) -> None:
         patches = type(loop.unpack).forward(loop.unpack, batch)
         return type(patches)(patches.values * float("inf"), patches.centre, patches.inside)
 
-    def poisoned(batch, at):
+    def poisoned(batch, at, clips):
         now["step"] = at
         if loop.rank == 0 and (at == step or at in passing):
             passing.clear()
             loop.unpack.forward = unpack_infinite
         try:
-            return forward_backward(batch, at)
+            return forward_backward(batch, at, clips)
         finally:
             loop.unpack.__dict__.pop("forward", None)
 

@@ -24,7 +24,8 @@ def batch(rows, runs, withdrawn):
     """Clips of plan rows and runs, those that are left out marked."""
     flags = torch.tensor(withdrawn)
     row, run = torch.tensor(rows), torch.tensor(runs).int()
-    return ClipBatch(row, run, 4 * run, torch.zeros_like(flags), flags, torch.zeros(len(rows), 1, 1, dtype=torch.int8))
+    frames, waited_s = torch.zeros(len(rows), 1, 1, dtype=torch.int8), torch.zeros(len(rows))
+    return ClipBatch(row, run, 4 * run, torch.zeros_like(flags), flags, waited_s, frames)
 
 
 @pytest.fixture

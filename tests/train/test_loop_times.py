@@ -10,10 +10,12 @@ import torch
 
 from neurostorm.train import loop as loop_module
 from neurostorm.train import time_left
+from neurostorm.train.barrier import StepClips
 from neurostorm.train.engine import StepOutcome
 from neurostorm.train.goodput import Account
 from neurostorm.train.loop import Loop, Window
 from neurostorm.train.time_left import TimeLeft
+from neurostorm.train.timeouts import CollectiveTimeouts
 
 S = 10**9
 
@@ -42,7 +44,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def run(clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Callable[..., tuple[Account, list[dict]]]:
     """Runs `Loop.run` on steps that take given seconds, without model or engine; its account and logged metrics."""
     monkeypatch.setattr(loop_module, "mean_over_ranks", lambda values: values.tolist())
-    monkeypatch.setattr(loop_module, "sum_over_ranks", lambda values, device: values)
     monkeypatch.setattr(loop_module, "clip_names", lambda batch, runs: [])
     monkeypatch.setattr(loop_module.checkpoint, "save", lambda *place, **what: clock.turn(0.5))
 
@@ -58,13 +59,13 @@ def run(clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Callabl
             def __post_init__(self) -> None:
                 self.folder, self.device = tmp_path, torch.device("cpu")
                 self.guard = SimpleNamespace(check=lambda applied, **where: None, total=0)
-                self.bad_clips = SimpleNamespace(note=lambda *clips: None, keep=lambda done: None, bad=0)
+                self.damaged = SimpleNamespace(note=lambda *clips: None, keep=lambda done: None, total=0)
+                self.left_out = SimpleNamespace(note=lambda *clips: None, keep=lambda done: None)
                 self.ledger = SimpleNamespace(keep=lambda done: None)
                 self.window, self.peak_flops_per_s = Window(1, self.device), 1.0
-                self.patience = loop_module.Patience(1, 1, lambda timeout_s: None)
                 self.time_left = TimeLeft(total, {"validation": total, "checkpoint": total})
 
-            def step(self, batch: Any, step: int) -> Any:
+            def step(self, batch: Any, step: int, clips: Any) -> Any:
                 clock.turn(steps_s[step])
                 return torch.full((4,), float(step), dtype=torch.float64), 1, StepOutcome(True, 1.0)
 
@@ -88,6 +89,8 @@ def run(clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Callabl
             unpack=None,
             unpack_view=None,
             batches=batches(),
+            barrier=SimpleNamespace(next_batch=lambda stream: (next(stream), StepClips(8, 0, 0.0))),
+            timeouts=CollectiveTimeouts(1, 1, lambda timeout_s: None),
             validation=SimpleNamespace(run=validate),
             account=account,
             notice=lambda: False,
