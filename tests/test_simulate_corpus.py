@@ -35,6 +35,9 @@ def test_the_figures_are_those_of_the_corpus_that_was_asked_for(simulate, tmp_pa
     assert (result["runs"], result["frames"]) == (120, 9000)
     assert result["plan_s"] == max(one["plan_s"] for one in result["settings"].values()) > 0
     assert result["slice_s"] == max(one["slowest_slice_s"] for one in result["settings"].values()) > 0
+    assert 0 < result["worker_index_mib"] < 10, "mostly the mask, of so few runs"
+    assert result["requests_before_first_clip"] < 10, result["requests"]
+    assert sum(name.endswith("zarr.json") for name in result["requests"]) == 2, "the store's and its mask's, no run's"
     assert result["driver_mib"] >= result["driver_mib_before"] > 50
     # Two files for a run, a folder's metadata for subjects, five datasets, `runs` and the store, mask and tables.
     assert 240 + result["subjects"] + 6 < result["files"] < 240 + result["subjects"] + 20

@@ -113,7 +113,7 @@ def test_pretraining_names_its_mlflow_run_after_the_run_and_gives_the_outputs_ar
     monkeypatch.setattr(worker, "open_run", lambda folder, **given: asked.update(given, folder=folder) or Tracker())
     config = Config(run={"output": str(place), "name": "mine"})
     (place / "mine" / "config.yaml").write_text("a: 1")
-    worker.open_tracker(config, SimpleNamespace(content_sha256="c", split="s"))
+    worker.open_tracker(config, SimpleNamespace(content_sha256="c", split="s", withdrawn={}))
     assert (asked["name"], asked["folder"], asked["artifacts"]) == ("mine", place / "mine", place / "artifacts")
 
 

@@ -36,8 +36,9 @@ from chaos_scene import EVERY, FRAMES, STEPS_PER_EPOCH, Scene, Setting
 from chaos_services import OF_SERVICES
 from chaos_soak import soak
 from chaos_storage import OF_STORAGE
+from chaos_withdrawn import WITHDRAWN
 
-FAULTS: dict[str, Fault] = LOCAL | OF_STORAGE | OF_SERVICES | ON_NODES
+FAULTS: dict[str, Fault] = LOCAL | OF_STORAGE | OF_SERVICES | ON_NODES | WITHDRAWN
 FIRST = 2 * EVERY + 5  # no fault strikes before: two checkpoints are there
 
 
@@ -141,7 +142,7 @@ def try_fault(name: str, fault: Fault, setting: Setting, expected: Ledger, optio
                 outcome.recovery_s.append(scene.back())
             scene.job.finish(600)
             fault.check(scene)
-            outcome.judge(scene.job.steps(), expected, scene.words())
+            outcome.judge(scene.job.steps(), fault.reference(scene, expected), scene.words())
         except CannotTry as reason:
             outcome.skipped = str(reason)
         except JobError as error:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from chaos_job import ROOT, JobError, entries
+from chaos_job import ROOT, JobError, Ledger, entries
 from chaos_scene import EVERY, Scene, end
 
 REPEATED = "repeating step="  # what a run says when it computes a step once more
@@ -41,6 +41,7 @@ class Fault:
     fresh      every round wants a run of its own
     prepare    before the run starts; returns what ends what it began, and may say that the fault cannot be tried
     check      after the run's end
+    reference  of a run that has ended, and its twin's ledger: the ledger that it is compared with
     """
 
     strike: Callable[[Scene], None]
@@ -51,6 +52,7 @@ class Fault:
     scene: type[Scene] = Scene
     prepare: Callable[[Scene], Callable[[], None]] = lambda scene: lambda: None
     check: Callable[[Scene], None] = fine
+    reference: Callable[[Scene, Ledger], Ledger] = lambda scene, twin: twin
 
 
 class CannotTry(RuntimeError):

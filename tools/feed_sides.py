@@ -26,8 +26,9 @@ from neurostorm.model.geometry import patch_table
 from neurostorm.model.strd import StrdConfig
 from neurostorm.model.swin4d import SwinEncoder
 from neurostorm.model.swin_config import SwinConfig
-from neurostorm.store import GRIDS, FrameStore, create_store, run_path, write_run
+from neurostorm.store import GRIDS, FrameStore, create_store, read_manifest, run_path, write_manifest, write_run
 from neurostorm.store.files import read_metadata
+from neurostorm.store.run_index import RunIndex
 from neurostorm.store.shard import SHARD_FILE, RunLayout, layout_of
 
 CLIP_FRAMES = 20
@@ -39,7 +40,7 @@ class Work:
     """One round: batches of plan rows over the store's runs."""
 
     store: FrameStore
-    runs: tuple[str, ...]
+    runs: RunIndex
     plan: ClipPlan
     steps: int
 
@@ -75,13 +76,14 @@ def make_store(folder: Path, runs: int, frames: int) -> Path:
         values = rng.integers(-60, 61, (frames, len(ones)), dtype=np.int8)
         run = run_path("bench", f"sub-{number:03d}", "task-rest")
         write_run(path, run, frames=values, mean=1000 * ones, std=ones, attributes={})
+    write_manifest(path)
     return path
 
 
 def open_work(store: FrameStore, batch: int, steps: int) -> Work:
     """Clips of all runs in random order, at random places."""
-    runs = tuple(store.runs())
-    frames = np.array([store.frame_count(run) for run in runs], np.int32)
+    manifest = read_manifest(store.path)
+    runs, frames = RunIndex(manifest), manifest["frames"].to_numpy()
     segments = Segments(np.arange(len(runs), dtype=np.int32), np.zeros_like(frames), frames)
     return Work(store, runs, ClipPlan(segments, CLIP_FRAMES, CLIP_FRAMES, seed=0, global_batch=batch), steps)
 
@@ -140,7 +142,7 @@ def ranges(work: Work, rows: NDArray[np.void]) -> Iterator[tuple[Path, int, int]
         folder = work.store.path / work.runs[row["run"]]
         layout = layout_of_run(folder)
         chunks = layout.chunk_range(int(row["start"]), CLIP_FRAMES)
-        index = layout.packed_index[chunks.start : chunks.stop]
+        index = layout.packed_index(chunks)
         yield folder / SHARD_FILE, int(index[0, 0]), int(index[:, 1].sum())
 
 

@@ -4,11 +4,13 @@
 
     five datasets, 66,000 runs, 28.65 M frames -> a store's folder with its manifest, no frames
        -> a process that has what a driver has loaded: open it, plan epochs, slice at random steps, watch the memory
+       -> a process that has what a worker has loaded: requests up to its first clip, memory once every run is known
        -> files and bytes that the store would have, the data state of a checkpoint, a model of the feed by nodes
 
 The measured code is the jobs' own (`open_corpus`, `ClipPlan`), plain and with a mixture, units and a cap. `plan_s` and
 `slice_s` are the worst of all of these: a plan's first epoch with all tables it needs, and one worker's share of one
-step in an epoch that is planned. `driver_mib` is the peak of the whole process, Python, torch and Ray included.
+step in an epoch that is planned. `driver_mib` is the peak of the whole process, Python, torch and Ray included;
+`worker_index_mib` is what a worker holds of store, runs and plan (tools/simulate_worker.py).
 """
 
 import argparse
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import feed_model
+import simulate_worker
 
 MIB = 2**20
 TR_S = 0.8
@@ -70,7 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="simulate-corpus-") as folder:
         store = Path(folder) / "corpus.zarr"
         size = build_store(store, options)
-        result = {**size, **in_new_process(measure, store, options)}
+        config = configuration(store, options, {}, output=Path(folder))
+        rows = in_new_process(simulate_worker.prepare, store, config)["rows"]
+        worker = in_new_process(simulate_worker.measure, store, config, rows)
+        result = {**size, **worker, **in_new_process(measure, store, options)}
     feed = feed_model.Feed(
         result["clip_bytes"], options.clips_per_s_per_core, options.cores_per_node, options.network_gb_s,
         options.storage_gb_s, options.shared_gb_s,
@@ -130,13 +136,14 @@ def build_store(store: Path, options: argparse.Namespace) -> dict[str, Any]:
     from neurostorm.ingest.template import brain_mask
     from neurostorm.store import GRIDS, create_store
     from neurostorm.store.layout import MANIFEST
-    from neurostorm.store.shard import run_bytes, run_files
+    from neurostorm.store.shard import default_chunk_frames, run_bytes, run_files
 
     mask = brain_mask(GRIDS[options.grid])
     create_store(store, grid=GRIDS[options.grid], mask=mask, tr_s=TR_S, recipe="simulated")
-    table = manifest(options.runs, options.frames)
+    voxels = int(mask.sum())
+    table = manifest(options.runs, options.frames, default_chunk_frames(voxels))
     pq.write_table(table, store / MANIFEST, compression="zstd")
-    voxels, lengths = int(mask.sum()), table["frames"].to_pylist()
+    lengths = table["frames"].to_pylist()
     subjects = {run.rsplit("/", 1)[0] for run in table["run"].to_pylist()}
     groups = 1 + len({subject.rsplit("/", 1)[0] for subject in subjects}) + len(subjects)  # runs/, datasets, subjects
     here = [file for file in store.rglob("*") if file.is_file()]
@@ -148,10 +155,11 @@ def build_store(store: Path, options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def manifest(runs: int, frames: int, seed: int = 0) -> Any:
+def manifest(runs: int, frames: int, chunk_frames: int = 1, seed: int = 0) -> Any:
     """A manifest of `runs` runs with `frames` frames together: the datasets by their share, every tenth run cut short.
 
-    Other figures than the lengths are those of an ordinary run; `pyarrow.Table` with `MANIFEST_SCHEMA`, sorted by run.
+    Other figures than the lengths are those of an ordinary run in chunks of `chunk_frames`. Returns a `pyarrow.Table`
+    with `MANIFEST_SCHEMA`, sorted by run.
     """
     import numpy as np
     import pyarrow as pa
@@ -174,7 +182,7 @@ def manifest(runs: int, frames: int, seed: int = 0) -> Any:
     ends = np.cumsum(lengths) * frames // sum(lengths)  # scaled, with nothing lost to rounding
     known: dict[str, Any] = {
         "run": run, "dataset": dataset, "subject": subject, "session": session, "task": ["rest"] * runs,
-        "frames": np.diff(ends, prepend=0),
+        "frames": np.diff(ends, prepend=0), "chunk_frames": [chunk_frames] * runs, "codec": ["none"] * runs,
         "source": [f"{path.removeprefix('runs/')}_space-MNI152NLin6Asym_desc-preproc_bold.nii.gz" for path in run],
         "source_sha256": [f"{rng.getrandbits(256):064x}" for _ in run],
     }  # fmt: skip
@@ -222,8 +230,8 @@ def measure(store: Path, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def configuration(store: Path, options: argparse.Namespace, data: dict[str, Any]) -> Any:
-    """The configuration of a pretraining run on the store."""
+def configuration(store: Path, options: argparse.Namespace, data: dict[str, Any], **run: Any) -> Any:
+    """The configuration of a pretraining run on the store; `run` are fields of that section."""
     from neurostorm.config import Config
 
     share = options.clips_per_worker
@@ -232,6 +240,7 @@ def configuration(store: Path, options: argparse.Namespace, data: dict[str, Any]
             "data": {"store": store, "clip_frames": options.clip_frames, **data},
             "train": {"global_batch": share * options.workers, "micro_batch": share},
             "scale": {"workers": options.workers},
+            "run": run,
         }
     )
 
@@ -282,6 +291,8 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"manifest {result['manifest_bytes'] / MIB:.1f} MiB",
         f"checkpoint    {size['state_bytes']} bytes of data state",
         f"driver        peak {peak:.0f} MiB, of which {before:.0f} MiB before it opened the store",
+        f"worker        {result['worker_index_mib']:.1f} MiB of store, runs and plan; "
+        f"{result['requests_before_first_clip']} requests before its first clip, with it",
         "",
         "              open s   hash s   plan s  epoch s   slice ms  slowest ms   clips per epoch",
     ]

@@ -5,7 +5,8 @@
 
 Frames go from the file to their place in the batch and nowhere else. A clip whose data is damaged or missing becomes a
 clip without data, of which the loss counts nothing, and is marked `bad`, so that the worker that gets it names and
-counts it. Storage that is away says nothing about the data: the reader waits for it, for a limited time.
+counts it. So does one whose subject withdrew since the plan was made, which is marked `withdrawn`. Storage that is away
+says nothing about the data: the reader waits for it, for a limited time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,10 @@ from numpy.typing import NDArray
 
 from neurostorm.data.reads import Read, plan_reads
 from neurostorm.data.storage_wait import wait_for_storage
-from neurostorm.store.layout import StoreError, StoreUnavailableError
+from neurostorm.data.withdrawals import Withdrawals
+from neurostorm.store.layout import MissingRunError, StoreError, StoreUnavailableError
 from neurostorm.store.reader import FrameStore
+from neurostorm.store.run_index import RunIndex
 
 if TYPE_CHECKING:  # Ray's reading tasks and its plan of them need no torch, which takes 2 s to load
     import torch
@@ -37,12 +40,17 @@ Columns = dict[str, NDArray[Any]]
 UNAVAILABLE_S = 600.0  # data.unavailable_s of callers without a configuration
 
 
+class WithdrawnError(StoreError):
+    """A run is gone because its subject withdrew."""
+
+
 @dataclass(frozen=True)
 class ClipBatch:
     """The clips of one worker in one optimiser step, on the CPU; B clips, L frames, V mask voxels.
 
     row, run, start  int64/int32 (B): place in the plan's stream, run in the manifest, first frame
     bad              bool (B): the clip's data is damaged or missing; it holds zeros
+    withdrawn        bool (B): the clip is left out, as its subject withdrew, and holds zeros; it is not bad
     waited_s         float32 (B): for how long the store's storage was away when the clip was read, seconds
     frames           int8 (B, L, V): 16 x voxel z
     scale, shift     float32 (B, V) and fill float32 (B): z of the voxel to global z (normalise=global), else None
@@ -52,6 +60,7 @@ class ClipBatch:
     run: torch.Tensor
     start: torch.Tensor
     bad: torch.Tensor
+    withdrawn: torch.Tensor
     waited_s: torch.Tensor
     frames: torch.Tensor
     scale: torch.Tensor | None = None
@@ -76,16 +85,27 @@ class ClipBatch:
 class ClipReader:
     """Reads plan rows as columns of numpy arrays; picklable, so that read tasks carry it.
 
-    runs           the manifest's run paths, in the order that the plan's `run` column indexes
+    runs           the manifest's run paths, in the order that the plan's `run` column indexes; a `RunIndex` also tells
+                   where their rows lie, and the mean and std of each run
     normalise      `voxel`: frames alone; `global`: also each voxel's scale and shift to z over the whole run
     unavailable_s  longest wait for storage that is away, seconds; then StorageAwayError
+    withdrawals    whose clips are left out; None: a clip whose run is gone is bad, whatever the reason
     """
 
     store: FrameStore
-    runs: tuple[str, ...]
+    runs: Sequence[str]
     clip_frames: int
     normalise: str
     unavailable_s: float = UNAVAILABLE_S
+    withdrawals: Withdrawals | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.runs, RunIndex):
+            self.store.use_index(self.runs)
+
+    def __reduce__(self) -> tuple[type[ClipReader], tuple[Any, ...]]:
+        """Travels without what its store knows, which the new one is told."""
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))
 
     def read(self, rows: NDArray[np.void], paths: Sequence[str] | None = None) -> Columns:
         """The columns of ClipBatch for `rows`, with unreadable clips zeroed and marked.
@@ -138,7 +158,8 @@ class ClipReader:
     ) -> tuple[Columns, list[Read], Sequence[str]]:
         """Columns still without frames, in the memory of `used` if that fits, and what to read for them."""
         columns: Columns = {name: np.ascontiguousarray(rows[name]) for name in ("row", "run", "start")}
-        columns |= {"bad": np.zeros(len(rows), bool), "waited_s": np.zeros(len(rows), np.float32)}
+        columns |= {name: np.zeros(len(rows), bool) for name in ("bad", "withdrawn")}
+        columns["waited_s"] = np.zeros(len(rows), np.float32)
         shapes: dict[str, tuple[tuple[int, ...], type]] = {"frames": ((self.clip_frames,), np.int8)}
         if self.normalise == "global":
             shapes |= {"scale": ((), np.float32), "shift": ((), np.float32)}
@@ -148,21 +169,24 @@ class ClipReader:
             fits = used is not None and used[name].shape == shape
             columns[name] = used[name] if used is not None and fits else np.empty(shape, dtype)
         named = [self.runs[run] for run in rows["run"]] if paths is None else paths
-        return columns, plan_reads(columns["run"], columns["start"], self.clip_frames), named
+        reads = plan_reads(columns["run"], columns["start"], self.clip_frames)
+        if self.withdrawals is not None:
+            gone = self.withdrawals.left_out(named)
+            for read in reads:
+                if gone[read.first]:
+                    _leave_out(columns, read)
+            reads = [read for read in reads if not gone[read.first]]
+        return columns, reads, named
 
     def _fill(self, columns: Columns, read: Read, run: str, stop: threading.Event | None = None) -> None:
         """Bring in the clips of one read; where it fails, one clip after the other, so that only bad ones are lost."""
-
-        def attempt() -> None:
-            self._read_frames(columns, read, run)
-            if self.normalise == "global":
-                self._read_scale(columns, read, run)
-
         try:
-            _, waited_s = wait_for_storage(attempt, self.unavailable_s, stop=stop)
+            _, waited_s = wait_for_storage(lambda: self._read_clips(columns, read, run), self.unavailable_s, stop=stop)
             columns["waited_s"][read.first : read.first + read.count] = waited_s
         except StoreUnavailableError:
             raise
+        except WithdrawnError:
+            _leave_out(columns, read)
         except StoreError as error:  # a damaged clip, or a run that is gone
             if read.count > 1:
                 for index in range(read.first, read.first + read.count):
@@ -170,9 +194,20 @@ class ClipReader:
                     self._fill(columns, one, run, stop)
                 return
             logger.warning("%s", error)
-            for name in columns.keys() & {"frames", "scale", "shift", "fill"}:
-                columns[name][read.first] = 0
+            _zero(columns, read)
             columns["bad"][read.first] = True
+
+    def _read_clips(self, columns: Columns, read: Read, run: str) -> None:
+        """Bring in the clips of one read. WithdrawnError when they are gone because their subject withdrew."""
+        try:
+            self._read_frames(columns, read, run)
+            if self.normalise == "global":
+                self._read_scale(columns, read, run)
+        except StoreError as error:
+            gone = isinstance(error, MissingRunError) or isinstance(error.__cause__, FileNotFoundError)
+            if gone and self.withdrawals is not None and self.withdrawals.explain(run):
+                raise WithdrawnError(f"the subject of {run} withdrew") from error
+            raise
 
     def _read_frames(self, columns: Columns, read: Read, run: str) -> None:
         clips = slice(read.first, read.first + read.count)
@@ -187,10 +222,19 @@ class ClipReader:
     def _read_scale(self, columns: Columns, read: Read, run: str) -> None:
         clips = slice(read.first, read.first + read.count)
         mean, std = self.store.moments(run)
-        centre, spread = _global_moments(self.store, run)
+        centre, spread = self._global_moments(run)
         columns["scale"][clips] = std / spread
         columns["shift"][clips] = (mean - centre) / spread
         columns["fill"][clips] = -centre / spread  # outside the mask the intensity is zero
+
+    def _global_moments(self, run: str) -> tuple[float, float]:
+        """Mean and std over the run's brain and frames, source units: the manifest's, or else the run's own."""
+        if isinstance(self.runs, RunIndex):
+            number = self.runs.find(run)
+            stated = None if number is None else self.runs.moments(number)
+            if stated is not None:
+                return stated
+        return _moments_by_metadata(self.store, run)
 
 
 def as_batch(columns: Columns) -> ClipBatch:
@@ -202,6 +246,17 @@ def as_batch(columns: Columns) -> ClipBatch:
         return ClipBatch(**{name: torch.from_numpy(values) for name, values in columns.items()})
 
 
+def _leave_out(columns: Columns, read: Read) -> None:
+    """Mark the clips of a read as those of a subject who withdrew."""
+    _zero(columns, read)
+    columns["withdrawn"][read.first : read.first + read.count] = True
+
+
+def _zero(columns: Columns, read: Read) -> None:
+    for name in columns.keys() & {"frames", "scale", "shift", "fill"}:
+        columns[name][read.first : read.first + read.count] = 0
+
+
 def _finished(columns: Columns, reads: list[Any]) -> Columns:
     for read in reads:
         read.result()
@@ -209,7 +264,7 @@ def _finished(columns: Columns, reads: list[Any]) -> Columns:
 
 
 @lru_cache(maxsize=1 << 17)
-def _global_moments(store: FrameStore, run: str) -> tuple[float, float]:
+def _moments_by_metadata(store: FrameStore, run: str) -> tuple[float, float]:
     """Mean and std over the run's brain and frames, source units; from its metadata, read once per process."""
     attributes = store.run_attributes(run)
     return float(attributes["global_mean"]), float(attributes["global_std"])

@@ -21,18 +21,18 @@ class Origin:
     """Where the manifest's runs come from.
 
     datasets  names of the datasets, in any order
-    dataset   int32 (runs): index into `datasets`
+    dataset   int16 (runs): index into `datasets`
     subject   int32 (runs): a number for each subject, not shared between datasets
     """
 
     datasets: tuple[str, ...]
-    dataset: NDArray[np.int32]
+    dataset: NDArray[np.int16]
     subject: NDArray[np.int32]
 
     @classmethod
     def one_dataset(cls, runs: int) -> "Origin":
         """`runs` runs of as many subjects in one dataset without a name."""
-        return cls(("",), np.zeros(runs, np.int32), np.arange(runs, dtype=np.int32))
+        return cls(("",), np.zeros(runs, np.int16), np.arange(runs, dtype=np.int32))
 
 
 @dataclass(frozen=True)

@@ -101,8 +101,8 @@ class Passes:
     cap: int | None = None
 
     @cached_property
-    def _counts(self) -> NDArray[np.int64]:
-        return clip_counts(self.segments.frames, self.clip_frames, self.stride_frames)
+    def _counts(self) -> Ints:
+        return clip_counts(self.segments.frames, self.clip_frames, self.stride_frames).astype(np.int32)
 
     @cached_property
     def _slack(self) -> NDArray[np.uint64]:
@@ -148,7 +148,7 @@ class Passes:
         segment = np.repeat(np.arange(len(units), dtype=np.int32), units)
         before = (np.cumsum(units) - units).astype(np.int32)
         nth = (np.arange(len(segment), dtype=np.int32) - before[segment]) * np.int32(self.clips_per_read)
-        clips = np.minimum(self._counts.astype(np.int32)[segment] - nth, np.int32(self.clips_per_read))
+        clips = np.minimum(self._counts[segment] - nth, np.int32(self.clips_per_read))
         return segment, nth, clips
 
     @cached_property

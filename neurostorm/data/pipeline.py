@@ -30,6 +30,7 @@ from ray.data.datasource import Datasource, ReadTask
 from neurostorm.data.batch_stream import BatchStream
 from neurostorm.data.clips import ClipBatch, ClipReader, Columns, as_batch
 from neurostorm.data.plan import ROW, ClipPlan
+from neurostorm.store.run_index import RunIndex
 
 ReadIn = Literal["worker", "tasks"]
 STRETCH_CLIPS = 4096  # of one worker in one task of plan rows: about 0.5 MB of rows and names
@@ -43,7 +44,7 @@ class OrderSource(Datasource):
         self, plan: ClipPlan, runs: Sequence[str], *, first_step: int, last_step: int, workers: int, per_rank: bool
     ) -> None:
         super().__init__()
-        self._plan, self._runs, self._workers = plan, tuple(runs), workers
+        self._plan, self._runs, self._workers = plan, runs, workers
         self._share = plan.global_batch // workers
         length = max(1, STRETCH_CLIPS // self._share)
         stretches = [range(s, min(s + length, last_step)) for s in range(first_step, last_step, length)]
@@ -90,7 +91,7 @@ class _Stretch:
         rows = np.concatenate([plan.step_rows(step, rank, self.workers) for step, rank in places])
         share = plan.global_batch // self.workers
         columns: dict[str, Any] = {name: rows[name] for name in ROW.names or ()}
-        columns["path"] = [runs[run] for run in rows["run"]]
+        columns["path"] = runs.take(rows["run"]) if isinstance(runs, RunIndex) else [runs[run] for run in rows["run"]]
         columns |= {name: np.repeat(np.array(column), share) for name, column in zip(
             ("step", "rank"), zip(*places, strict=True), strict=True
         )}  # fmt: skip
@@ -98,7 +99,7 @@ class _Stretch:
 
 
 @lru_cache(maxsize=1)
-def _plan_and_runs(held: Any) -> tuple[ClipPlan, tuple[str, ...]]:
+def _plan_and_runs(held: Any) -> tuple[ClipPlan, Sequence[str]]:
     """The plan, fetched once per process: an epoch that it has drawn serves the next task too."""
     plan, runs = ray.get(held)
     return plan, runs
@@ -120,7 +121,7 @@ def clip_dataset(
     dataset = ray.data.read_datasource(source, override_num_blocks=len(source), concurrency=1, num_cpus=0)
     if read_in == "worker":
         return dataset
-    read = _ReadBlock(replace(reader, runs=()))
+    read = _ReadBlock(replace(reader, runs=()), ray.put(reader.runs))
     return dataset.repartition(target_num_rows_per_block=share).map_batches(read, batch_size=None, zero_copy_batch=True)
 
 
@@ -140,14 +141,17 @@ def feed_bytes(reader: ClipReader, global_batch: int, steps_ahead: int) -> int:
 
 @dataclass(frozen=True)
 class _ReadBlock:
-    """Plan rows of one worker's step to its clips, inside a task."""
+    """Plan rows of one worker's step to its clips, inside a task; `runs` is a reference to the reader's own."""
 
     reader: ClipReader
+    runs: Any
 
     def __call__(self, orders: Columns) -> Columns:
         store = self.reader.store
         key = (type(self.reader), str(store.path), store.verify, self.reader.clip_frames, self.reader.normalise)
-        reader = _READERS.setdefault(key, self.reader)
+        if key not in _READERS:
+            _READERS[key] = replace(self.reader, runs=ray.get(self.runs))
+        reader = _READERS[key]
         return reader.read(_rows(orders), orders["path"].tolist()) | {name: orders[name] for name in ("step", "rank")}
 
 

@@ -21,7 +21,7 @@ from neurostorm.places import Place
 from neurostorm.store.codec import LIMIT, SCALE
 from neurostorm.store.files import read_metadata
 from neurostorm.store.layout import FORMAT, METADATA, StoreError, split_run
-from neurostorm.store.manifest import MANIFEST_SCHEMA, manifest_row
+from neurostorm.store.manifest import LAYOUT_COLUMNS, MANIFEST_SCHEMA, manifest_row
 from neurostorm.store.run_file import RunFile, read_range
 from neurostorm.store.shard import MOMENT_ROWS, SHARD_FILE, RunLayout, ShardError, layout_of, moments_of, read_index
 
@@ -73,7 +73,7 @@ def check_run(
     except (StoreError, OSError) as error:
         return [_unreadable(run, error)]
     found = [Problem(run, what, _AGAIN, damaged=True) for what in problems]
-    return found if row is None else found + _row_wrong(root, run, stated, row)
+    return found if row is None else found + _row_wrong(root, run, metadata, row)
 
 
 def _unreadable(run: str, error: StoreError | OSError) -> Problem:
@@ -96,7 +96,7 @@ def _stated_wrongly(stated: Mapping[str, Any], run: str, layout: RunLayout, voxe
         for name, value in expected.items()
         if name in stated and stated[name] != value
     ]
-    needed = sorted({*expected, *MANIFEST_SCHEMA.names} - {"run"})
+    needed = sorted({*expected, *MANIFEST_SCHEMA.names} - {"run", *LAYOUT_COLUMNS})
     missing = [name for name in needed if stated.get(name) is None]
     if missing:
         wrong.append(f"has no attribute {', '.join(missing)}")
@@ -131,7 +131,7 @@ def _check_index(file: RunFile) -> None:
     if size < layout.index_bytes or (layout.codec == "none" and size != layout.shard_bytes):
         raise ShardError(f"its shard has {size} bytes instead of {layout.shard_bytes}")
     index = read_index(layout, read_range(file.shard, size - layout.index_bytes, layout.index_bytes), size)
-    if layout.codec == "none" and not np.array_equal(index, layout.packed_index):
+    if layout.codec == "none" and not np.array_equal(index, layout.packed_index()):
         raise ShardError("its shard has an index that does not say where the chunks are")
 
 
@@ -162,13 +162,17 @@ def _figures_wrong(
     return wrong
 
 
-def _row_wrong(root: Place, run: str, stated: Mapping[str, Any], row: Mapping[str, Any]) -> list[Problem]:
-    """The columns in which the manifest says something else than the run."""
+def _row_wrong(root: Place, run: str, metadata: Mapping[str, Any], row: Mapping[str, Any]) -> list[Problem]:
+    """The columns in which the manifest says something else than the run; an earlier version's states no layout."""
     try:
-        expected = manifest_row(root, run, stated)
+        expected = manifest_row(root, run, metadata)
     except StoreError as error:
         return [Problem(run, str(error), _AGAIN, damaged=True)]
-    differing = [f"{name} {row[name]!r}, the run {value!r}" for name, value in expected.items() if row[name] != value]
+    differing = [
+        f"{name} {row[name]!r}, the run {value!r}"
+        for name, value in expected.items()
+        if row[name] != value and not (name in LAYOUT_COLUMNS and row[name] is None)
+    ]
     if not differing:
         return []
     return [Problem(run, f"the manifest says {'; '.join(differing)}", "rebuild the manifest with `repair`")]

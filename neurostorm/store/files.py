@@ -89,9 +89,9 @@ def read_attributes(node: Place) -> dict[str, Any]:
 
 
 def read_many(root: Place, runs: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """The attributes of `runs`, in their order, several read at a time. StoreError as `read_metadata`."""
+    """The zarr.json of `runs`, in their order, several read at a time. StoreError as `read_metadata`."""
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        yield from pool.map(lambda run: read_attributes(root / run), runs)
+        yield from pool.map(lambda run: read_metadata(root / run), runs)
 
 
 def find_runs(path: StorePath) -> list[str]:

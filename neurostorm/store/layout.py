@@ -44,6 +44,10 @@ class StoreError(UserError, RuntimeError):
     """A store, or something asked of it, is not as it should be; the message names the place and the fix."""
 
 
+class MissingRunError(StoreError):
+    """A store has no such run, or has it no longer."""
+
+
 class FrameRangeError(StoreError, IndexError):
     """Frames were asked for that the run does not have."""
 

@@ -1,6 +1,6 @@
 """The store's four tables, as Parquet at its root.
 
-    manifest.parquet      a row per run: all that planning needs; rebuilt from the runs at any time
+    manifest.parquet      a row per run: all that planning and finding rows needs; rebuilt from the runs at any time
     participants.parquet  a row per subject: labels, from participants.tsv and phenotype tables
     quarantine.parquet    a row per input that could not be ingested, with the reason
     withdrawn.parquet     a row per subject who withdrew: never to be ingested again
@@ -9,6 +9,7 @@ Each is read, changed and put back in one step (`places.update`), so that two in
 rows. A subject who withdrew is looked up inside that step: no rebuilt manifest and no labels bring them back.
 """
 
+import contextlib
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -30,6 +31,7 @@ from neurostorm.store.layout import (
     run_path,
     split_run,
 )
+from neurostorm.store.shard import ShardError, layout_of
 
 MANIFEST_SCHEMA = pa.schema(
     [
@@ -44,18 +46,24 @@ MANIFEST_SCHEMA = pa.schema(
             (name, pa.float32())
             for name in ("tsnr_median", "clipped_fraction", "coverage", "global_mean", "global_std")
         ),
+        ("chunk_frames", pa.int32()),
+        ("codec", pa.string()),
     ]
 )
+LAYOUT_COLUMNS = ("chunk_frames", "codec")  # a reader finds rows by them; not in tables of earlier versions
+_LATER = {*LAYOUT_COLUMNS, "global_mean", "global_std"}  # these two in what training runs keep of a manifest
 QUARANTINE_SCHEMA = pa.schema([("source", pa.string()), ("reason", pa.string()), ("when", pa.string())])
 WITHDRAWN_SCHEMA = pa.schema([("dataset", pa.string()), ("subject", pa.string()), ("when", pa.string())])
 _PARTICIPANT_KEY = ("dataset", "participant_id")
 
 
 def build_manifest(path: StorePath) -> pa.Table:
-    """A row per complete run, sorted by run, from the runs' own attributes; none for subjects who withdrew.
+    """A row per complete run, sorted by run, from the runs' own metadata; none for subjects who withdrew.
 
-    Figures that a run does not state are null, texts empty. StoreError: not a store, or a run whose attributes cannot
-    be read or have a value of the wrong kind.
+    Figures that a run does not state are null, texts empty, and so is the layout of one whose metadata is damaged.
+
+    Raises:
+        StoreError: not a store, or a run whose metadata cannot be read or has a value of the wrong kind.
     """
     root = store_place(path)
     read_header(root)
@@ -77,20 +85,32 @@ def write_manifest(path: StorePath) -> pa.Table:
     return held[0]
 
 
-def read_manifest(path: StorePath) -> pa.Table:
-    """The manifest as it was last written, with `MANIFEST_SCHEMA`.
+def read_manifest(path: StorePath, columns: Sequence[str] = tuple(MANIFEST_SCHEMA.names)) -> pa.Table:
+    """The manifest as it was last written, with `MANIFEST_SCHEMA`; only `columns` of it, `run` among them, if given.
 
     StoreError: no store, no readable manifest, or one that names what cannot be a run.
     """
     read_header(path)
     file = store_place(path) / MANIFEST
-    table = _read(file)
+    table = _read(file, columns)
     if table is None:
         raise StoreError(f"{file} is missing: run the ingest again, or rebuild it with tools/store.py repair {path}")
-    missing = sorted(set(MANIFEST_SCHEMA.names) - set(table.column_names))
+    missing = sorted(set(columns) - {*LAYOUT_COLUMNS, *table.column_names})
     if missing:
         raise StoreError(f"{file} has no column {', '.join(missing)}: rebuild it with tools/store.py repair {path}")
-    return check_paths(table.select(MANIFEST_SCHEMA.names).cast(MANIFEST_SCHEMA), file)
+    return check_paths(with_columns(table, columns), file)
+
+
+def with_columns(table: pa.Table, names: Sequence[str]) -> pa.Table:
+    """The columns `names` of a manifest, of `MANIFEST_SCHEMA`'s types; null where an earlier version wrote none.
+
+    KeyError for a column that all versions wrote.
+    """
+    schema = pa.schema([MANIFEST_SCHEMA.field(name) for name in names])
+    for field in schema:
+        if field.name in _LATER and field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+    return table.select(schema.names).cast(schema)
 
 
 def check_paths(table: pa.Table, file: Place) -> pa.Table:
@@ -235,13 +255,21 @@ def drop_rows(path: StorePath, name: str, drop: Callable[[dict[str, Any]], bool]
     return dropped
 
 
-def manifest_row(root: Place, run: str, attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """One run's row of the manifest, each value of its column's kind. StoreError names a field of another kind."""
+def manifest_row(root: Place, run: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The row of the manifest for a run's zarr.json, each value of its column's kind.
+
+    StoreError names a field of another kind.
+    """
     dataset, subject, entities = split_run(run)
+    attributes = metadata.get("attributes", {})
     known = {"run": run, "dataset": dataset, "subject": subject, "run_label": attributes.get("run_label", entities)}
+    known |= dict.fromkeys(LAYOUT_COLUMNS)
+    with contextlib.suppress(ShardError):  # whoever reads the run says what is wrong with it
+        layout = layout_of(metadata)
+        known |= {"chunk_frames": layout.chunk_frames, "codec": layout.codec}
     row: dict[str, Any] = {}
     for field in MANIFEST_SCHEMA:
-        value = known.get(field.name, attributes.get(field.name))
+        value = known[field.name] if field.name in known else attributes.get(field.name)
         try:
             if pa.types.is_string(field.type):
                 row[field.name] = "" if value is None else str(value)
@@ -321,19 +349,22 @@ def _parquet(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def _read(file: Place) -> pa.Table | None:
+def _read(file: Place, columns: Sequence[str] | None = None) -> pa.Table | None:
     try:
-        return _parse(file, file.read_bytes())
+        return _parse(file, file.read_bytes(), columns)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise unreadable(f"{file} cannot be read: {error}", error) from error
 
 
-def _parse(file: Place, data: bytes) -> pa.Table:
+def _parse(file: Place, data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
+    """A table, or those of `columns` that it has."""
     try:
+        opened = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
+        chosen = None if columns is None else [name for name in opened.schema_arrow.names if name in columns]
         # In this thread: Arrow's own may still run when a short command ends, which then aborts (seen once under load).
-        return pq.read_table(pa.BufferReader(data), use_threads=False, pre_buffer=False)
+        return opened.read(columns=chosen, use_threads=False)
     except (pa.ArrowException, OSError) as error:
         fix = "rebuild it with tools/store.py repair" if file.name == MANIFEST else "remove it and ingest again"
         raise StoreError(f"{file} cannot be read as Parquet ({error}): {fix}") from error

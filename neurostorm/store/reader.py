@@ -1,7 +1,7 @@
 """Reading a store: what runs there are, their frames as stored bytes, and the way back to a box of voxels.
 
     FrameStore.open(path).frames(run, start, count)  ->  int8 (count, V)  --unpack-->  (count, X, Y, Z)
-        run's zarr.json (once) -> its layout -> one contiguous range of the shard -> checksums -> the caller's array
+        run's zarr.json (once), or `use_index` -> layout -> one contiguous range of the shard -> checksums -> the array
 
 Chosen by measurement (tools/bench_feed.py): zarr-python brings the same clips at a twentieth of the rate at which the
 file system gives them, tensorstore and zarrs at a fifth to a third; reading the range straight into its place brings
@@ -40,6 +40,7 @@ from neurostorm.store.layout import (
     ClipReadError,
     FrameRangeError,
     Grid,
+    MissingRunError,
     StoreError,
     StoreUnavailableError,
     mask_hash,
@@ -47,10 +48,12 @@ from neurostorm.store.layout import (
 )
 from neurostorm.store.manifest import read_manifest
 from neurostorm.store.run_file import RunFile
-from neurostorm.store.shard import MOMENT_ROWS, SHARD_FILE, ShardError, layout_of, moments_of
+from neurostorm.store.run_index import RunIndex
+from neurostorm.store.shard import MOMENT_ROWS, SHARD_FILE, RunLayout, ShardError, layout_of, moments_of
 
 Verify = Literal["first", "always"]
-_KNOWN_RUNS = 1 << 17  # layouts kept, about 1 kB each; a corpus has 66,000
+_KNOWN_RUNS = 1 << 17  # layouts kept of runs that no index has, about 250 bytes each; a corpus has 66,000
+_RECENT_RUNS = 1024  # of which is kept which chunks were found to be whole, about 1 kB each
 
 
 class FrameStore:
@@ -71,7 +74,9 @@ class FrameStore:
     def __init__(self, path: StorePath, verify: Verify = "first") -> None:
         self.path = store_place(path)
         self.verify = verify
-        self._known: OrderedDict[str, RunFile] = OrderedDict()
+        self._index: RunIndex | None = None
+        self._layouts: dict[str, RunLayout] = {}  # read from the runs' own metadata
+        self._recent: OrderedDict[str, RunFile] = OrderedDict()
         self._lock = threading.Lock()
 
     @classmethod
@@ -91,6 +96,13 @@ class FrameStore:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r})"
+
+    def use_index(self, index: RunIndex) -> None:
+        """Take the layouts of runs from a manifest from now on: no run's metadata is read before its first frames.
+
+        A run that turns out to be another than the manifest says is an error of the reads that meet it.
+        """
+        self._index = index
 
     @cached_property
     def _header(self) -> dict[str, Any]:
@@ -138,10 +150,10 @@ class FrameStore:
     def _voxels(self) -> NDArray[np.intp]:
         return np.flatnonzero(self.mask)
 
-    @property
+    @cached_property
     def voxel_count(self) -> int:
         """V, the voxels of the mask."""
-        return len(self._voxels)
+        return int(self.mask.sum())
 
     def runs(self) -> list[str]:
         """The paths of all complete runs, sorted; found by walking the folders, so always what is there now."""
@@ -153,10 +165,13 @@ class FrameStore:
         try:
             return read_attributes(folder)
         except MissingNodeError:
-            raise self._missing(f"{self.path} has no run {run!r}") from None
+            raise self._missing_run(run) from None
 
     def frame_count(self, run: str) -> int:
-        """T of a run. StoreError if there is no such run, ClipReadError if its metadata cannot be read."""
+        """T of a run. StoreError if there is no such run, ClipReadError if its metadata cannot be read.
+
+        Of a run in the index it is what the manifest says.
+        """
         return self._layout(run, 0).layout.frames
 
     def frames(
@@ -217,7 +232,7 @@ class FrameStore:
         """
         manifest = read_manifest(self.path) if manifest is None else manifest
         table = manifest.select(["run", "source_sha256", "frames"])
-        rows = sorted((row["run"], row["source_sha256"], row["frames"]) for row in table.to_pylist())
+        rows = sorted(zip(*(column.to_pylist() for column in table.columns), strict=True))
         facts = {"grid": self.grid.describe(), "mask_sha256": self.mask_sha256, "tr_s": self.tr_s, "runs": rows}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -229,55 +244,106 @@ class FrameStore:
         return self.path / run
 
     def _layout(self, run: str, start: int) -> RunFile:
-        """The run's layout, read once; of those the one used longest ago makes room."""
+        """The run's file with its layout, from the index or read once; the one used longest ago makes room."""
         with self._lock:
-            if run in self._known:
-                self._known.move_to_end(run)
-                return self._known[run]
+            if run in self._recent:
+                self._recent.move_to_end(run)
+                return self._recent[run]
+        known = self._layouts.get(run)
+        stated = self._stated(run) if known is None else None
+        layout = known or stated or self._keep(run, self._read_layout(run, start))
+        return self._remember(run, RunFile(layout, self._run_folder(run) / SHARD_FILE, stated=stated is not None))
+
+    def _stated(self, run: str) -> RunLayout | None:
+        """The run's layout by the index; None when that does not have it."""
+        number = None if self._index is None else self._index.find(run)
+        return None if self._index is None or number is None else self._index.layout(number, self.voxel_count)
+
+    def _remember(self, run: str, file: RunFile) -> RunFile:
+        """The same file, or that of a thread that came first."""
+        with self._lock:
+            file = self._recent.setdefault(run, file)
+            while len(self._recent) > _RECENT_RUNS:
+                self._recent.popitem(last=False)
+        return file
+
+    def _keep(self, run: str, layout: RunLayout) -> RunLayout:
+        """The same layout, which counts for this run from now on."""
+        with self._lock:
+            self._layouts[run] = layout
+            while len(self._layouts) > _KNOWN_RUNS:
+                del self._layouts[next(iter(self._layouts))]
+        return layout
+
+    def _read_layout(self, run: str, start: int) -> RunLayout:
+        """The layout by the run's own metadata."""
         folder = self._run_folder(run)
         try:
             layout = layout_of(read_metadata(folder))
             if layout.voxels != self.voxel_count:
                 raise ShardError(f"has {layout.voxels} voxels where the store's mask has {self.voxel_count}")
-            known = RunFile(layout, folder / SHARD_FILE)
         except MissingNodeError:
-            raise self._missing(f"{self.path} has no run {run!r}") from None
+            raise self._missing_run(run) from None
         except StoreUnavailableError:
             raise
         except (StoreError, ShardError) as error:
             raise ClipReadError(run, start, f"{folder / METADATA} {error}") from error
+        return layout
+
+    def _own_file(self, run: str, start: int, known: RunFile) -> RunFile:
+        """The run's file by its own metadata, after `known`, which the index states, could not be read.
+
+        ClipReadError when the run has another number of frames than the manifest says.
+        """
+        layout = self._read_layout(run, start)
+        if layout.frames != known.layout.frames:
+            raise ClipReadError(
+                run, start,
+                f"the manifest says {known.layout.frames} frames, the run has {layout.frames}: it was ingested anew. "
+                f"Rebuild the manifest with tools/store.py repair {self.path}, and start a run of another --name",
+            )  # fmt: skip
         with self._lock:
-            self._known[run] = known
-            while len(self._known) > _KNOWN_RUNS:
-                self._known.popitem(last=False)
-        return known
+            self._recent.pop(run, None)
+        return self._remember(run, RunFile(self._keep(run, layout), known.shard))
 
     def _read_rows(self, run: str, known: RunFile, first: int, out: NDArray[np.int8]) -> None:
         """Fill `out` with the rows from `first` on."""
         try:
             known.read(first, out, verify_all=self.verify == "always")
         except ShardError as error:
+            if known.stated:  # the run itself decides
+                self._read_rows(run, self._own_file(run, first, known), first, out)
+                return
             raise ClipReadError(run, first, f"{known.shard} {error}") from error
         except OSError as error:
             message = f"{known.shard} cannot be read: {error}"
-            found = self._missing(message) if isinstance(error, FileNotFoundError) else unreadable(message, error)
+            if isinstance(error, FileNotFoundError) and not self._is_there(run):
+                raise self._missing_run(run) from None
+            found = unreadable(message, error)
             if isinstance(found, StoreUnavailableError):
                 raise found from error
             raise ClipReadError(run, first, message) from error
 
-    def _missing(self, message: str) -> StoreError:
-        """The error for what is not there: a store without its header is one whose file system is not mounted."""
+    def _missing_run(self, run: str) -> StoreError:
+        """The error for a run that is not there: a store without its header is one that is not mounted."""
+        message = f"{self.path} has no run {run!r}"
+        if self._is_there(""):
+            return MissingRunError(message)
+        return StoreUnavailableError(f"{message}: {self.path} is gone itself")
+
+    def _is_there(self, run: str) -> bool:
+        """Whether the metadata of a run, or of the store, is there. StoreUnavailableError when that cannot be seen."""
+        folder = self.path / run if run else self.path
         try:
-            mounted = is_node(self.path)
+            return is_node(folder)
         except OSError as error:
-            return unreadable(message, error)
-        return StoreError(message) if mounted else StoreUnavailableError(f"{message}: {self.path} is gone itself")
+            raise unreadable(f"{folder / METADATA} cannot be read: {error}", error) from error
 
 
 def _read_array(node: Place) -> NDArray[Any]:
     """A whole Zarr array."""
     if not isinstance(node, ObjectPath):
-        return np.asarray(zarr.open_array(node, mode="r")[...])
+        return np.asarray(zarr.open_array(node, mode="r", zarr_format=3)[...])
     with errors(node):
         store = zarr.storage.ObjectStore(node.client, read_only=True)
-        return np.asarray(zarr.open_array(store, path=node.key, mode="r")[...])
+        return np.asarray(zarr.open_array(store, path=node.key, mode="r", zarr_format=3)[...])

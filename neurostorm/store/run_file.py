@@ -8,7 +8,6 @@ gives is read at its own speed that way: no second pass, no copy but the kernel'
 """
 
 import os
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +22,56 @@ _IOV_MAX = 1024  # buffers in one call of preadv
 
 
 class RunFile:
-    """One run's layout, where its chunks lie, and which of them this process has found to be whole."""
+    """One run's layout, where its chunks lie, and which of them this process has found to be whole.
 
-    def __init__(self, layout: RunLayout, shard: Place) -> None:
-        self.layout, self.shard = layout, shard
-        self._whole = np.zeros(layout.chunks, bool)
+    Attributes:
+        layout: shape and packing.
+        shard: the file.
+        stated: the layout is what a manifest says, and nothing that was read has confirmed the number of frames yet.
+    """
 
-    @cached_property
-    def index(self) -> NDArray[np.uint64]:
-        """(chunks, 2) offset and length of every chunk."""
-        if self.layout.codec == "none":
-            return self.layout.packed_index
-        size, count = self.shard.stat().st_size, self.layout.index_bytes
-        return read_index(self.layout, read_range(self.shard, max(0, size - count), count), size)
+    __slots__ = ("_index", "_whole", "layout", "shard", "stated")
+
+    def __init__(self, layout: RunLayout, shard: Place, *, stated: bool = False) -> None:
+        self.layout, self.shard, self.stated = layout, shard, stated
+        self._index: NDArray[np.uint64] | None = None  # of a compressed run, 16 bytes a chunk
+        self._whole = 0  # bit i: chunk i; an array would be seven times as large
 
     def read(self, first: int, out: NDArray[np.int8], *, verify_all: bool) -> None:
         """Fill `out` (count, V) with the rows from `first` on. ShardError or OSError when they cannot be had."""
         chunks = self.layout.chunk_range(first, len(out))
-        unchecked = range(0) if not verify_all and self._whole[chunks.start : chunks.stop].all() else chunks
+        bits = ((1 << len(chunks)) - 1) << chunks.start
+        unchecked = range(0) if not verify_all and self._whole & bits == bits else chunks
         if self.layout.codec == "none" and isinstance(self.shard, Path):
             self._read_in_place(self.shard, first, out, chunks, unchecked)
         else:
             self._read_and_decode(first, out, chunks, unchecked)
-        self._whole[unchecked.start : unchecked.stop] = True
+        if unchecked:
+            self._whole |= bits
+
+    def _extents(self, chunks: range) -> NDArray[np.int64]:
+        """(n, 2) offset and length of `chunks`; those of a compressed run are read from its shard, once."""
+        if self._index is None and self.layout.codec == "none":
+            return self.layout.packed_index(chunks).astype(np.int64)
+        if self._index is None:
+            size, count = self.shard.stat().st_size, self.layout.index_bytes
+            self._index = read_index(self.layout, read_range(self.shard, max(0, size - count), count), size)
+        return self._index[chunks.start : chunks.stop].astype(np.int64)
+
+    def _tail_bytes(self, chunks: range) -> int:
+        """Bytes to read behind `chunks`: the index, where it can tell whether the run has as many frames as stated.
+
+        Frames lie where they lie whatever their number, but the moments after them do not.
+        """
+        ends = self.stated and chunks.stop == self.layout.chunks and self.layout.codec == "none"
+        return self.layout.index_bytes if ends else 0
+
+    def _confirm(self, tail: Any) -> None:
+        """Note that the run has as many frames as stated. ShardError when `tail` is not the index of such a run."""
+        index = read_index(self.layout, tail, self.layout.shard_bytes)
+        if not np.array_equal(index, self.layout.packed_index()):
+            raise ShardError("has an index that does not say where the chunks are")
+        self.stated = False
 
     def _read_in_place(self, shard: Path, first: int, out: NDArray[np.int8], chunks: range, unchecked: range) -> None:
         """One pass over the range: chunks that lie whole in `out` land there, checksums and other chunks beside."""
@@ -58,7 +84,10 @@ class RunFile:
         crcs = list(np.empty((len(chunks), 4), np.uint8))
         buffers: list[Any] = [None] * (2 * len(chunks))
         buffers[::2], buffers[1::2] = values, crcs
-        _read_into(shard, int(self.index[chunks.start, 0]), buffers)
+        tail = np.empty(self._tail_bytes(chunks), np.uint8)
+        _read_into(shard, self.layout.chunk_offset(chunks.start), [*buffers, tail] if len(tail) else buffers)
+        if len(tail):
+            self._confirm(tail)
         for number in unchecked:
             check(values[number - chunks.start], crcs[number - chunks.start], number * rows)
         for number, chunk in beside.items():
@@ -66,9 +95,11 @@ class RunFile:
 
     def _read_and_decode(self, first: int, out: NDArray[np.int8], chunks: range, unchecked: range) -> None:
         """One request for the range, then chunk by chunk: for compressed runs, and for object stores."""
-        index = self.index[chunks.start : chunks.stop].astype(np.int64)
-        offset = int(index[:, 0].min())
-        data = read_range(self.shard, offset, int(index.sum(axis=1).max()) - offset)
+        index = self._extents(chunks)
+        offset, tail_bytes = int(index[:, 0].min()), self._tail_bytes(chunks)
+        data = read_range(self.shard, offset, int(index.sum(axis=1).max()) - offset + tail_bytes)
+        if tail_bytes:
+            self._confirm(data[-tail_bytes:])
         for number, (begin, length) in zip(chunks, index - [offset, 0], strict=True):
             record = data[begin : begin + length]
             values = decode_chunk(self.layout, record, number, verify=number in unchecked)

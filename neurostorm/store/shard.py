@@ -13,7 +13,6 @@ at i * (C V + 4), so a clip is one contiguous range that is found without readin
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import google_crc32c
@@ -43,7 +42,7 @@ class ShardError(ValueError):
     """Bytes that are no shard, or not the chunk they should be; the message says what is wrong."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RunLayout:
     """Shape and packing of one run, all that finding its rows takes.
 
@@ -84,11 +83,15 @@ class RunLayout:
         """Bytes of the shard without compression; with it, about what it can be at most."""
         return self.chunks * (self.chunk_bytes + _CRC_BYTES) + self.index_bytes
 
-    @cached_property
-    def packed_index(self) -> NDArray[np.uint64]:
-        """(chunks, 2) offset and length of every chunk when nothing is compressed."""
-        record = self.chunk_bytes + _CRC_BYTES
-        offset = np.arange(self.chunks, dtype=np.uint64) * np.uint64(record)
+    def chunk_offset(self, number: int) -> int:
+        """First byte of chunk `number` when nothing is compressed."""
+        return number * (self.chunk_bytes + _CRC_BYTES)
+
+    def packed_index(self, chunks: range | None = None) -> NDArray[np.uint64]:
+        """(n, 2) offset and length of `chunks`, of all by default, when nothing is compressed."""
+        chunks = range(self.chunks) if chunks is None else chunks
+        record = self.chunk_offset(1)
+        offset = np.arange(chunks.start, chunks.stop, dtype=np.uint64) * np.uint64(record)
         return np.stack([offset, np.full_like(offset, record)], axis=1)
 
     def chunk_range(self, first: int, count: int) -> range:

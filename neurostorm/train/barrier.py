@@ -28,16 +28,18 @@ class StepClips:
         total: clips.
         damaged: of those, clips whose data is damaged or missing.
         storage_wait_s: for how long storage was away for their reads, mean over ranks, seconds.
+        withdrawn: of the clips, those that are left out because their subjects withdrew.
     """
 
     total: int
     damaged: int
     storage_wait_s: float
+    withdrawn: int = 0
 
     @property
     def counted(self) -> int:
         """Clips that the loss counts."""
-        return self.total - self.damaged
+        return self.total - self.damaged - self.withdrawn
 
     @property
     def weight(self) -> float:
@@ -69,18 +71,18 @@ class Barrier:
         while True:
             if batch is None:
                 batch = stream.poll(self._poll_s)
-            missing, total, damaged, waited_s = self._sum(batch)
+            missing, total, damaged, withdrawn, waited_s = self._sum(batch)
             if not missing:
                 assert batch is not None
-                return batch, StepClips(round(total), round(damaged), waited_s / self._ranks)
+                return batch, StepClips(round(total), round(damaged), waited_s / self._ranks, round(withdrawn))
 
     def _sum(self, batch: ClipBatch | None) -> list[float]:
-        """Missing batches, clips, damaged clips and seconds of waiting for storage, over all ranks."""
-        values = torch.zeros(4, dtype=torch.float64)
+        """Missing batches, clips, damaged ones, withdrawn ones, seconds of waiting for storage; over all ranks."""
+        values = torch.zeros(5, dtype=torch.float64)
         if batch is None:
             values[0] = 1
         else:
-            parts = [len(batch.bad), int(batch.bad.sum()), float(batch.waited_s.max())]
+            parts = [len(batch.bad), int(batch.bad.sum()), int(batch.withdrawn.sum()), float(batch.waited_s.max())]
             values[1:] = torch.tensor(parts, dtype=torch.float64)
         with self._timeouts.during("meet"):
             dist.all_reduce(values, group=self._group)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from neurostorm.config import Config, ConfigError
 from neurostorm.data.batch_stream import BatchStream
-from neurostorm.data.corpus import Corpus, whose_runs
+from neurostorm.data.corpus import Corpus
 from neurostorm.data.device import ClipUnpacker
 from neurostorm.data.split import subject_hash
 from neurostorm.data.views import ViewUnpacker
@@ -33,6 +33,7 @@ from neurostorm.train import checkpoint
 from neurostorm.train.barrier import Barrier
 from neurostorm.train.engine import Engine
 from neurostorm.train.goodput import Account
+from neurostorm.train.left_out import removed
 from neurostorm.train.lines import line
 from neurostorm.train.loop import Loop
 from neurostorm.train.ranks import gather, set_collective_timeout
@@ -198,17 +199,15 @@ def export(loop: Loop, corpus: Corpus, folder: Place) -> None:
         "store_sha256": corpus.content_sha256,
         "steps": loop.total_steps,
         "subjects_sha256": trained_subjects(corpus),
+        "withdrawn": removed(corpus, loop.config.run.folder),
     }
     with outgoing(folder) as local:
         save_pretrained(loop.model, local, extra=extra, state_dict=weights)
 
 
 def trained_subjects(corpus: Corpus) -> list[str]:
-    """`subject_hash` of every subject of whom the plan has a training clip, sorted: an evaluation may meet them again.
+    """`subject_hash` of `Corpus.trained_subjects`, sorted: an evaluation may meet them again.
 
-    Not of those held out, of datasets with weight 0, or of runs shorter than a clip.
+    Those who withdrew in the meantime are among them: the weights may follow from their clips of earlier steps.
     """
-    plan = corpus.plan
-    runs = plan.segments.run[plan.segments.frames >= plan.clip_frames]
-    labels, _ = whose_runs(corpus.manifest)
-    return sorted(subject_hash(subject) for subject in {labels[run] for run in runs})
+    return sorted(map(subject_hash, corpus.trained_subjects))

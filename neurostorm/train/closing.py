@@ -2,17 +2,26 @@
 
 import math
 
+NOBODY_HELD_OUT = (
+    "Everybody who was held out withdrew: from now on there is no held-out loss. The run goes on; to have one, start a "
+    "run under another --name, which holds out others."
+)
 
-def held_out(loss: float, baseline: float, *, normalise_targets: bool, longer: str = "--train.epochs") -> list[str]:
+
+def held_out(
+    loss: float | None, baseline: float | None, *, normalise_targets: bool, longer: str = "--train.epochs"
+) -> list[str]:
     """One to three lines on the held-out masked loss of a pretraining run.
 
     Args:
-        loss: `loss/validation`, the squared error averaged over hidden voxels of held-out clips.
+        loss: `loss/validation`, the squared error averaged over hidden voxels of held-out clips; None without one.
         baseline: `loss/validation_predicting_mean`, the same of predicting the mean.
         normalise_targets: the run's `model.normalise_targets`: the mean is then each patch's own (baseline 1), else
             each voxel's over its run.
         longer: the option that makes the run longer.
     """
+    if loss is None or baseline is None:
+        return [NOBODY_HELD_OUT]
     if not math.isfinite(loss):
         return [
             f"Held-out masked loss {loss}: training has diverged.",

@@ -32,6 +32,7 @@ from neurostorm.train.engine import Engine, StepOutcome
 from neurostorm.train.goodput import Account
 from neurostorm.train.health import DamagedClips, SkipGuard, clip_names
 from neurostorm.train.journal import Journal
+from neurostorm.train.left_out import LeftOut
 from neurostorm.train.lines import line, percent
 from neurostorm.train.ranks import gather, mean_over_ranks
 from neurostorm.train.schedule import DROPOUT, MASK, draw_masks, draw_views, learning_rate, seed_for
@@ -138,6 +139,7 @@ class Loop:
         self.peak_flops_per_s = self.config.scale.workers * measured_peak(self.device, dtype)
         self.guard = SkipGuard(train.max_skipped_steps)
         self.damaged = DamagedClips(self.folder, self.rank, self.config.data.max_bad_fraction)
+        self.left_out = LeftOut(self.folder, self.rank)
         self.ledger = Journal(self.folder / "ledger", f"rank-{self.rank}")
         self.window = Window(len(self.config.model.depths), self.device)
         self.time_left = TimeLeft(
@@ -157,6 +159,7 @@ class Loop:
             wait_s = time.perf_counter() - waiting_s
             self.account.charge("startup" if first else "wait")
             self.damaged.note(batch, self.runs, step, clips)
+            self.left_out.note(batch, self.runs, step)
             with self.timeouts.during("step"):
                 sums, micro_batches, outcome = self.step(batch, step, clips)
             if clips.counted:
@@ -200,7 +203,7 @@ class Loop:
         would move the weights by its moments and the weight decay.
         """
         if not clips.counted:
-            self.say("no_clips", step=step, damaged=clips.damaged)
+            self.say("no_clips", step=step, damaged=clips.damaged, withdrawn=clips.withdrawn)
             return torch.zeros_like(self.window.sums), 0, StepOutcome(False, 0.0)
         sums, micro_batches = self.forward_backward(batch, step, clips)
         outcome = self.engine.step(self.learning_rate(step))
@@ -241,7 +244,7 @@ class Loop:
         """
         if self.config.model.loss_on == "brain":
             return clips.weight
-        return clips.weight * (1 - float(micro.bad.double().mean()))
+        return clips.weight * (1 - float((micro.bad | micro.withdrawn).double().mean()))
 
     def patches(self, batch: ClipBatch) -> Patches:
         """Training clips as the model takes them."""
@@ -301,6 +304,7 @@ class Loop:
         with self.window.aside(), self.time_left.timed("checkpoint"), self.timeouts.during("checkpoint"):
             self.ledger.keep(done)
             self.damaged.keep(done)
+            self.left_out.keep(done)
             checkpoint.save(
                 self.folder / "checkpoints", done, write_shards=self.engine.save, gather=gather, rank=self.rank,
                 trainer=self.trainer, keep=self.config.checkpoint.keep,

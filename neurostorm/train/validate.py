@@ -6,6 +6,8 @@ The clips and their masks are the same at every validation of a run, so its poin
 make as many forward passes, so a short share is filled up with clips that do not count.
 """
 
+import logging
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +24,9 @@ from neurostorm.train.barrier import Barrier
 from neurostorm.train.engine import Engine
 from neurostorm.train.ranks import sum_over_ranks
 from neurostorm.train.schedule import VALIDATION, draw_masks
+
+CLIPS = "data/validation_clips"
+logger = logging.getLogger(__name__)
 
 
 def shares(
@@ -53,7 +58,11 @@ class Validation:
     rank: int
 
     def run(self, done: int) -> dict[str, float]:
-        """Validates after `done` steps: logs and returns the loss and its baseline; a collective call."""
+        """Validates after `done` steps; a collective call.
+
+        Returns:
+            The loss, its baseline, and how many clips they are the means of; both NaN, and not logged, without any.
+        """
         sums = torch.zeros(3, dtype=torch.float64)
         self.engine.train(False)
         parts = shares(self.rows, rank=self.rank, workers=self.config.scale.workers, size=self.config.train.micro_batch)
@@ -71,14 +80,17 @@ class Validation:
             mask = draw_masks(self.model, batch.row, self.config, VALIDATION)
             with torch.no_grad():
                 out = self.engine(patches.values, mask=mask, inside=patches.inside, centre=patches.centre)
-            usable = torch.from_numpy(counts) & ~batch.bad
+            usable = torch.from_numpy(counts) & ~(batch.bad | batch.withdrawn)
             losses = torch.stack([out.clip_loss, out.clip_baseline]).double().cpu()
             sums += torch.cat([losses[:, usable].sum(dim=1), usable.sum()[None]])
-            if nth == 0 and self.rank == 0 and self.config.tracking.pictures:
+            if nth == 0 and self.rank == 0 and self.config.tracking.pictures and usable[0]:
                 self.tracker.image("reconstruction", self.picture(patches, out, done), done)
         loss, baseline, clips = sum_over_ranks(sums, self.unpack.table.device)
-        result = {"loss/validation": loss / max(clips, 1), "loss/validation_predicting_mean": baseline / max(clips, 1)}
-        self.tracker.metrics(result, done)
+        means = {"loss/validation": loss, "loss/validation_predicting_mean": baseline}
+        result = {CLIPS: clips, **{name: total / clips if clips else math.nan for name, total in means.items()}}
+        if not clips and self.rank == 0:
+            logger.warning("step %d: no held-out clip counts: their subjects withdrew, or they are damaged", done)
+        self.tracker.metrics(result if clips else {CLIPS: clips}, done)
         return result
 
     def picture(self, patches: Patches, out: MaeOutput, done: int) -> NDArray[np.uint8]:

@@ -25,10 +25,12 @@ from neurostorm.train.build import assemble, export
 from neurostorm.train.gauges import Gauges
 from neurostorm.train.goodput import Account
 from neurostorm.train.planned import planned
+from neurostorm.train.validate import CLIPS
 
 logger = logging.getLogger(__name__)
 
 SUMMARY = "summary.json"
+WITHDRAWN = "withdrawn_subjects"  # of the plan, in the summary and among MLflow's tags
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -58,7 +60,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         final = loop.run()
         export(loop, corpus, config.run.folder / "model")
         if rank == 0:
-            finish(config, tracker, account, final, loop.total_steps)
+            finish(config, corpus, tracker, account, final, loop.total_steps)
     except BaseException:
         tracker.close("FAILED")
         raise
@@ -79,16 +81,21 @@ def open_tracker(config: Config, corpus: Corpus) -> Tracker:
         experiment=config.tracking.experiment,
         name=config.run.name,
         parameters=config.flat("run", "data", "model", "mask", "strd", "augment", "train", "scale"),
-        tags={"code_revision": code_revision(), "store_sha256": corpus.content_sha256, "split": corpus.split},
+        tags={
+            "code_revision": code_revision(), "store_sha256": corpus.content_sha256, "split": corpus.split,
+            WITHDRAWN: str(len(corpus.withdrawn)),
+        },
         artifacts=config.run.output / "artifacts",
-    )
+    )  # fmt: skip
     tracker.artifact(folder / "config.yaml")
     tracker.observe(Gauges(config.run.name))
     tracker.in_background()
     return tracker
 
 
-def finish(config: Config, tracker: Tracker, account: Account, final: dict[str, float], steps: int) -> None:
+def finish(
+    config: Config, corpus: Corpus, tracker: Tracker, account: Account, final: dict[str, float], steps: int
+) -> None:
     """Stores the exported model and the last checkpoint with the MLflow run, closes the account, writes the summary."""
     folder = config.run.folder
     logger.info("storing the model and the last checkpoint with the MLflow run %s", tracker.run_id)
@@ -98,9 +105,11 @@ def finish(config: Config, tracker: Tracker, account: Account, final: dict[str, 
         tracker.artifact(newest.path, f"checkpoints/{newest.path.name}")
     account.keep("checkpoint")
     tracker.metrics(account.metrics(), steps)
+    tracker.tag(WITHDRAWN, str(len(corpus.withdrawn)))
     summary = {
         "steps": steps,
-        **final,
+        **{name: value if final[CLIPS] else None for name, value in final.items()},
+        WITHDRAWN: len(corpus.withdrawn),
         **account.metrics(),
         "finished": datetime.now().astimezone().isoformat(" ", "seconds"),
         "mlflow_run_id": tracker.run_id,

@@ -11,7 +11,17 @@ from numpy.typing import NDArray
 
 from neurostorm.data.clips import ClipReader
 from neurostorm.data.plan import ROW
-from neurostorm.store import FrameStore, Grid, create_store, quantise, run_path, write_manifest, write_run
+from neurostorm.store import (
+    FrameStore,
+    Grid,
+    create_store,
+    quantise,
+    read_manifest,
+    run_path,
+    write_manifest,
+    write_run,
+)
+from neurostorm.store.run_index import RunIndex
 
 SHAPE = (12, 24, 36)
 CHUNK_FRAMES = 4
@@ -36,7 +46,8 @@ class Uneven:
         return tuple(sorted(self.frames))
 
     def reader(self, clip_frames: int = 6, normalise: str = "voxel", path: Path | None = None) -> ClipReader:
-        return ClipReader(FrameStore.open(path or self.path), self.runs, clip_frames, normalise)
+        runs = RunIndex(read_manifest(self.path), moments=normalise == "global")
+        return ClipReader(FrameStore.open(path or self.path), runs, clip_frames, normalise)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import random
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import chaos
@@ -15,6 +16,8 @@ import torch
 from chaos_check import Outcome, clip_problems, loss_error, loss_problems, replays, table
 from chaos_faults import flip
 from chaos_scene import EVERY, Scene
+
+from neurostorm.data.reads import Read
 
 TWIN = {step: (1.0 / (step + 1), [2 * step, 2 * step + 1]) for step in range(6)}
 HOOK = Path(chaos.__file__).parent / "chaos_hook" / "sitecustomize.py"
@@ -116,12 +119,17 @@ def test_a_flipped_bit_leaves_the_size(tmp_path):
     assert [index for index in range(9) if changed[index] != index] == [4] and len(changed) == 9
 
 
-def test_one_training_step_is_poisoned_and_only_one(tmp_path, monkeypatch):
-    monkeypatch.setenv("CHAOS_POISON", str(tmp_path / "flag"))
-    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+def load_hook():
     spec = importlib.util.spec_from_file_location("chaos_hook_under_test", HOOK)
     hook = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hook)
+    return hook
+
+
+def test_one_training_step_is_poisoned_and_only_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("CHAOS_POISON", str(tmp_path / "flag"))
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    hook = load_hook()
     assert sys.meta_path[0].find_spec("neurostorm.model.mask", None) is None
 
     class Out(NamedTuple):
@@ -131,13 +139,31 @@ def test_one_training_step_is_poisoned_and_only_one(tmp_path, monkeypatch):
         def forward_patches(self, loss):
             return Out(loss)
 
-    hook.poison(Model)
+    hook.poison(SimpleNamespace(MaskedAutoencoder=Model))
     model, one = Model(), torch.ones(())
     assert model.forward_patches(one).loss == 1
     (tmp_path / "flag").touch()
     assert model.eval().forward_patches(one).loss == 1
     assert model.train().forward_patches(one).loss.isnan()
     assert model.forward_patches(one).loss == 1
+
+
+def test_rows_that_are_named_are_left_out_as_those_of_a_removed_participant(tmp_path, monkeypatch):
+    (tmp_path / "rows.json").write_text("[5, 8]")
+    monkeypatch.setenv("CHAOS_LEAVE_OUT", str(tmp_path / "rows.json"))
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    hook = load_hook()
+    marked = []
+
+    class Reader:
+        def _prepare(self, rows):
+            reads = [Read(nth, 1, 0, 4, True) for nth in range(len(rows))]
+            return {"row": rows}, reads, "paths"
+
+    module = SimpleNamespace(ClipReader=Reader, _leave_out=lambda columns, read: marked.append(read.first))
+    hook.leave_out(module)
+    _, reads, others = Reader()._prepare([4, 5, 7, 8])
+    assert marked == [1, 3] and [read.first for read in reads] == [0, 2] and others == "paths"
 
 
 def test_the_way_back_is_timed_once_from_the_fault_to_a_step_that_was_not_done_before(monkeypatch):

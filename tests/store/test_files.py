@@ -10,18 +10,18 @@ import pytest
 from neurostorm.store import StoreError, files
 
 
-def test_the_attributes_of_many_runs_come_in_their_order(example: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_metadata_of_many_runs_comes_in_their_order(example: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [example.add(f"sub-{seed:02d}", frames=1 + seed) for seed in range(12)]
-    read, threads = files.read_attributes, set()
+    read, threads = files.read_metadata, set()
 
     def slower_first(node: Path) -> dict[str, Any]:
         threads.add(threading.get_ident())
         time.sleep(0.02 * (node.parent.name == "sub-11"))
         return read(node)
 
-    monkeypatch.setattr(files, "read_attributes", slower_first)
+    monkeypatch.setattr(files, "read_metadata", slower_first)
     found = list(files.read_many(example.path, reversed(runs)))
-    assert [attributes["frames"] for attributes in found] == list(range(12, 0, -1))
+    assert [metadata["attributes"]["frames"] for metadata in found] == list(range(12, 0, -1))
     assert len(threads) > 1
 
 
@@ -30,7 +30,7 @@ def test_one_unreadable_run_among_many_is_named(example: Any) -> None:
     (example.path / runs[2] / "zarr.json").write_text('{"attributes": []}')
     (example.path / runs[4] / "zarr.json").unlink()
     reading = files.read_many(example.path, runs)
-    assert [next(reading)["subject"] for _ in range(2)] == ["sub-0", "sub-1"]
+    assert [next(reading)["attributes"]["subject"] for _ in range(2)] == ["sub-0", "sub-1"]
     with pytest.raises(StoreError, match="`attributes` is not an object") as caught:
         next(reading)
     assert runs[2] in str(caught.value)

@@ -284,13 +284,14 @@ def test_a_pickled_store_is_small_and_works_elsewhere(example: Any) -> None:
 
 
 def test_the_memory_of_layouts_is_bounded(example: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "_KNOWN_RUNS", 2)
+    monkeypatch.setattr(reader, "_KNOWN_RUNS", 3)
+    monkeypatch.setattr(reader, "_RECENT_RUNS", 2)
     runs = [example.add(f"sub-{i}", seed=i) for i in range(4)]
     store = FrameStore.open(example.path)
     for _ in range(2):
         for seed, run in enumerate(runs):
             assert np.array_equal(store.frames(run), example.arrays(seed=seed)["frames"])
-    assert len(store._known) == 2
+    assert len(store._layouts) == 3 and len(store._recent) == 2
 
 
 def test_a_layout_is_not_read_again(example: Any) -> None:

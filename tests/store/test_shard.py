@@ -93,7 +93,7 @@ def test_what_zarr_python_writes_is_read(tmp_path: Path, layout: RunLayout, data
     # zarr-python may put chunks in another order, so that only the index tells where they are.
     order = RunFile(layout, tmp_path / "run" / "0.0")
     raw = (tmp_path / "run" / "0.0").read_bytes()
-    order.index = read_index(layout, raw[-layout.index_bytes :], len(raw))
+    order._index = read_index(layout, raw[-layout.index_bytes :], len(raw))
     out = np.empty((count, layout.voxels), np.int8)
     order._read_and_decode(first, out, layout.chunk_range(first, count), layout.chunk_range(first, count))
     assert np.array_equal(out, rows[first : first + count])

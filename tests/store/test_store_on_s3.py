@@ -33,6 +33,7 @@ from neurostorm.store import (
     write_run,
     writer,
 )
+from neurostorm.store.run_index import RunIndex
 from tests.faulty_s3 import Network, bad_network
 
 RUN = run_path("made", "sub-01", "ses-1_task-rest")
@@ -83,6 +84,22 @@ def test_clips_and_moments_come_back(remote: Any, codec: str) -> None:
     assert np.array_equal(store.moments(run), [arrays["mean"], arrays["std"]])
     assert store.run_attributes(run)["source"] == "raw/0.nii.gz" and store.frame_count(run) == 30
     assert remote.add("sub-02") and write_run(remote.path, run, **remote.arrays()) is False
+
+
+def test_a_first_clip_is_one_request_and_the_store_itself_a_few(remote: Any, network: Network) -> None:
+    runs = [remote.add(f"sub-{seed}", frames=30, seed=seed) for seed in range(3)]
+    write_manifest(remote.path)
+    manifest = read_manifest(remote.path)
+    network.requests.clear()
+    store = FrameStore.open(remote.path)
+    store.use_index(RunIndex(manifest))
+    assert len(network.requests) <= 4, network.requests
+    for seed, run in enumerate(runs):
+        network.requests.clear()
+        assert np.array_equal(store.frames(run, 4, 9), remote.arrays(30, seed)["frames"][4:13])
+        assert [name.rpartition("/")[2] for name in network.requests] == ["0.0"]
+        assert np.array_equal(store.moments(run)[0], remote.arrays(30, seed)["mean"])
+        assert len(network.requests) == 2
 
 
 def test_zarr_python_walks_the_store(remote: Any) -> None:

@@ -19,12 +19,12 @@ import torch.distributed as dist
 
 from neurostorm.config import Config
 from neurostorm.data.batch_stream import BatchStream
-from neurostorm.data.corpus import open_corpus
 from neurostorm.places import replace
 from neurostorm.tracking import Tracker
 from neurostorm.train.build import assemble, export
 from neurostorm.train.engine import import_deepspeed
 from neurostorm.train.goodput import Account
+from neurostorm.train.planned import planned
 
 import_deepspeed()
 
@@ -47,7 +47,7 @@ def main(
 def train(config: Config, rank: int, workers: int, poison: int, last: int | None) -> None:
     config.run.folder.mkdir(parents=True, exist_ok=True)
     account = Account(config.run.folder if rank == 0 else None)
-    corpus = open_corpus(config)
+    corpus = planned(config)
 
     def feed(first_step: int) -> BatchStream:
         steps = range(first_step, corpus.plan.total_steps(config.train.epochs, config.train.max_steps))

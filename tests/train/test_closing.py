@@ -34,3 +34,8 @@ def test_a_loss_that_is_no_number_is_a_run_that_diverged():
 def test_without_a_baseline_nothing_is_compared():
     (line,) = held_out(0.0, 0.0, normalise_targets=False)
     assert "nothing to compare" in line
+
+
+def test_a_run_without_held_out_subjects_says_so():
+    (line,) = held_out(None, None, normalise_targets=False)
+    assert line.startswith("Everybody who was held out withdrew") and "--name" in line

@@ -17,8 +17,9 @@ def batch(bad, first=0):
     """A batch of which `bad` says which clips hold no data; clip i is of run i mod 2 and starts at first + 10 i."""
     index = torch.arange(len(bad))
     frames = torch.zeros(len(bad), 1, 1, dtype=torch.int8)
-    waited_s = torch.zeros(len(bad))
-    return ClipBatch(index, (index % 2).int(), (first + 10 * index).int(), torch.tensor(bad), waited_s, frames)
+    none, waited_s = torch.zeros(len(bad), dtype=torch.bool), torch.zeros(len(bad))
+    run, start = (index % 2).int(), (first + 10 * index).int()
+    return ClipBatch(index, run, start, torch.tensor(bad), none, waited_s, frames)
 
 
 def test_clips_are_named_by_run_and_start():

@@ -60,6 +60,7 @@ def run(clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Callabl
                 self.folder, self.device = tmp_path, torch.device("cpu")
                 self.guard = SimpleNamespace(check=lambda applied, **where: None, total=0)
                 self.damaged = SimpleNamespace(note=lambda *clips: None, keep=lambda done: None, total=0)
+                self.left_out = SimpleNamespace(note=lambda *clips: None, keep=lambda done: None)
                 self.ledger = SimpleNamespace(keep=lambda done: None)
                 self.window, self.peak_flops_per_s = Window(1, self.device), 1.0
                 self.time_left = TimeLeft(total, {"validation": total, "checkpoint": total})

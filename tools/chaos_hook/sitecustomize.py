@@ -1,24 +1,28 @@
-"""Python runs this at its start when this folder is on PYTHONPATH: losses can then be made not finite from outside.
+"""Python runs this at its start when this folder is on PYTHONPATH: a run can then be changed from outside.
 
-    CHAOS_POISON names a file --> whoever is the first to remove it returns NaN as the loss of that training step
+    CHAOS_POISON names a file    --> whoever is the first to remove it returns NaN as the loss of that training step
+    CHAOS_LEAVE_OUT names a file --> plan rows, a JSON list, whose clips are left out as those of a removed participant
 
-The model's module is changed as it is imported, in whichever process that is; the product knows nothing of it.
+Modules are changed as they are imported, in whichever process that is; the product knows nothing of it.
 """
 
 import functools
 import importlib.abc
 import importlib.machinery
+import json
 import os
 import sys
+from pathlib import Path
 
-MODULE = "neurostorm.model.mae"
 
+class Changer(importlib.abc.MetaPathFinder):
+    """Finds a module as the others do, and changes it once it is loaded."""
 
-class Poisoner(importlib.abc.MetaPathFinder):
-    """Finds the model's module as the others do, and changes it once it is loaded."""
+    def __init__(self, name, change):
+        self.name, self.change = name, change
 
     def find_spec(self, fullname, path, target=None):
-        if fullname != MODULE:
+        if fullname != self.name:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path)
         if spec is not None and spec.loader is not None:
@@ -26,14 +30,15 @@ class Poisoner(importlib.abc.MetaPathFinder):
 
             def exec_module(module):
                 load(module)
-                poison(module.MaskedAutoencoder)
+                self.change(module)
 
             spec.loader.exec_module = exec_module
         return spec
 
 
-def poison(model):
-    """Wraps `forward_patches`."""
+def poison(module):
+    """Wraps `MaskedAutoencoder.forward_patches`."""
+    model = module.MaskedAutoencoder
     forward = model.forward_patches
 
     @functools.wraps(forward)
@@ -55,5 +60,25 @@ def taken():
     return True
 
 
-if os.environ.get("CHAOS_POISON"):
-    sys.meta_path.insert(0, Poisoner())
+def leave_out(module):
+    """Wraps `ClipReader._prepare`, which says what is to be read."""
+    rows = set(json.loads(Path(os.environ["CHAOS_LEAVE_OUT"]).read_text()))
+    prepare = module.ClipReader._prepare
+
+    @functools.wraps(prepare)
+    def prepared(self, *arguments, **named):
+        columns, reads, *others = prepare(self, *arguments, **named)
+        gone = [read for read in reads if int(columns["row"][read.first]) in rows]
+        for read in gone:
+            module._leave_out(columns, read)
+        return columns, [read for read in reads if read not in gone], *others
+
+    module.ClipReader._prepare = prepared
+
+
+for variable, name, change in (
+    ("CHAOS_POISON", "neurostorm.model.mae", poison),
+    ("CHAOS_LEAVE_OUT", "neurostorm.data.clips", leave_out),
+):
+    if os.environ.get(variable):
+        sys.meta_path.insert(0, Changer(name, change))
