@@ -97,6 +97,10 @@ class Tracker:
         if parent is not None:
             parent._runs += self._runs
 
+    def __reduce__(self) -> tuple[type["Tracker"], tuple[()]]:
+        """A copy in another process logs nothing, as one process writes; Ray Tune pickles what it calls back."""
+        return Tracker, ()
+
     @property
     def run_id(self) -> str:
         """The id of the MLflow run; "" until the server has made it."""

@@ -1,6 +1,7 @@
 """MLflow behind the tracker: what is logged can be read back, and a restarted run goes on where it was."""
 
 import json
+import pickle
 import shutil
 import sqlite3
 import subprocess
@@ -186,6 +187,15 @@ def test_a_tracker_without_a_run_does_nothing(place):
     assert tracker.run_id == ""
     assert sorted(place.rglob("*")) == before
     assert not list(Path.cwd().iterdir())
+
+
+def test_a_pickled_tracker_logs_nothing(place):
+    tracker = begin(place)
+    copy = pickle.loads(pickle.dumps(tracker))
+    copy.metrics({"loss/train": 1.0}, 0)
+    assert copy.run_id == "" and copy.flush() == 0
+    tracker.flush()
+    assert client_of(place).get_run(tracker.run_id).data.metrics == {}
 
 
 def test_the_server_is_the_one_given_or_a_file_in_the_output_folder(place):

@@ -1,7 +1,7 @@
 """Faults of what a run leans on: the tracking server goes away for a while, the disk under its output fills up.
 
 mlflow                the server, on loopback, is stopped for 30 s      the run goes on; no metric is missing afterwards
-mlflow-away-at-start  the server starts 20 s after the run              the run does not wait; no metric is missing
+mlflow-away-at-start  the server starts 20 s after step 45              the run does not wait; no metric is missing
 mlflow-run-deleted    the run is deleted in MLflow, then the driver     a new MLflow run has what is logged afterwards,
                       is killed                                         and the resumed run goes on in it
 disk                  the output's file system, a small tmpfs, is full  an error that names it; room is made, the same
@@ -14,7 +14,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -93,24 +92,21 @@ def stop_server(scene: Scene) -> None:
     scene.server.start()
 
 
-def with_late_server(scene: Scene) -> Callable[[], None]:
-    """A run that logs to a server which starts 20 s after it."""
-    stop = with_server(scene)  # makes the database, so that the start takes no longer than that
+def without_server(scene: Scene) -> Callable[[], None]:
+    """A run that logs to a server which is not there yet; its database is, so that it starts sooner."""
+    stop = with_server(scene)
     scene.server.stop()
-    timer = threading.Timer(LATE_S, scene.server.start)
-    timer.start()
-
-    def end() -> None:
-        timer.cancel()
-        timer.join(120)
-        stop()
-
-    return end
+    return stop
 
 
-def late_server(scene: Scene) -> None:
-    """Nothing more: the server is late. The run has come so far without waiting for it."""
+def start_late(scene: Scene) -> None:
+    """The run has come so far without a server, and has said so; it starts 20 s later."""
     scene.struck(goes_on=True)
+    said = scene.job.output()
+    scene.note(said.count("does not answer") == 1, "the job did not say once that no server answers")
+    scene.back()
+    time.sleep(LATE_S)
+    scene.server.start()
 
 
 def delete_run(scene: Scene) -> None:
@@ -204,7 +200,7 @@ def fill_disk(scene: Scene) -> None:
 
 OF_SERVICES: dict[str, Fault] = {
     "mlflow": Fault(stop_server, allowed=0, fresh=True, prepare=with_server, check=all_is_logged),
-    "mlflow-away-at-start": Fault(late_server, allowed=0, fresh=True, prepare=with_late_server, check=all_is_logged),
+    "mlflow-away-at-start": Fault(start_late, allowed=0, fresh=True, prepare=without_server, check=all_is_logged),
     "mlflow-run-deleted": Fault(delete_run, fresh=True, prepare=with_server, check=the_rest_is_logged),
     "disk": Fault(fill_disk, {"scale": {"max_failures": 0}}, prepare=on_small_disk),
 }
