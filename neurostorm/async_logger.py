@@ -21,12 +21,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
 from neurostorm.unsent import IMAGE, Entry, Part
 
 logger = logging.getLogger(__name__)
+
+_LONGEST_REASON = 300  # characters
 
 
 class Verdict(enum.Enum):
@@ -349,7 +352,8 @@ class AsyncLogger:
             self._changed.notify_all()
         if self._away_since_s is None:
             self._away_since_s = self._clock()
-            logger.warning("%s does not answer (%s): the run goes on, and what it logs waits", self._name, error)
+            reason = shorten(str(error), _LONGEST_REASON)
+            logger.warning("%s does not answer (%s): the run goes on, and what it logs waits", self._name, reason)
 
     def _note_back(self) -> None:
         if self._away_since_s is not None:

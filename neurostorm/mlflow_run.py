@@ -252,7 +252,9 @@ class MlflowRun:
     def _connect(self) -> None:
         from mlflow import MlflowClient
 
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # a traceback at every try
+        # What these say at every try is said once by the logger that calls.
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
         if not self.experiment:
             raise NotOpen(f"{self.folder} has no MLflow run yet: python -m neurostorm.mlflow_upload {self.folder}")
         if self.parent is not None:
