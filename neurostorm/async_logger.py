@@ -218,7 +218,7 @@ class AsyncLogger:
         self._finish(item)
 
     def _pause(self, tries: int) -> None:
-        """Waits before the next try: longer each time, unless somebody waits in `flush`."""
+        """Waits before the next try: longer each time, but not while a caller waits in `flush`."""
         end_s = time.monotonic() + min(self._pause_s * 2 ** min(tries - 1, 10), self._longest_pause_s)
         with self._changed:
             if self._flushing:

@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from neurostorm import unsent
 from neurostorm.async_logger import AsyncLogger
 from neurostorm.config_base import SQLITE
-from neurostorm.mlflow_run import RUN_FILE, MlflowRun, artifact_root
+from neurostorm.mlflow_run import RUN_FILE, MlflowRun
+from neurostorm.mlflow_server import artifact_root
 from neurostorm.places import Place, no_secret
 from neurostorm.unsent import ARTIFACT, END, IMAGE, METRICS, TAG, Entry
 

@@ -9,7 +9,7 @@ import pytest
 from chaos_services import TrackingServer
 from mlflow import MlflowClient
 
-from neurostorm import mlflow_run, mlflow_upload, tracking, unsent
+from neurostorm import mlflow_run, mlflow_server, mlflow_upload, tracking, unsent
 from neurostorm.async_logger import AsyncLogger
 from neurostorm.config import Config
 from neurostorm.mlflow_run import REPLACES, RUN_FILE
@@ -278,13 +278,13 @@ def test_a_gateways_404_does_not_count_as_a_deleted_run(folder, code, json_answe
 
 def test_transfers_wait_longer_than_metrics_unless_the_user_says_otherwise(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    with mlflow_run.unhurried():
+    with mlflow_server.unhurried():
         from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
 
         assert MLFLOW_HTTP_REQUEST_TIMEOUT.get() == 300
     assert MLFLOW_HTTP_REQUEST_TIMEOUT.get() == 10
-    monkeypatch.setattr(mlflow_run, "_OURS", set())
-    with mlflow_run.unhurried():
+    monkeypatch.setattr(mlflow_server, "_OURS", set())
+    with mlflow_server.unhurried():
         assert MLFLOW_HTTP_REQUEST_TIMEOUT.get() == 10
 
 

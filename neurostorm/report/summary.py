@@ -13,7 +13,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from neurostorm.mlflow_run import unhurried
+from neurostorm.mlflow_server import unhurried
 from neurostorm.places import Place
 from neurostorm.progress import tracked
 from neurostorm.report.collect import collect
