@@ -47,6 +47,7 @@ JOB = Job(
 
 def work(config: Config) -> int:
     """Trains to the end, or says that the run is complete."""
+    from neurostorm.tracking import closing_words
     from neurostorm.train.closing import held_out
     from neurostorm.train.goodput import in_words
     from neurostorm.train.launch import pretrain
@@ -63,8 +64,10 @@ def work(config: Config) -> int:
     print(
         f"  model   {done['model']} (model.safetensors, config.json)\n"
         f"  time    {in_words(done)}\n"
-        f"  MLflow  {done['mlflow_uri']}, run {done['mlflow_run_id']}\n"
-        f"next: mlflow server --backend-store-uri {shlex.quote(done['mlflow_uri'])} --host 127.0.0.1 --port 5000"
+        f"  MLflow  {done['mlflow_uri']}, run {done['mlflow_run_id'] or '(not open)'}",
+        *closing_words(done),
+        f"next: mlflow server --backend-store-uri {shlex.quote(done['mlflow_uri'])} --host 127.0.0.1 --port 5000",
+        sep="\n",
     )
     return 0
 

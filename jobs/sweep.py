@@ -49,7 +49,11 @@ def work(config: Config) -> int:
 
     swept = sweep(config)
     print("\n".join(swept.lines()), flush=True)
-    if config.sweep.report:
+    if config.sweep.report and swept.mlflow_unsent:
+        print(
+            "no report yet, which is made of what is in MLflow: send the rest to it as above, then start jobs/report.py"
+        )
+    elif config.sweep.report:
         print("\n".join(report_of(config, swept.mlflow_run_id).lines()))
     return 1 if swept.missing else 0
 

@@ -37,6 +37,12 @@ class TaskConfig(Section):
     delay_s: float = Field(
         5.0, ge=0, le=20, description="seconds from an event to the blood response that a state's clips begin with"
     )
+    overlap: Literal["refuse", "first", "drop"] = Field(
+        "refuse",
+        description="What to do with task events of different types that overlap in time: refuse (an error that names "
+        "them), first (the earlier event keeps its time, the later one is cut), drop (leave out frames of more than "
+        "one event)",
+    )
     states: tuple[str, ...] = Field((), description="trial types that the state task tells apart; default: all")
     gallery: int = Field(100, ge=2, description="subjects in a gallery of re-identification (fewer if there are fewer)")
     gallery_repeats: Positive = Field(20, description="galleries drawn; the mean over them counts")

@@ -1,33 +1,40 @@
 """MLflow for one run: parameters once, metrics and pictures by step, artifacts at the end. Rank 0 only.
 
-    open_run()  ->  Tracker.metrics / image / artifact  ->  close()
-                       ├─> observers, which see the metrics too
-                       └─> in_background(): sent by a thread, which waits for a server that is away
+    open_run()  ->  Tracker.metrics / image / artifact / tag  ->  close()
+                       |-> observers, which see the metrics too
+                       '-> AsyncLogger, a thread -> MlflowRun, on the server
+                                                 '-> RUN/unsent, what the server did not take by the end
 
-Where to: an HTTP server by URI, or SQLite, by default in the output folder if that is a local one. A run that resumes
-goes on in the MLflow run whose id it kept. Ranks other than 0 hold a `Tracker` without a run, which does nothing: the
-loop needs no rank checks.
+No call waits for the server except `flush` and `close`, and none fails because of it. Where to: an HTTP server by URI,
+or SQLite, by default in the output folder if that is a local one. A run that resumes goes on in the MLflow run whose id
+it kept. Ranks other than 0 hold a `Tracker` without a run, which does nothing: the loop needs no rank checks.
 """
 
 import hashlib
-import json
+import math
 import os
+import shlex
 import subprocess
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from neurostorm import unsent
+from neurostorm.async_logger import AsyncLogger
 from neurostorm.config_base import SQLITE
-from neurostorm.outbox import Outbox
-from neurostorm.places import Place, no_secret, replace
-from neurostorm.staging import fetched
+from neurostorm.mlflow_run import RUN_FILE, MlflowRun
+from neurostorm.mlflow_server import artifact_root
+from neurostorm.places import Place, no_secret
+from neurostorm.unsent import ARTIFACT, END, IMAGE, METRICS, TAG, Entry
 
-RUN_FILE = "mlflow.json"  # in a run's folder: the id of its MLflow run, and the server
-_PARAMETERS_PER_CALL = 100  # MLflow takes no more
-_FAREWELL_S = 5.0  # that a run which failed waits for its server
+__all__ = ["RUN_FILE", "Tracker", "closing_words", "code_revision", "open_run", "tracking_uri"]
+
+_FAILED_WAIT_S = 5.0  # for the server, of a run that failed and is to start again soon
+_loggers: dict[str, AsyncLogger] = {}  # by server: the runs of a sweep share one, and its view of a server that is away
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # not each table that it makes in a new database
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
@@ -74,17 +81,36 @@ def code_revision() -> str:
 
 
 class Tracker:
-    """One MLflow run, or none at all (`Tracker()`), behind the few calls that training makes."""
+    """One MLflow run, or none at all (`Tracker()`), behind the few calls that a job makes.
 
-    def __init__(self, client: Any = None, run_id: str = "") -> None:
-        self._client, self.run_id = client, run_id
+    Args:
+        run: where to log; None does nothing.
+        log: its thread.
+        parent: of a trial, the sweep's tracker, whose `close` waits for this run as well.
+    """
+
+    def __init__(
+        self, run: MlflowRun | None = None, log: AsyncLogger | None = None, parent: "Tracker | None" = None
+    ) -> None:
+        self._run, self._log, self._parent = run, log, parent
+        self._runs = [run] if run is not None else []  # this one and its children
         self._observers: list[Callable[[dict[str, float], int], None]] = []
-        self._outbox: Outbox | None = None
+        if parent is not None:
+            parent._runs += self._runs
 
-    def in_background(self) -> None:
-        """From now on metrics and pictures are sent by a thread; artifacts, tags and the end wait until they are."""
-        if self._client is not None and self._outbox is None:
-            self._outbox = Outbox("the MLflow server", _is_away)
+    def __reduce__(self) -> tuple[type["Tracker"], tuple[()]]:
+        """A copy in another process logs nothing, as one process writes; Ray Tune pickles what it calls back."""
+        return Tracker, ()
+
+    @property
+    def run_id(self) -> str:
+        """The id of the MLflow run; "" until the server has made it."""
+        return "" if self._run is None else self._run.run_id
+
+    @property
+    def run(self) -> MlflowRun | None:
+        """The MLflow run; None for a tracker that does nothing."""
+        return self._run
 
     def observe(self, observer: Callable[[dict[str, float], int], None]) -> None:
         """Calls `observer(values, step)` with all metrics from now on."""
@@ -94,71 +120,81 @@ class Tracker:
         """Logs `values` at `step`; names carry their unit, as `speed/clips_per_s`."""
         for observer in self._observers:
             observer(values, step)
-        if self._client is None or not values:
-            return
-        import time
-
-        from mlflow.entities import Metric
-
-        now_ms = int(time.time() * 1000)
-        metrics = [Metric(name, float(value), now_ms, step) for name, value in values.items()]
-        self._send(lambda: self._client.log_batch(self.run_id, metrics=metrics))
+        if values:
+            numbers = {name: float(value) for name, value in values.items()}
+            self._put(METRICS, {"values": numbers, "step": step, "time_ms": _now_ms()})
 
     def image(self, key: str, picture: NDArray[np.uint8], step: int) -> None:
         """Logs an RGB picture (H, W, 3) under `key`; the dashboard shows all steps of a key with a slider."""
-        if self._client is not None:
-            self._send(lambda: self._client.log_image(self.run_id, picture, key=key, step=step))
+        self._put(IMAGE, {"key": key, "step": step, "time_ms": _now_ms()}, picture)
 
     def artifact(self, place: Place, folder: str | None = None) -> None:
-        """Stores a file, or a folder with all it holds, with the run."""
-        if self._client is None:
-            return
-        self._catch_up()
-        with fetched(place) as path:
-            if path.is_dir():
-                self._client.log_artifacts(self.run_id, str(path), folder)
-            else:
-                self._client.log_artifact(self.run_id, str(path), folder)
+        """Stores a file, or a folder with all it holds, with the run. It must stay as it is until it is sent."""
+        if self._run is not None:
+            home: Any = self._run.folder
+            inside = home in place.parents
+            path = place.relative_to(home).as_posix() if inside else str(place.absolute())
+            self._put(ARTIFACT, {"path": path, "folder": folder})
 
     def tag(self, name: str, value: str) -> None:
         """Sets a tag of the run."""
-        if self._client is not None:
-            self._catch_up()
-            self._client.set_tag(self.run_id, name, value)
+        self._put(TAG, {"name": name, "value": value})
+
+    def flush(self) -> int:
+        """Waits until all is sent, or the server has been away for a minute; returns how many entries are not.
+
+        These are then in RUN/unsent, and this process tries no more to send them.
+        """
+        return self._flush()
 
     def close(self, status: str = "FINISHED") -> None:
-        """Ends the run as FINISHED, FAILED or KILLED."""
-        if self._client is None:
-            return
-        if status == "FINISHED":
-            self._catch_up()
-            self._client.set_terminated(self.run_id, status)
-        else:  # a run that failed is to start again soon, whether or not the server hears of it
-            self._send(lambda: self._client.set_terminated(self.run_id, status))
-            if self._outbox is not None:
-                self._outbox.flush(within_s=_FAREWELL_S)
+        """Ends the run as FINISHED, FAILED or KILLED; waits as `flush` (briefly if it failed), unless a parent does."""
+        self._put(END, {"status": status, "time_ms": _now_ms()})
+        if self._parent is None:
+            self._flush(math.inf if status == "FINISHED" else _FAILED_WAIT_S)
 
-    def _send(self, call: Callable[[], object]) -> None:
-        if self._outbox is None:
-            call()
-        else:
-            self._outbox.put(call)
+    def facts(self) -> dict[str, Any]:
+        """What a summary says of the MLflow run, and of its children.
 
-    def _catch_up(self) -> None:
-        if self._outbox is not None and (left := self._outbox.flush()):
-            raise ConnectionError(
-                f"the MLflow server is away, and {left} entries of run {self.run_id} are not sent: start it, and then "
-                "the same command again"
-            )
+        Returns:
+            mlflow_run_id: "" if it could not be opened.
+            mlflow_unsent: entries in RUN/unsent; mlflow_upload: the command that sends them, if there are any.
+            mlflow_refused: entries that the server did not take.
+            mlflow_lost: entries that were dropped for want of memory or disk.
+        """
+        waiting = sum(_unsent(run) for run in self._runs)
+        command = f"python -m neurostorm.mlflow_upload {shlex.quote(str(self._run.folder))}" if self._run else ""
+        return {
+            "mlflow_run_id": self.run_id,
+            "mlflow_unsent": waiting,
+            "mlflow_refused": sum(run.refused for run in self._runs),
+            "mlflow_lost": sum(run.lost for run in self._runs),
+        } | ({"mlflow_upload": command} if waiting else {})
+
+    def _put(self, kind: str, facts: dict[str, Any], picture: NDArray[np.uint8] | None = None) -> None:
+        if self._run is not None and self._log is not None:
+            self._log.put(self._run, Entry(kind, facts, picture))
+
+    def _flush(self, within_s: float = math.inf) -> int:
+        if self._log is None:
+            return 0
+        self._log.flush(within_s)
+        self._log.release(self._runs)
+        return sum(_unsent(run) for run in self._runs)
 
 
-def _is_away(error: Exception) -> bool:
-    """Whether a call failed because the server, or the way to it, is down; not because of what was asked."""
-    from mlflow.exceptions import MlflowException
-
-    if isinstance(error, MlflowException):
-        return error.error_code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
-    return isinstance(error, OSError)  # as are the errors of requests
+def closing_words(facts: Mapping[str, Any]) -> list[str]:
+    """What a job says at its end of what is not in MLflow, from `Tracker.facts`; nothing if all is."""
+    lines = []
+    if waiting := facts.get("mlflow_unsent"):
+        lines.append(
+            f"  {waiting} entries are not in MLflow, which did not take them. Send them: {facts['mlflow_upload']}"
+        )
+    if refused := facts.get("mlflow_refused"):
+        lines.append(f"  MLflow refused {refused} entries; the log says why for the first")
+    if lost := facts.get("mlflow_lost"):
+        lines.append(f"  {lost} entries for MLflow were dropped: memory or disk was full while it did not answer")
+    return lines
 
 
 def open_run(
@@ -170,11 +206,13 @@ def open_run(
     parameters: dict[str, Any],
     tags: dict[str, str],
     artifacts: Place,
+    parent: Tracker | None = None,
 ) -> Tracker:
-    """The MLflow run of the run folder `folder`: the one it began earlier, or a new one.
+    """The MLflow run of the run folder `folder`: the one it began earlier, or a new one. Does not wait for the server.
 
     The run's id and server are kept in `folder/mlflow.json`, so that a restarted run continues the same MLflow run
     even if it stopped before its first checkpoint. A file that names another server is ignored and a new run begins.
+    A run that was deleted in MLflow is replaced by a new one.
 
     Args:
         folder: of the run, which exists.
@@ -184,67 +222,26 @@ def open_run(
         parameters, tags: of a new run.
         artifacts: where a new experiment keeps its artifacts unless an HTTP server decides: OUTPUT/artifacts, the same
             for every run of an output folder, however deep its own folder lies.
+        parent: of a trial, the sweep's tracker.
     """
-    from mlflow import MlflowClient
-    from mlflow.entities import Param
-    from mlflow.exceptions import MlflowException
+    import mlflow.tracking  # noqa: F401  here and not in the thread, while DeepSpeed is imported (`engine`)
 
-    root = _artifact_root(artifacts, uri)
-    _make_database(uri, root)
-    client = MlflowClient(tracking_uri=uri)
-    kept = folder / RUN_FILE
-    if kept.is_file():
-        known = json.loads(kept.read_text())
-        if known["uri"] == uri:
-            try:
-                client.update_run(known["run_id"], status="RUNNING")
-                return Tracker(client, known["run_id"])
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                    raise
-    run = client.create_run(_experiment_id(client, experiment, root), run_name=name, tags=tags)
-    tracker = Tracker(client, run.info.run_id)
-    logged = [Param(key, str(value)) for key, value in parameters.items()]
-    for first in range(0, len(logged), _PARAMETERS_PER_CALL):
-        client.log_batch(run.info.run_id, params=logged[first : first + _PARAMETERS_PER_CALL])
-    replace(kept, json.dumps({"uri": uri, "run_id": run.info.run_id}).encode())
-    return tracker
+    run = MlflowRun(
+        folder, uri, experiment, name, {key: str(value) for key, value in parameters.items()}, tags,
+        artifact_root(artifacts, uri), None if parent is None else parent.run,
+    )  # fmt: skip
+    log = _loggers[uri] = _loggers.get(uri) or AsyncLogger(f"MLflow at {uri}")
+    log.open(run, run.backlog())
+    return Tracker(run, log, parent)
 
 
-def _experiment_id(client: Any, name: str, artifact_root: str | None) -> str:
-    found = client.get_experiment_by_name(name)
-    if found is not None:
-        return str(found.experiment_id)
-    # The kind opens MLflow's pages for training rather than those for language models.
-    kind = {"mlflow.experimentKind": "custom_model_development"}
-    return str(client.create_experiment(name, artifact_location=artifact_root, tags=kind))
+def _unsent(run: MlflowRun) -> int:
+    """Entries in the run's folder."""
+    try:
+        return sum(part.count for part in unsent.parts_in(run.folder))
+    except OSError:
+        return 0
 
 
-def _make_database(uri: str, artifact_root: str | None) -> None:
-    """Make a new SQLite database, whose experiment `Default` keeps its artifacts in `artifact_root`/0.
-
-    MLflow's client makes that experiment with the first call, and puts its artifacts in the working directory, which
-    on a Ray worker is a folder of the session.
-    """
-    if artifact_root is None or not uri.startswith(SQLITE):
-        return
-    file = Path(uri.removeprefix(SQLITE))
-    if file.is_file() and file.stat().st_size:
-        return
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-    SqlAlchemyStore(uri, artifact_root)
-
-
-def _artifact_root(artifacts: Place, uri: str) -> str | None:
-    """The URI at which a new experiment keeps its artifacts; None where an HTTP server knows a place.
-
-    `artifacts`, or beside an SQLite file whose run is in an object store.
-    """
-    if uri.startswith("http"):
-        return None
-    if isinstance(artifacts, Path):
-        return artifacts.absolute().as_uri()
-    if uri.startswith(SQLITE):
-        return Path(uri.removeprefix(SQLITE)).with_name("artifacts").absolute().as_uri()
-    return str(artifacts)
+def _now_ms() -> int:
+    return int(time.time() * 1000)

@@ -1,6 +1,7 @@
 """MLflow behind the tracker: what is logged can be read back, and a restarted run goes on where it was."""
 
 import json
+import pickle
 import shutil
 import sqlite3
 import subprocess
@@ -41,10 +42,12 @@ def place(tmp_path, empty_database, monkeypatch):
 
 
 def begin(place, run="mine", database="mlflow.db", experiment="study", **parameters):
-    return open_run(
+    tracker = open_run(
         place / run, uri=f"sqlite:///{place / database}", experiment=experiment, name=run,
         parameters=parameters, tags={"code_revision": "abc"}, artifacts=place / "artifacts",
     )  # fmt: skip
+    assert tracker.flush() == 0
+    return tracker
 
 
 def client_of(place, database="mlflow.db"):
@@ -56,6 +59,7 @@ def test_parameters_tags_and_metrics_by_step_are_in_the_run(place):
     tracker.metrics({"loss/train": 2.0, "speed/clips_per_s": 5}, 10)
     tracker.metrics({"loss/train": 1.5}, 20)
     tracker.metrics({}, 30)
+    tracker.flush()
     run = client_of(place).get_run(tracker.run_id)
     assert run.info.run_name == "mine"
     assert run.data.params == {"train.lr": "0.001", "model.depths": "[2, 2]"}
@@ -81,6 +85,7 @@ def test_artifacts_lie_in_the_output_folder_and_not_where_the_job_was_started(pl
     (place / "mine" / "model" / "deep" / "weights").write_text("w")
     tracker.artifact(place / "mine" / "config.yaml")
     tracker.artifact(place / "mine" / "model", "model")
+    tracker.flush()
     root = Path(urllib.parse.urlparse(client_of(place).get_run(tracker.run_id).info.artifact_uri).path)
     assert place in root.parents
     assert (root / "config.yaml").read_text() == "a: 1"
@@ -122,6 +127,7 @@ def test_pictures_carry_their_key_and_step(place):
     pictures = {step: np.full((4, 6, 3), step, np.uint8) for step in (40, 80)}
     for step, picture in pictures.items():
         tracker.image("reconstruction", picture, step)
+    tracker.flush()
     root = Path(urllib.parse.urlparse(client_of(place).get_run(tracker.run_id).info.artifact_uri).path)
     for step, picture in pictures.items():
         (file,) = (root / "images").glob(f"reconstruction?step?{step}?*.png")
@@ -136,6 +142,7 @@ def test_opening_a_run_again_goes_on_in_it(place):
     again = begin(place, lr=1)
     assert again.run_id == first.run_id
     again.metrics({"loss/train": 1.0}, 2)
+    again.flush()
     run = client_of(place).get_run(first.run_id)
     assert run.info.status == "RUNNING"
     assert run.data.params == {"lr": "1"}
@@ -182,6 +189,15 @@ def test_a_tracker_without_a_run_does_nothing(place):
     assert not list(Path.cwd().iterdir())
 
 
+def test_a_pickled_tracker_logs_nothing(place):
+    tracker = begin(place)
+    copy = pickle.loads(pickle.dumps(tracker))
+    copy.metrics({"loss/train": 1.0}, 0)
+    assert copy.run_id == "" and copy.flush() == 0
+    tracker.flush()
+    assert client_of(place).get_run(tracker.run_id).data.metrics == {}
+
+
 def test_the_server_is_the_one_given_or_a_file_in_the_output_folder(place):
     assert tracking_uri("http://tracking:5000", place) == "http://tracking:5000"
     assert tracking_uri(None, place) == f"sqlite:///{place}/mlflow.db"
@@ -203,13 +219,16 @@ def test_a_run_in_an_object_store_keeps_its_artifacts_beside_the_database(place,
     def opened():
         uri = f"sqlite:///{place / 'mlflow.db'}"
         artifacts = folder.parent / "artifacts"
-        return open_run(
+        tracker = open_run(
             folder, uri=uri, experiment="study", name="mine", parameters={}, tags={}, artifacts=artifacts
-        )  # fmt: skip
+        )
+        tracker.flush()
+        return tracker
 
     tracker = opened()
     tracker.artifact(folder / "config.yaml")
     tracker.artifact(folder / "model", "model")
+    tracker.flush()
     root = Path(urllib.parse.urlparse(client_of(place).get_run(tracker.run_id).info.artifact_uri).path)
     assert place / "artifacts" in root.parents
     assert (root / "config.yaml").read_text() == "config.yaml"

@@ -111,15 +111,15 @@ def clip_problems(expected: Words, found: Words) -> list[str]:
 
 def table(outcomes: Sequence[Outcome]) -> str:
     """The outcomes in lines for people, with what is wrong below."""
-    head = f"{'fault':<16}{'lost':>6}{'at most':>9}{'back after s':>14}{'loss error':>12}{'clips once':>12}  verdict"
+    head = f"{'fault':<22}{'lost':>6}{'at most':>9}{'back after s':>14}{'loss error':>12}{'clips once':>12}  verdict"
     lines = [head]
     for one in outcomes:
         if one.skipped:
-            lines.append(f"{one.fault:<16}{'':>53}  skipped: {one.skipped}")
+            lines.append(f"{one.fault:<22}{'':>53}  skipped: {one.skipped}")
             continue
         back = f"{statistics.median(one.recovery_s):.1f}" if one.recovery_s else "never"
         lines.append(
-            f"{one.fault:<16}{max(one.lost_steps, default=0):>6}{one.allowed_steps:>9}{back:>14}{one.loss_error:>12.1e}"
+            f"{one.fault:<22}{max(one.lost_steps, default=0):>6}{one.allowed_steps:>9}{back:>14}{one.loss_error:>12.1e}"
             f"{'yes' if one.once else 'NO':>12}  {one.status}"
         )
     wrong = [f"{one.fault}: {problem}" for one in outcomes for problem in one.problems]

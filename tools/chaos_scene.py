@@ -82,6 +82,7 @@ class Scene:
     back_s: float | None = None
     reached: int = 0
     server: Any = None  # the tracking server, if the fault has one
+    deleted_at: int = 0  # the step at which the fault deleted something there
 
     @property
     def job(self) -> Job:

@@ -1,11 +1,15 @@
 """Faults of what a run leans on: the tracking server goes away for a while, the disk under its output fills up.
 
-mlflow   a real server on loopback is stopped for 30 s    the run goes on; afterwards no metric is missing
-disk     the output's file system, a small tmpfs, is full  an error that names it; room is made, the same command
-
+mlflow                the server, on loopback, is stopped for 30 s      the run goes on; no metric is missing afterwards
+mlflow-away-at-start  the server starts 20 s after step 45              the run does not wait; no metric is missing
+mlflow-run-deleted    the run is deleted in MLflow, then the driver     a new MLflow run has what is logged afterwards,
+                      is killed                                         and the resumed run goes on in it
+disk                  the output's file system, a small tmpfs, is full  an error that names it; room is made, the same
+                                                                        command
 """
 
 import errno
+import json
 import os
 import re
 import subprocess
@@ -15,13 +19,16 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from chaos_faults import CannotTry, Fault
 from chaos_job import JobError
-from chaos_scene import LOG_EVERY, Scene
+from chaos_scene import EVERY, LOG_EVERY, Scene
 from ray_nodes import free_port
 
 AWAY_S = 30.0
+LATE_S = 20.0
+OPEN_S = 60.0  # the longest until a run that was deleted is replaced
 TMPFS_MIB = 64
 
 
@@ -85,19 +92,66 @@ def stop_server(scene: Scene) -> None:
     scene.server.start()
 
 
-def all_is_logged(scene: Scene) -> None:
-    """Metrics of every log line, in one run that is finished."""
+def without_server(scene: Scene) -> Callable[[], None]:
+    """A run that logs to a server which is not there yet; its database is, so that it starts sooner."""
+    stop = with_server(scene)
+    scene.server.stop()
+    return stop
+
+
+def start_late(scene: Scene) -> None:
+    """The run has come so far without a server, and has said so; it starts 20 s later."""
+    scene.struck(goes_on=True)
+    said = scene.job.output()
+    scene.note(said.count("does not answer") == 1, "the job did not say once that no server answers")
+    scene.back()
+    time.sleep(LATE_S)
+    scene.server.start()
+
+
+def delete_run(scene: Scene) -> None:
+    """Deletes the MLflow run; the next run in its place is there before the driver is killed and started again."""
+    client, (run,) = tracked_runs(scene)
+    scene.deleted_at = scene.job.reached()
+    client.delete_run(run.info.run_id)
+    scene.struck(goes_on=True)
+    scene.job.wait_for(lambda: bool(tracked_runs(scene)[1]), "an MLflow run in place of the deleted one", OPEN_S, 1.0)
+    scene.back()
+    scene.job.wait_for(lambda: scene.job.reached() > scene.reached + EVERY, "steps after the deletion")
+    scene.job.kill()
+    scene.start()
+
+
+def tracked_runs(scene: Scene) -> tuple[Any, list[Any]]:
+    """A client, and the runs of the server that are not deleted."""
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=scene.server.uri)
     experiment = client.get_experiment_by_name(scene.config.tracking.experiment)
-    runs = client.search_runs([experiment.experiment_id])
+    return client, list(client.search_runs([experiment.experiment_id]))
+
+
+def all_is_logged(scene: Scene, after: int = 0) -> None:
+    """Metrics of every log line from step `after` on, in one run that is finished, with its parameters."""
+    client, runs = tracked_runs(scene)
     scene.note([run.info.status for run in runs] == ["FINISHED"], f"runs: {[run.info.status for run in runs]}")
+    scene.note("train.lr" in runs[0].data.params, "the MLflow run has no parameters")
     for metric in ("loss/train", "time/goodput"):
         logged = [point.step for point in client.get_metric_history(runs[0].info.run_id, metric)]
-        wanted = list(range(LOG_EVERY, scene.setting.steps + 1, LOG_EVERY))
+        wanted = [step for step in range(LOG_EVERY, scene.setting.steps + 1, LOG_EVERY) if step > after]
         missing = sorted(set(wanted) - set(logged))
         scene.note(not missing, f"MLflow has no {metric} of steps {missing}")
+    summary = json.loads((scene.job.folder / "summary.json").read_text())
+    scene.note(summary["mlflow_run_id"] == runs[0].info.run_id, "the summary names another MLflow run")
+    waiting = {name: summary[name] for name in ("mlflow_unsent", "mlflow_refused", "mlflow_lost") if summary[name]}
+    scene.note(not waiting, f"the summary says {waiting}")
+
+
+def the_rest_is_logged(scene: Scene) -> None:
+    """Likewise, of all that was logged after the run had been deleted."""
+    all_is_logged(scene, after=scene.deleted_at + LOG_EVERY)
+    said = scene.jobs[0].output()
+    scene.note(said.count("was deleted; run") == 1, "the job did not say that its MLflow run was deleted")
 
 
 def on_small_disk(scene: Scene) -> Callable[[], None]:
@@ -146,5 +200,7 @@ def fill_disk(scene: Scene) -> None:
 
 OF_SERVICES: dict[str, Fault] = {
     "mlflow": Fault(stop_server, allowed=0, fresh=True, prepare=with_server, check=all_is_logged),
+    "mlflow-away-at-start": Fault(start_late, allowed=0, fresh=True, prepare=without_server, check=all_is_logged),
+    "mlflow-run-deleted": Fault(delete_run, fresh=True, prepare=with_server, check=the_rest_is_logged),
     "disk": Fault(fill_disk, {"scale": {"max_failures": 0}}, prepare=on_small_disk),
 }

@@ -26,6 +26,7 @@ from neurostorm.errors import UserError, reason_of
 from neurostorm.lease import held
 from neurostorm.places import Place, replace
 from neurostorm.run_folder import keep_config, refuse_other
+from neurostorm.tracking import closing_words
 
 logger = logging.getLogger(__name__)
 Result = tuple[list[tuple[int, dict[str, float]]], Outcome, dict[str, float]]
@@ -40,7 +41,7 @@ FEW = 20  # test subjects below which a number comes with a caution
 class Finetuned:
     """What a run gave: the trial's folder, what validation chose, metrics on the test subjects, MLflow's ids.
 
-    `subjects` are the numbers of those who trained, validated and tested.
+    `subjects` are the numbers of those who trained, validated and tested; `not_logged` says what MLflow did not take.
     """
 
     folder: Place
@@ -51,6 +52,7 @@ class Finetuned:
     subjects: tuple[int, int, int]
     mlflow_uri: str
     mlflow_run_id: str
+    not_logged: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """The closing words."""
@@ -67,7 +69,8 @@ class Finetuned:
             f"{self.outcome.validation[self.metric]:.4f}), tested on {test}: {tested}",
             *([f"  caution      {test} test subjects are too few to tell a method from chance"] if test < FEW else []),
             f"  predictions  {self.folder / PREDICTIONS}, ids of the split beside it (split.json)",
-            f"  MLflow       {self.mlflow_uri}, run {self.mlflow_run_id}",
+            f"  MLflow       {self.mlflow_uri}, run {self.mlflow_run_id or '(not open)'}",
+            *self.not_logged,
         ]
 
 
@@ -109,8 +112,9 @@ def _finetune(config: Config) -> Finetuned:
     done = Finetuned(
         trial.folder, task.metric, task.unit, outcome, tested,
         (len(split.train), len(split.validation), len(split.test)), uri_of(config), tracker.run_id,
+        tuple(closing_words(tracker.facts())),
     )  # fmt: skip
-    facts = {**asdict(outcome), "test": tested, "trial": str(trial.folder), "mlflow_run_id": tracker.run_id}
+    facts = {**asdict(outcome), "test": tested, "trial": str(trial.folder), **tracker.facts()}
     replace(config.run.folder / SUMMARY, (json.dumps(facts, indent=1) + "\n").encode())
     return done
 

@@ -16,7 +16,7 @@ from neurostorm.tracking import Tracker, code_revision, open_run, tracking_uri
 KIND, SELECTED = "neurostorm.kind", "neurostorm.selected"
 
 
-def record_start(trial: Trial, parent: str = "") -> Tracker:
+def record_start(trial: Trial, parent: Tracker | None = None) -> Tracker:
     """The trial's MLflow run, new or continued; named by what it is in a sweep (`parent`), by run.name alone."""
     config, task = trial.config, trial.task
     label, method, fraction, seed = trial.cell
@@ -34,7 +34,6 @@ def record_start(trial: Trial, parent: str = "") -> Tracker:
         SELECTED: "false",
         "code_revision": code_revision(),
     }
-    tags |= {"mlflow.parentRunId": parent} if parent else {}
     return open_run(
         trial.folder,
         uri=uri_of(config),
@@ -43,6 +42,7 @@ def record_start(trial: Trial, parent: str = "") -> Tracker:
         parameters=_parameters(trial),
         tags=tags,
         artifacts=config.run.output / "artifacts",
+        parent=parent,
     )
 
 

@@ -20,10 +20,11 @@ import difflib
 import hashlib
 import importlib.util
 import inspect
+import logging
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -32,10 +33,13 @@ import numpy as np
 from ray import cloudpickle
 
 from neurostorm.config import ConfigError, TaskConfig
-from neurostorm.downstream.cohort import Cohort
+from neurostorm.downstream.cohort import Cohort, Run
 from neurostorm.downstream.examples import Examples, collect, starts_of
 from neurostorm.downstream.metrics import higher_is_better
-from neurostorm.store.events import run_events
+from neurostorm.downstream.overlap import REFUSE, Settled, merged, overlaps, settle
+from neurostorm.store.events import Event, run_events
+
+logger = logging.getLogger(__name__)
 
 REGISTRY: dict[str, type["Task"]] = {}
 KINDS = ("regression", "classification", "identification")
@@ -48,12 +52,16 @@ class UnknownTask(ConfigError):
 
 @dataclass(frozen=True)
 class Cut:
-    """How clips are cut: frames of a clip and between two starts; for events their delay, and the types that count."""
+    """How clips are cut: frames of a clip and between two starts.
+
+    For events their delay, the types that count, and what to do when two types overlap (see `overlap`).
+    """
 
     clip_frames: int
     stride_frames: int
     delay_s: float = 5.0
     states: tuple[str, ...] = ()
+    overlap: str = REFUSE
 
 
 class Task(ABC):
@@ -205,19 +213,19 @@ class State(Task):
 
     def cut(self, settings: TaskConfig, clip_frames: int) -> Cut:
         stride = settings.clip_stride_frames or clip_frames
-        return Cut(clip_frames, stride, settings.delay_s, settings.states)
+        return Cut(clip_frames, stride, settings.delay_s, settings.states, settings.overlap)
 
     def examples(self, cohort: Cohort, labels: Mapping[str, float | str], cut: Cut) -> Examples:
-        clips, subject_of, state_of, kinds = [], {}, {}, set()
+        clips, subject_of, state_of = [], {}, {}
+        events = [merged(self._counting(cohort, run, cut)) for run in cohort.runs]
+        self._say_overlaps(cohort, events, cut)
+        kinds = {event.trial_type for those in events for event in those}
         for index, run in enumerate(cohort.runs):
-            for event in run_events(cohort.attributes(run)):
-                if cut.states and event.trial_type not in cut.states:
-                    continue
-                kinds.add(event.trial_type)
-                unit = f"{run.path}#{event.onset_s}:{event.trial_type}"  # two kinds may begin at one time
-                for start in event_starts(event.onset_s, event.duration_s, run.frames, cohort.store.tr_s, cut):
+            for each in settle(events[index], cut.overlap):
+                unit = f"{run.path}#{each.event.onset_s}:{each.event.trial_type}"  # two kinds may begin at one time
+                for start in settled_starts(each, run.frames, cohort.store.tr_s, cut):
                     clips.append((index, start, unit))
-                    subject_of[unit], state_of[unit] = run.subject, event.trial_type
+                    subject_of[unit], state_of[unit] = run.subject, each.event.trial_type
         classes = tuple(sorted(set(state_of.values())))
         if len(kinds) < 2:
             raise ConfigError(
@@ -234,6 +242,44 @@ class State(Task):
             )
         target_of = {unit: float(classes.index(state)) for unit, state in state_of.items()}
         return collect(cohort.runs, cut.clip_frames, clips, subject_of, target_of, classes)
+
+    def _counting(self, cohort: Cohort, run: Run, cut: Cut) -> list[Event]:
+        """The events of a run whose type counts."""
+        events = run_events(cohort.attributes(run))
+        return [event for event in events if not cut.states or event.trial_type in cut.states]
+
+    def _say_overlaps(self, cohort: Cohort, events: Sequence[Sequence[Event]], cut: Cut) -> None:
+        """ConfigError or, by another rule, a warning for events of different types that overlap."""
+        found = [(run.path, pair) for run, those in zip(cohort.runs, events, strict=True) for pair in overlaps(those)]
+        if not found:
+            return
+        path, pair = found[0]
+        what = (
+            f"{len(found)} pair(s) of events overlap in {len({run for run, _ in found})} of {len(cohort.runs)} run(s) "
+            f"of {cohort.store.path}, first in {path}: {pair}"
+        )
+        if cut.overlap == REFUSE:
+            raise ConfigError(
+                f"task.name={self.label}: {what}. Say what counts then: --task.overlap first (the earlier event, the "
+                "later one is cut), --task.overlap drop (neither), or choose types that do not overlap (--task.states)"
+            )
+        logger.warning("task.overlap=%s: %s", cut.overlap, what)
+
+
+def settled_starts(settled: Settled, frames: int, tr_s: float, cut: Cut) -> list[int]:
+    """First frames of the clips of an event by `event_starts`, without those that meet a forbidden time."""
+    starts = {
+        start
+        for begin_s, end_s in settled.spans
+        for start in event_starts(begin_s, end_s - begin_s, frames, tr_s, cut)
+    }  # fmt: skip
+    taken = [
+        (math.ceil((begin_s + cut.delay_s) / tr_s - 1e-6), math.ceil((end_s + cut.delay_s) / tr_s - 1e-6))
+        for begin_s, end_s in settled.forbidden
+    ]
+    return sorted(
+        start for start in starts if not any(start < end and start + cut.clip_frames > begin for begin, end in taken)
+    )
 
 
 def event_starts(onset_s: float, duration_s: float, frames: int, tr_s: float, cut: Cut) -> list[int]:

@@ -20,6 +20,7 @@ from neurostorm.ingest.discover import EMPTY, Source
 from neurostorm.ingest.motion import DIGITS, PARAMETERS, framewise_displacement, motion_facts
 from neurostorm.ingest.names import applying, is_events, raw_folders
 from neurostorm.ingest.nifti import RunError
+from neurostorm.ingest.stream import read_small
 from neurostorm.places import Place
 from neurostorm.store.events import EVENTS, Event, events_attribute
 from neurostorm.tsv import number, read_tsv
@@ -134,7 +135,7 @@ def _usable(table: Place, source: Source, parse: Callable[[bytes], T]) -> T | No
 
 def _read(table: Place) -> bytes:
     try:
-        return table.read_bytes()
+        return read_small(table)
     except _NOT_THERE:
         raise
     except OSError as error:

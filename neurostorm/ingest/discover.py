@@ -20,6 +20,7 @@ import pyarrow as pa
 from neurostorm.errors import UserError
 from neurostorm.ingest.names import Name, bids_name, hcp_name, is_bids_bold, plain_name, safe_label, slug
 from neurostorm.ingest.nifti import RunError
+from neurostorm.ingest.stream import MAX_PARTICIPANTS_BYTES, TooLarge, read_small
 from neurostorm.ingest.tree import Ancestors, around, walk
 from neurostorm.places import Place, one_step
 from neurostorm.store import run_path
@@ -127,8 +128,8 @@ def read_participants(path: Place, dataset: str) -> pa.Table:
     DiscoverError when the file cannot be read as such a table, or when two rows of a subject disagree.
     """
     try:
-        header, rows = read_tsv(path.read_bytes())
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        header, rows = read_tsv(read_small(path, MAX_PARTICIPANTS_BYTES))
+    except (OSError, TooLarge, UnicodeDecodeError, csv.Error) as error:
         raise DiscoverError(f"{path}: cannot be read as tab-separated text ({error})") from error
     if not rows or "participant_id" not in header:
         raise DiscoverError(f"{path}: has no column participant_id, or no row")

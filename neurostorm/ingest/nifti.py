@@ -26,6 +26,9 @@ from neurostorm.places import Place
 
 MIN_TR_S, MAX_TR_S = 0.05, 30.0
 MAX_VOXELS = 1 << 28  # of a frame; 0.7 mm over the whole head are 2^25
+MAX_MASK_VOXELS = 1 << 26  # of a mask; 0.5 mm over the whole head
+MAX_RUN_BYTES = 1 << 38  # inflated, 275 GB; an hour of 0.7 mm has 90 GB
+MAX_OTHER_BYTES = 1 << 28  # in front of the first frame, or behind the last one; extensions have some MB
 _HEADERS = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
 _SINGLE_FILE = {b"n+1\0", b"n+2\0"}
 _HEADER_FILE = {b"ni1\0", b"ni2\0"}
@@ -89,10 +92,25 @@ def open_run(path: Place) -> RunHeader:
 
 
 def read_volume(path: Place) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """The first volume of a file, (X, Y, Z) float32, and its (4, 4) affine. RunError as `open_run`, but 3D is fine."""
+    """The first volume of a file, (X, Y, Z) float32, and its (4, 4) affine. RunError as `open_volume`, and damage."""
+    header = open_volume(path)
+    return first_volume(header), header.affine
+
+
+def open_volume(path: Place) -> RunHeader:
+    """The checked header of a mask; 3D, or the first frame counts. RunError as `open_run`, or for too many voxels."""
     header = _read_header(path)
-    frame = next(read_frames(header))
-    return frame.reshape(header.shape, order="F"), header.affine
+    if header.voxels > MAX_MASK_VOXELS:
+        raise RunError(
+            f"has the shape {header.shape}: more than {MAX_MASK_VOXELS:,} voxels cannot be a mask; resample it to "
+            "1 mm or coarser"
+        )
+    return header
+
+
+def first_volume(header: RunHeader) -> NDArray[np.float32]:
+    """The first frame of a file, (X, Y, Z) float32. RunError for damage."""
+    return next(read_frames(header)).reshape(header.shape, order="F")
 
 
 def read_stored(
@@ -174,12 +192,23 @@ def _one_pass(header: RunHeader, digest: Digest | None) -> Generator[NDArray[Any
                     raise EOFError
                 yield np.frombuffer(data, header.dtype)
                 done += 1
-            while stream.read(_STEP_BYTES):  # to the end: gzip's checksum comes last, and the digest covers all bytes
-                pass
+            _read_to_end(stream)
     except DAMAGE as error:
         raise RunError(_damage(error, header, done)) from error
     except OSError as error:
         raise RunError(f"cannot be read: {error.strerror or error}") from error
+
+
+def _read_to_end(stream: Stream) -> None:
+    """Gzip's checksum comes last, and the digest covers all bytes. RunError for much more than the header says."""
+    behind = 0
+    while data := stream.read(_STEP_BYTES):
+        behind += len(data)
+        if behind > MAX_OTHER_BYTES:
+            raise RunError(
+                f"holds more than {MAX_OTHER_BYTES:,} bytes behind the last frame that its header announces: correct "
+                "the number of frames there"
+            )
 
 
 def _read_header(path: Place) -> RunHeader:
@@ -206,6 +235,7 @@ def _read_header(path: Place) -> RunHeader:
     checked = RunHeader(
         path, space, frames, _affine(header), _header_tr_s(header), dtype, slope, intercept, data_offset
     )  # fmt: skip
+    _check_size(checked)
     _check_length(checked, compressed)
     return checked
 
@@ -274,6 +304,17 @@ def _scaling(header: Any) -> tuple[float, float]:
     if slope == 0 or not math.isfinite(slope):
         return 1.0, 0.0
     return slope, intercept if math.isfinite(intercept) else 0.0
+
+
+def _check_size(header: RunHeader) -> None:
+    """A header of a few bytes can announce any size: what no run has is refused before it is read."""
+    total = max(header.frames, 1) * header.frame_bytes
+    if total > MAX_RUN_BYTES:
+        raise RunError(f"would have {total:,} bytes of data: more than {MAX_RUN_BYTES:,} is no functional run")
+    if header.data_offset > MAX_OTHER_BYTES:
+        raise RunError(
+            f"has a header of {header.data_offset:,} bytes (vox_offset): more than {MAX_OTHER_BYTES:,} are none"
+        )
 
 
 def _check_length(header: RunHeader, compressed: bool) -> None:

@@ -7,6 +7,7 @@ Inflating is what costs most of an ingest, so it is done by ISA-L, which is abou
 sha256 leave Python's lock to others while they work, so a thread that reads ahead does run beside the arithmetic.
 """
 
+import errno
 import gzip
 import io
 import queue
@@ -14,6 +15,7 @@ import threading
 import zlib
 from collections.abc import Generator, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import IO, Protocol, TypeVar, cast
 
 from isal import igzip, isal_zlib
@@ -27,6 +29,8 @@ DAMAGE: tuple[type[Exception], ...] = (
     EOFError, zlib.error, gzip.BadGzipFile, cast(type[Exception], isal_zlib.error),
 )  # fmt: skip
 _HEAD_BYTES = 1 << 16
+MAX_SMALL_BYTES = 1 << 28  # of a table or sidecar of one run: tables of confounds have some MB
+MAX_PARTICIPANTS_BYTES = 1 << 31  # 500,000 people with 4 kB each
 
 Stream = IO[bytes] | gzip.GzipFile
 Item = TypeVar("Item")
@@ -36,6 +40,25 @@ class Digest(Protocol):
     """What `hashlib.sha256()` returns, as far as it is needed here."""
 
     def update(self, data: bytes | memoryview, /) -> None: ...
+
+
+class TooLarge(ValueError):
+    """A file that is no table or sidecar: it is too large to be read whole."""
+
+
+def read_small(path: Place, most_bytes: int = MAX_SMALL_BYTES) -> bytes:
+    """A table or sidecar beside a run, whole.
+
+    Raises:
+        TooLarge: it has more than `most_bytes`.
+        OSError: it cannot be read, or is a folder, a pipe or a device.
+    """
+    if isinstance(path, Path) and path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    size = path.stat().st_size
+    if size > most_bytes:
+        raise TooLarge(f"{path} has {size:,} bytes, more than {most_bytes:,}")
+    return path.read_bytes()
 
 
 def open_stream(path: Place, digest: Digest | None = None) -> tuple[Stream, bool]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neurostorm.ingest.discover import Source
-from neurostorm.ingest.nifti import RunError, RunHeader, read_stored, read_volume, repetition_time_s
+from neurostorm.ingest.nifti import RunError, RunHeader, first_volume, open_volume, read_stored, repetition_time_s
 from neurostorm.ingest.standardize import (
     MASK_SHARE,
     SpatialPlan,
@@ -23,7 +23,7 @@ from neurostorm.ingest.standardize import (
     plan_temporal,
     standardise,
 )
-from neurostorm.ingest.stream import Digest
+from neurostorm.ingest.stream import Digest, read_small
 from neurostorm.places import Place
 from neurostorm.store import run_bytes
 
@@ -31,6 +31,9 @@ MIN_COVERAGE = 0.05  # share of the store's brain that a run must show; a single
 SAME_PLACE_MM = 1e-3
 MAX_RUN_H = 24.0  # longer than any scan; a damaged number of frames or TR shows by it
 _FLOAT_BYTES = 4
+# Measured: peak memory of bringing a mask to another grid, for each voxel of the mask and of the run.
+_MASK_BYTES, _GRID_BYTES = 100, 280
+_MOST_MASK_BYTES = 8 * 10**9
 _LARGEST_S = 1e9  # beyond it an integer may not even fit a float
 
 
@@ -108,11 +111,21 @@ def check_size(frames: int, source_tr_s: float, tr_s: float, voxels: int) -> Non
         )
 
 
+def check_mask_size(mask_voxels: int, run_voxels: int) -> None:
+    """RunError for a mask that takes too much memory to be brought to the run's grid."""
+    needed = _MASK_BYTES * mask_voxels + _GRID_BYTES * run_voxels
+    if needed > _MOST_MASK_BYTES:
+        raise RunError(
+            f"needs about {needed / 1e9:,.0f} GB of memory to be brought from its grid of {mask_voxels:,} voxels to "
+            f"the run's of {run_voxels:,} (at most {_MOST_MASK_BYTES / 1e9:,.0f} GB): resample it to the run's grid"
+        )
+
+
 def sidecar_tr_s(sidecars: tuple[Place, ...]) -> float | None:
     """RepetitionTime (seconds) of the nearest sidecar that has one, else None. RunError: unreadable, or no number."""
     for sidecar in sidecars:
         try:
-            facts = json.loads(sidecar.read_text(encoding="utf-8-sig"))
+            facts = json.loads(read_small(sidecar).decode("utf-8-sig"))
         except (OSError, ValueError, RecursionError) as error:  # the last for thousands of brackets in each other
             raise RunError(f"has a JSON sidecar that cannot be read, {sidecar}: {error}") from error
         value = facts.get("RepetitionTime") if isinstance(facts, dict) else None
@@ -150,13 +163,17 @@ def field_of_view(source: Source, header: RunHeader, target: Target) -> SpatialP
 def _own_brain(path: Place, header: RunHeader) -> NDArray[np.bool_]:
     """A run's brain mask on the run's voxels, bool (X * Y * Z) in Fortran order; by affine if it has another grid."""
     try:
-        volume, affine = read_volume(path)
+        own = open_volume(path)
+        affine = own.affine
+        elsewhere = not np.allclose(affine, header.affine, rtol=0, atol=SAME_PLACE_MM)
+        if elsewhere:
+            check_mask_size(own.voxels, header.voxels)
+        brain = np.nan_to_num(first_volume(own)) > 0
     except RunError as error:
         raise RunError(f"has a brain mask, {path.name}, that {error}") from error
-    brain = np.nan_to_num(volume) > 0
     if not brain.any():
         raise RunError(f"has an empty brain mask, {path.name}: no voxel is above 0")
-    if not np.allclose(affine, header.affine, rtol=0, atol=SAME_PLACE_MM):
+    if elsewhere:
         plan = plan_spatial(brain.shape, affine, header.affine, np.ones(header.shape, bool))
         share = plan.matrix @ brain.ravel(order="F").astype(np.float32)
         brain = (share > MASK_SHARE).reshape(header.shape)

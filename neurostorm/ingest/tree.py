@@ -18,6 +18,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from neurostorm.ingest.names import applying, entities_of, is_events, is_motion, mask_names, motion_names, stem_of
+from neurostorm.ingest.stream import read_small
 from neurostorm.object_store import ObjectPath
 from neurostorm.places import Place, files_below
 
@@ -217,7 +218,7 @@ def _dataset_name(roots: tuple[Place, ...], source: Place) -> str:
 
 def _description(home: Place) -> dict[str, object]:
     try:
-        facts = json.loads((home / DESCRIPTION).read_text(encoding="utf-8-sig"))
+        facts = json.loads(read_small(home / DESCRIPTION).decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         logger.warning("%s cannot be read (%s): its Name is not used", home / DESCRIPTION, error)
         return {}

@@ -7,6 +7,7 @@ voxel gets a label, the most frequent one other than 0: cortex is thinner than a
 voxels too would leave most of it without a region, and what has no region is never masked.
 """
 
+import math
 import zlib
 from collections.abc import Sequence
 from os import PathLike, fspath
@@ -15,6 +16,8 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 from numpy.typing import ArrayLike, NDArray
+
+MAX_VOXELS = 1 << 26  # of an atlas; 0.5 mm over the whole head
 
 AtlasSource = str | PathLike[str] | tuple[ArrayLike, ArrayLike]
 
@@ -73,6 +76,8 @@ def _load(path: str) -> tuple[str, NDArray[Any], NDArray[np.float64]]:
 
     try:
         image = nibabel.load(path)
+        if math.prod(image.shape) > MAX_VOXELS:  # before the numbers are read: a header can announce any shape
+            raise ValueError(f"its shape {image.shape} has more than {MAX_VOXELS:,} voxels")
         return f"atlas {path}", np.asanyarray(image.dataobj), np.asarray(image.affine, np.float64)
     except (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError) as error:
         raise ValueError(f"atlas {path}: cannot be read ({error}); give a complete label NIfTI") from error

@@ -13,6 +13,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from neurostorm.mlflow_server import unhurried
 from neurostorm.places import Place
 from neurostorm.progress import tracked
 from neurostorm.report.collect import collect
@@ -74,6 +75,11 @@ def write_report(uri: str, parent_run_id: str, out: Place, *, draws: int = DRAWS
         OSError: the folder cannot be written.
         MlflowException: the server does not answer or does not take the files.
     """
+    with unhurried():
+        return _write_report(uri, parent_run_id, out, draws)
+
+
+def _write_report(uri: str, parent_run_id: str, out: Place, draws: int) -> ReportResult:
     old = _files_of_the_last(out)
     logger.info("report: reading the sweep from MLflow")
     results = collect(uri, parent_run_id)

@@ -155,7 +155,6 @@ def assemble(
         trainer={
             "config": config.model_dump(mode="json"),
             "workers": dist.get_world_size(),
-            "mlflow_run_id": tracker.run_id,
             "code_revision": code_revision(),
             "store_sha256": corpus.content_sha256,
         },

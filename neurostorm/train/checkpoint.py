@@ -1,7 +1,7 @@
 """Checkpoints that are whole or do not count: a folder per step, with a commit marker written last.
 
     checkpoints/step-00000050/state/...      every rank's DeepSpeed shards
-                              trainer.json   step, configuration, MLflow run, code revision, workers
+                              trainer.json   step, configuration, code revision, workers
                               COMMITTED      size and CRC-32 of every other file, and which rank wrote it; written last
                 copy-00000050/...            the same again, of the newest alone
 

@@ -15,10 +15,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from neurostorm import unsent
 from neurostorm.capacity import training_demand
 from neurostorm.config import Config, ConfigError
 from neurostorm.data.corpus import Corpus
 from neurostorm.lease import held
+from neurostorm.places import remove_tree
 from neurostorm.resources import require
 from neurostorm.run_folder import (
     changed_settings,
@@ -159,6 +161,7 @@ def forget_other_start(config: Config, corpus: Corpus) -> None:
     if changed:
         for name in (RUN_FILE, ACCOUNT):
             (folder / name).unlink(missing_ok=True)
+        remove_tree(folder / unsent.FOLDER)
         logger.warning(
             "%s had no checkpoint yet and starts from step 0 with other settings (%s) and an MLflow run of its own",
             folder, "; ".join(changed),

@@ -74,7 +74,6 @@ def will_be_taken() -> bool:
 def open_tracker(config: Config, corpus: Corpus) -> Tracker:
     """The run's MLflow run with its parameters, tags and resolved configuration; Prometheus sees its metrics too."""
     folder = config.run.folder
-    logger.info("opening the MLflow run")
     tracker = open_run(
         folder,
         uri=tracking_uri(config.tracking.uri, config.run.output),
@@ -89,16 +88,18 @@ def open_tracker(config: Config, corpus: Corpus) -> Tracker:
     )  # fmt: skip
     tracker.artifact(folder / "config.yaml")
     tracker.observe(Gauges(config.run.name))
-    tracker.in_background()
     return tracker
 
 
 def finish(
     config: Config, corpus: Corpus, tracker: Tracker, account: Account, final: dict[str, float], steps: int
 ) -> None:
-    """Stores the exported model and the last checkpoint with the MLflow run, closes the account, writes the summary."""
+    """Stores the exported model and the last checkpoint with the MLflow run, closes the account, writes the summary.
+
+    Without a server they wait in RUN/unsent, and the summary has the command that sends them.
+    """
     folder = config.run.folder
-    logger.info("storing the model and the last checkpoint with the MLflow run %s", tracker.run_id)
+    logger.info("storing the model and the last checkpoint with the MLflow run %s", tracker.run_id or "(not open yet)")
     tracker.artifact(folder / "model", "model")
     newest = checkpoint.newest(folder / "checkpoints")
     if newest is not None:
@@ -106,15 +107,19 @@ def finish(
     account.keep("checkpoint")
     tracker.metrics(account.metrics(), steps)
     tracker.tag(WITHDRAWN, str(len(corpus.withdrawn)))
+    tracker.flush()
+    account.flush()
     summary = {
         "steps": steps,
         **{name: value if final[CLIPS] else None for name, value in final.items()},
         WITHDRAWN: len(corpus.withdrawn),
         **account.metrics(),
         "finished": datetime.now().astimezone().isoformat(" ", "seconds"),
-        "mlflow_run_id": tracker.run_id,
         "model": str(folder / "model"),
     }
-    replace(folder / SUMMARY, json.dumps(summary, indent=1).encode())
+    logged = tracker.facts()
+    replace(folder / SUMMARY, json.dumps(summary | logged, indent=1).encode())
     tracker.artifact(folder / SUMMARY)
     tracker.close()
+    if tracker.facts() != logged:
+        replace(folder / SUMMARY, json.dumps(summary | tracker.facts(), indent=1).encode())

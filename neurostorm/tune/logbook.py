@@ -33,7 +33,7 @@ class Logbook(Callback):
 
     Args:
         trials: all of the sweep.
-        parent: id of the sweep's MLflow run.
+        parent: the sweep's MLflow run.
         folder: of the sweep; gets `errors/`.
         give_up_after: failures in a row, from the first trial on and all alike, that end the sweep; 0: none do.
         succeeded: whether an earlier start left a trial that is done.
@@ -45,7 +45,13 @@ class Logbook(Callback):
     """
 
     def __init__(
-        self, trials: Sequence[Trial], parent: str, folder: Place, *, give_up_after: int = 0, succeeded: bool = False
+        self,
+        trials: Sequence[Trial],
+        parent: Tracker,
+        folder: Place,
+        *,
+        give_up_after: int = 0,
+        succeeded: bool = False,
     ) -> None:
         self._trials, self._parent, self._folder = trials, parent, folder
         self._give_up_after, self._succeeded = give_up_after, succeeded

@@ -8,6 +8,7 @@ dies, or that fails for a reason that may pass, is tried again; then it is repor
 When the first trials all fail alike, the sweep ends with that reason.
 """
 
+import dataclasses
 import json
 import logging
 import math
@@ -33,7 +34,7 @@ from neurostorm.lease import held
 from neurostorm.places import Place, replace
 from neurostorm.progress import progress
 from neurostorm.run_folder import CONFIG_FILE, PLACED, keep_config, refuse_other
-from neurostorm.tracking import Tracker, code_revision, open_run
+from neurostorm.tracking import Tracker, closing_words, code_revision, open_run
 from neurostorm.tune.logbook import REASON, REFUSED, GiveUp, Logbook, score_of
 from neurostorm.tune.scheduler import EPOCH, CellScheduler
 from neurostorm.tune.space import by_key, wanted_trials
@@ -62,6 +63,7 @@ class Swept:
         failed: trial -> why, of trials that failed at every try.
         missing: cells of which no trial could be tested.
         mlflow_uri, mlflow_run_id: the parent run.
+        mlflow_unsent, mlflow_refused, mlflow_lost, mlflow_upload: as `Tracker.facts`, of the parent and all trials.
     """
 
     folder: Place
@@ -72,7 +74,11 @@ class Swept:
     failed: dict[str, str]
     missing: tuple[str, ...]
     mlflow_uri: str
-    mlflow_run_id: str
+    mlflow_run_id: str = ""
+    mlflow_unsent: int = 0
+    mlflow_refused: int = 0
+    mlflow_lost: int = 0
+    mlflow_upload: str = ""
 
     def lines(self) -> list[str]:
         """The closing words."""
@@ -82,7 +88,7 @@ class Swept:
         ]
         lines += reasons(self.failed, self.folder)
         lines += [f"  no result: {cell}" for cell in self.missing]
-        return lines
+        return [*lines, *closing_words(vars(self))]
 
 
 def reasons(failed: Mapping[str, str], folder: Place) -> list[str]:
@@ -129,13 +135,15 @@ def _sweep(config: Config) -> Swept:
         raise
     finally:
         parent.close(status)
+    result = dataclasses.replace(result, **parent.facts())
+    _write_summary(result)
     return result
 
 
 def _swept(config: Config, trials: Sequence[Trial], done: Sequence[int], parent: Tracker) -> Swept:
     """Train what is not `done`, select, test, and write the summary. TrialsFailed as `sweep`."""
     folder, settings = config.run.folder, config.sweep
-    logbook = Logbook(trials, parent.run_id, folder, give_up_after=settings.stop_after_failures, succeeded=bool(done))
+    logbook = Logbook(trials, parent, folder, give_up_after=settings.stop_after_failures, succeeded=bool(done))
     left = [index for index in range(len(trials)) if index not in set(done)]
     _say(f"{len(trials)} trials, {len(done)} done before, {len(left)} to run")
     _run(config, trials, left, logbook)
@@ -146,6 +154,7 @@ def _swept(config: Config, trials: Sequence[Trial], done: Sequence[int], parent:
         selected = select(trials)
         _unselect(trials, selected, logbook)
         _test(config, trials, selected, logbook)
+    parent.flush()
     result = Swept(
         folder=folder,
         trials=len(trials),
@@ -155,13 +164,17 @@ def _swept(config: Config, trials: Sequence[Trial], done: Sequence[int], parent:
         failed={trials[index].key: why for index, why in logbook.errors.items()},
         missing=tuple(_words(cell) for cell in {t.cell: 0 for t in trials} if cell not in _tested(trials, selected)),
         mlflow_uri=uri_of(config),
-        mlflow_run_id=parent.run_id,
+        **parent.facts(),
     )
-    facts = {name: value for name, value in vars(result).items() if name != "folder"}
-    replace(folder / SUMMARY, (json.dumps(facts, indent=1) + "\n").encode())
+    _write_summary(result)
     if not result.tested:
         raise TrialsFailed(_nothing_tested(result, len(left), logbook.gave_up))
     return result
+
+
+def _write_summary(result: Swept) -> None:
+    facts = {name: value for name, value in vars(result).items() if name != "folder"}
+    replace(result.folder / SUMMARY, (json.dumps(facts, indent=1) + "\n").encode())
 
 
 def _nothing_tested(result: Swept, wanted: int, gave_up: bool) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import zarr
 
+from neurostorm.processes import machine_tag
 from neurostorm.store import (
     FrameStore,
     Grid,
@@ -29,6 +30,7 @@ from neurostorm.store import (
 from neurostorm.store.writer import publish
 
 RUN = run_path("made", "sub-01", "ses-1_task-rest")
+UNFINISHED = f"{machine_tag()}-abc"  # a name that this machine's writers give
 
 
 def partials(path: Path) -> list[Path]:
@@ -124,7 +126,6 @@ import os, sys
 import numpy as np
 from neurostorm.store import write_run
 
-UNFINISHED = f"{machine_tag()}-abc"  # a name that this machine's writers give
 os.replace = lambda source, target: os._exit(9)
 frames = np.ones((12, int(sys.argv[3])), np.int8)
 write_run(sys.argv[1], sys.argv[2], frames=frames, mean=frames[0] * 1.0, std=frames[0] * 1.0, attributes={})
@@ -164,9 +165,8 @@ def test_an_empty_folder_of_a_writer_is_swept_when_it_is_old(example: Any) -> No
 
 def test_temporary_files_of_tables_and_groups_are_swept(example: Any) -> None:
     example.add()
-    left = [
-        example.path / folder / f".zarr.json.{UNFINISHED}.partial" for folder in (".", "runs/made", "runs/made/sub-01")
-    ]
+    folders = (".", "runs/made", "runs/made/sub-01")
+    left = [example.path / folder / f".zarr.json.{UNFINISHED}.partial" for folder in folders]
     for file in left:
         file.write_bytes(b"half")
     with left[0].open("rb") as handle:
