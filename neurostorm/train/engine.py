@@ -6,6 +6,7 @@ A step whose gradients are not finite on any rank changes no parameter on all of
 the global gradient norm before it steps, for ZeRO 0 `step` does the same here. With ZeRO 1-3, which part the gradients,
 that norm is added up in float64, so that any number of workers clips alike. Parameters stay fp32, with bf16 through
 autocast at every stage: bf16 parameters with stage 0 train wrongly in this DeepSpeed, and save little at this size.
+Gradients are accumulated over micro-batches and reduced over ranks in fp32.
 """
 
 import math
@@ -52,13 +53,16 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 def deepspeed_settings(train: TrainConfig, clips_per_worker: int, regroup: bool = False) -> dict[str, Any]:
     """DeepSpeed's own configuration for ours; `regroup` reads checkpoints of another number of workers."""
+    bf16 = train.dtype == "bf16"
     return {
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": clips_per_worker // train.micro_batch,
         "gradient_clipping": train.clip_norm,
         "zero_optimization": {"stage": train.zero_stage, "reduce_bucket_size": 50_000_000},
         "zero_allow_untested_optimizer": True,
-        "torch_autocast": {"enabled": train.dtype == "bf16", "dtype": "bfloat16"},
+        # Of the modules in the list DeepSpeed accumulates and reduces gradients in bf16; its default names linear and
+        # convolutional layers. In fp32 a reduction moves twice the bytes, and so does gathering weights at stage 3.
+        "torch_autocast": {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
         "steps_per_print": 10**9,
         "checkpoint": {"use_node_local_storage": False, "load_universal": regroup and train.zero_stage > 0},
     }
