@@ -17,6 +17,7 @@ import torch
 
 from neurostorm.config import Config
 from neurostorm.data.corpus import Corpus
+from neurostorm.data.pinned import Cuda, DeviceCopies
 from neurostorm.data.pipeline import batches
 from neurostorm.places import replace
 from neurostorm.tracking import Tracker, code_revision, open_run, tracking_uri
@@ -51,6 +52,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             batches, ray.train.get_dataset_shard("train"), corpus.reader, rank=rank, clips=config.clips_per_worker,
             threads=config.data.read_threads, steps_ahead=config.data.steps_ahead,
             timeout_s=config.data.batch_timeout_s,
+            copies=DeviceCopies(Cuda(device)) if device.type == "cuda" else None,
         )  # fmt: skip
         if rank == 0:
             logger.info("building the model, then waiting for the first clips")
