@@ -118,11 +118,13 @@ def assemble(
     rank: int,
     device: torch.device,
     notice: Callable[[], bool] = lambda: False,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Loop:
     """The loop of one rank, at the step that the newest checkpoint reached.
 
     feed    called with `first_step=`, gives this rank's batches from that step on
     notice  see `Loop`
+    stop    see `Barrier`
     Needs an initialised process group; a collective call.
     """
     model = build_model(config, corpus.store)
@@ -135,7 +137,7 @@ def assemble(
     engine = Engine(model, config.train, config.clips_per_worker, device)
     first_step = 0 if found is None else resume(found, engine, rank, config.train.zero_stage)
     timeouts = collective_timeouts(config)
-    barrier = Barrier(timeouts, config.scale.min_collective_timeout_s)
+    barrier = Barrier(timeouts, config.scale.min_collective_timeout_s, stop)
     held_out = corpus.validation
     return Loop(
         config=config,

@@ -130,6 +130,11 @@ def newest_committed(folder: Place) -> Place | None:
     return next((path for path in reversed(_steps(folder, (_PREFIX,))) if (path / MARKER).is_file()), None)
 
 
+def step_of(path: Place) -> int:
+    """Returns the number of finished steps of a checkpoint, by its name."""
+    return int(path.name.rpartition("-")[2])
+
+
 def newest(folder: Place) -> Checkpoint | None:
     """The checkpoint to resume from, or None; broken ones are passed over with a warning."""
     for path in reversed(_steps(folder)):

@@ -26,6 +26,7 @@ from neurostorm.train.build import assemble, export
 from neurostorm.train.gauges import Gauges
 from neurostorm.train.goodput import Account
 from neurostorm.train.planned import planned
+from neurostorm.train.stop import StopWatch
 
 logger = logging.getLogger(__name__)
 
@@ -56,14 +57,25 @@ def train_worker(settings: dict[str, Any]) -> None:
         )  # fmt: skip
         if rank == 0:
             logger.info("building the model, then waiting for the first clips")
-        loop = assemble(config, corpus, tracker, account, feed, rank=rank, device=device, notice=will_be_taken)
+        stop = StopWatch(config.run.folder) if rank == 0 else never
+        loop = assemble(
+            config, corpus, tracker, account, feed, rank=rank, device=device, notice=will_be_taken, stop=stop
+        )
         final = loop.run()
+        if final is None:
+            tracker.close("KILLED")
+            return
         export(loop, corpus, config.run.folder / "model")
         if rank == 0:
             finish(config, tracker, account, final, loop.total_steps)
     except BaseException:
         tracker.close("FAILED")
         raise
+
+
+def never() -> bool:
+    """Whether this rank was asked to stop the run: rank 0 is asked."""
+    return False
 
 
 def will_be_taken() -> bool:
