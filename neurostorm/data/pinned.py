@@ -50,8 +50,8 @@ class Cuda:
         return torch.cuda.current_stream(self._device)
 
     def event(self) -> Any:
-        """A new event."""
-        return torch.cuda.Event()
+        """A new event; a thread that waits for it sleeps."""
+        return torch.cuda.Event(blocking=True)
 
     def on(self, stream: Any) -> AbstractContextManager[Any]:
         """What is begun inside runs on `stream`."""

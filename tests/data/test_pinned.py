@@ -181,20 +181,28 @@ def test_a_batch_on_the_cpu_is_waited_for_by_nobody(uneven, rows_of):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_copies_to_a_gpu_overlap_with_its_work_and_are_right(uneven, orders):
+def test_copies_to_a_gpu_do_not_wait_for_its_work(uneven, orders):
     device, reader = torch.device("cuda"), uneven.reader(normalise="global")
-    copies = DeviceCopies(Cuda(device))
+    copies, columns = DeviceCopies(Cuda(device)), reader.read(orders[0][0])
     assert torch.from_numpy(copies.empty((3, 4), np.int8)).is_pinned()
-    torch.cuda._sleep(10_000_000)  # the compute stream is busy for some milliseconds
+    for _ in range(3):  # memory is allocated here, which may wait for the device
+        copies.send_shared(columns).copied.event.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # the computing stream is busy for about a second
     busy = torch.cuda.Event()
     busy.record()
-    batches = sent(reader, orders[: AHEAD + 2], copies)
-    batches[-1].copied.event.synchronize()
-    assert not busy.query(), "the copies waited for what is computed"
-    for (rows, _), batch in zip(orders, batches, strict=False):
-        assert batch.frames.device.type == "cuda" and batch.bad.device.type == "cpu"
+    batch = copies.send_shared(columns)
+    batch.copied.event.synchronize()
+    assert not busy.query(), "the copy waited for what is computed"
+    assert batch.frames.device.type == "cuda" and batch.bad.device.type == "cpu"
+    assert torch.equal(batch.to(device).frames.cpu(), torch.from_numpy(columns["frames"]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_on_a_gpu_are_what_was_read_however_far_the_host_is_ahead(uneven, orders):
+    device, reader = torch.device("cuda"), uneven.reader(normalise="global")
+    torch.cuda._sleep(200_000_000)
+    batches = sent(reader, orders * 4, DeviceCopies(Cuda(device)))
+    for (rows, _), batch in zip(orders * 4, batches, strict=True):
         found, expected = batch.to(device), reader.batch(rows)
-        assert torch.equal(found.frames.cpu(), expected.frames) and torch.equal(found.shift.cpu(), expected.shift)
-    every = sent(reader, orders * 4, copies)
-    for (rows, _), batch in zip(orders * 4, every, strict=True):
-        assert torch.equal(batch.to(device).frames.cpu(), reader.batch(rows).frames)
+        for name in ("frames", "scale", "shift", "fill"):
+            assert torch.equal(getattr(found, name).cpu(), getattr(expected, name)), name
