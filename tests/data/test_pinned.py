@@ -5,6 +5,7 @@ The device of these tests is as late as CUDA allows: a stream does nothing until
 
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from neurostorm.data.batch_stream import BatchStream
 from neurostorm.data.clips import as_batch
 from neurostorm.data.pinned import Cuda, DeviceCopies
+from neurostorm.data.pipeline import batches
 
 ORDERS, AHEAD = 8, 2
 
@@ -206,3 +208,23 @@ def test_batches_on_a_gpu_are_what_was_read_however_far_the_host_is_ahead(uneven
         found, expected = batch.to(device), reader.batch(rows)
         for name in ("frames", "scale", "shift", "fill"):
             assert torch.equal(getattr(found, name).cpu(), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("read_in", ["worker", "tasks"])
+def test_the_feed_of_a_worker_sends_its_batches(read_in, uneven, orders):
+    reader, cuda = uneven.reader(normalise="global"), LateCuda()
+
+    def blocks():
+        for step, (rows, paths) in enumerate(orders):
+            clips = reader.read(rows) if read_in == "tasks" else {name: rows[name] for name in rows.dtype.names}
+            extra = {"path": np.array(paths)} if read_in == "worker" else {}
+            yield {**clips, **extra, "step": np.full(2, step), "rank": np.zeros(2, int)}
+
+    shard = SimpleNamespace(iter_batches=lambda **options: blocks())
+    stream = batches(shard, reader, rank=0, first_step=0, clips=2, copies=DeviceCopies(cuda))
+    held = list(stream)  # none is looked at before all are sent
+    assert len(held) == ORDERS
+    for (rows, _), batch in zip(orders, held, strict=True):
+        assert torch.equal(batch.to(torch.device("cpu")).frames, reader.batch(rows).frames)
+    buffers = {"worker": AHEAD + 2, "tasks": 2}[read_in]
+    assert len(cuda.pinned) == 3 * buffers
