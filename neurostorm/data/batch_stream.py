@@ -47,7 +47,7 @@ class BatchStream(Iterator[ClipBatch]):
         self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._made: queue.SimpleQueue[Made] = queue.SimpleQueue()
         self._is_asked = False  # for the next batch
-        self._began_s: float | None = None  # of the wait for the next batch; None: nobody waits
+        self._began_s: float | None = None  # of the wait for the next batch; None: no poll is waiting
         self._said_s = 0.0  # of that wait, when it was last logged
         # Not a method: its thread would keep this object, whose end is to end the thread.
         arguments = (batches, self._asked, self._made)

@@ -134,7 +134,7 @@ def test_computing_waits_for_the_copy_and_keeps_its_memory(uneven, orders):
     reader, cuda = uneven.reader(normalise="global"), LateCuda()
     copies = DeviceCopies(cuda)
     batch = copies.send(next(reader.read_ahead(orders[:1], threads=1, ahead=AHEAD, copies=copies)))
-    assert not batch.frames.any(), "nothing is copied yet, and nobody has waited"
+    assert not batch.frames.any(), "nothing is copied yet, and no stream has waited"
     assert batch.bad.data_ptr() != 0 and cuda.log == []
     part = batch.part(1, 1).to(torch.device("cpu"))
     assert cuda.log == ["compute waits"]
@@ -176,7 +176,7 @@ def test_the_next_batch_is_made_while_one_is_in_use():
     assert made == [0, 1, 2]
 
 
-def test_a_batch_on_the_cpu_is_waited_for_by_nobody(uneven, rows_of):
+def test_a_batch_on_the_cpu_has_no_copy_to_wait_for(uneven, rows_of):
     batch = as_batch(uneven.reader().read(rows_of([(0, 0)])))
     assert batch.copied is None
     assert replace(batch.to(torch.device("cpu"))).copied is None

@@ -89,7 +89,7 @@ def test_all_ranks_hear_it_before_the_same_step(tmp_path):
     assert {file.read_text() for file in tmp_path.glob("rank-*.txt")} == {"stopped after 3 steps"}
 
 
-def test_without_anybody_who_asks_no_step_is_the_last(tmp_path):
+def test_without_a_request_no_step_is_the_last(tmp_path):
     dist.init_process_group("gloo", f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
     try:
         stream = stop_program.stream(3)
