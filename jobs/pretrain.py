@@ -46,13 +46,18 @@ JOB = Job(
 
 
 def work(config: Config) -> int:
-    """Trains to the end, or says that the run is complete."""
+    """Trains to the end, or says that the run is complete, or that it was stopped."""
     from neurostorm.tracking import closing_words
     from neurostorm.train.closing import held_out
     from neurostorm.train.goodput import in_words
     from neurostorm.train.launch import pretrain
+    from neurostorm.train.stop import STOPPED_STATUS, RunStopped
 
-    done = pretrain(config)
+    try:
+        done = pretrain(config)
+    except RunStopped as stopped:
+        print(f"jobs/pretrain.py: {stopped}", file=sys.stderr, flush=True)
+        return STOPPED_STATUS
     if done["trained_steps"]:
         loss = held_out(
             done["loss/validation"],

@@ -3,7 +3,8 @@
     defaults  <-  --preset NAME  <-  --config FILE.yaml  <-  --section.field VALUE  ->  Config or one clear error
     run: command line -> Config -> summary -> work -> exit status; an error is one line, its traceback a file
 
-Exit status: 0 done; 1 it failed, or its input cannot be used; 2 the settings are wrong; 130 and 143 it was interrupted.
+Exit status: 0 done; 1 it failed, or its input cannot be used; 2 the settings are wrong; 130 and 143 it was interrupted;
+75 (pretrain) it was asked by SIGUSR1 to save and stop, and has.
 """
 
 import argparse

@@ -232,8 +232,12 @@ class TrainConfig(Section):
     weight_decay: float = Field(0.01, ge=0, le=1, description="AdamW weight decay, on matrices only")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW betas")
     clip_norm: float = Field(1.0, ge=0, description="gradient norm is clipped to this; 0 = never")
-    zero_stage: int = Field(1, ge=0, le=3, description="DeepSpeed ZeRO stage")
-    dtype: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of forward and backward")
+    zero_stage: int = Field(1, ge=0, le=3, description="DeepSpeed ZeRO stage; may change when a run resumes")
+    dtype: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="arithmetic of the forward and backward pass; weights, their updates and the sums of gradients "
+        "over micro-batches and workers are always fp32",
+    )
     compile: bool = Field(False, description="torch.compile each block; some minutes at the first step, for GPUs")
     max_skipped_steps: Positive = Field(10, description="stop after this many non-finite steps in a row")
     log_every: Positive = Field(10, description="steps between logged metrics")

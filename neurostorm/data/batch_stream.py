@@ -22,13 +22,14 @@ class BatchTimeout(RuntimeError):
 
 
 class BatchStream(Iterator[ClipBatch]):
-    """The same batches, each made when it is first asked for.
+    """The same batches, each made when it is first asked for, or when the one before it is taken.
 
     Args:
         batches: makes them; used in a thread of its own.
         rank, first_step: of the worker and the first batch, for messages.
         timeout_s: longest wait for one batch, seconds.
         words: what is waited for now, and what to check, for messages.
+        ask_ahead: asks for a batch when the one before it is taken: it is made while that one is in use.
     """
 
     def __init__(
@@ -39,12 +40,14 @@ class BatchStream(Iterator[ClipBatch]):
         first_step: int = 0,
         timeout_s: float = 1800.0,
         words: Callable[[], tuple[str, str]] = lambda: ("reads of clips", "the store answers"),
+        ask_ahead: bool = False,
     ) -> None:
-        self._rank, self._timeout_s, self._words = rank, timeout_s, words
+        self._rank, self._timeout_s, self._words, self._ask_ahead = rank, timeout_s, words, ask_ahead
         self.step = first_step  # of the next batch
         self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._made: queue.SimpleQueue[Made] = queue.SimpleQueue()
-        self._began_s: float | None = None  # of the wait for the next batch; None: it was not asked for
+        self._is_asked = False  # for the next batch
+        self._began_s: float | None = None  # of the wait for the next batch; None: no poll is waiting
         self._said_s = 0.0  # of that wait, when it was last logged
         # Not a method: its thread would keep this object, whose end is to end the thread.
         arguments = (batches, self._asked, self._made)
@@ -57,8 +60,9 @@ class BatchStream(Iterator[ClipBatch]):
             StopIteration: there are no more.
             BatchTimeout: it did not come within `timeout_s` of the first call for it.
         """
+        if not self._is_asked:
+            self._ask()
         if self._began_s is None:
-            self._asked.put(True)
             self._began_s, self._said_s = time.monotonic(), 0.0
         left_s = self._timeout_s - (time.monotonic() - self._began_s)
         try:
@@ -66,13 +70,19 @@ class BatchStream(Iterator[ClipBatch]):
         except queue.Empty:
             self._not_yet(time.monotonic() - self._began_s)
             return None
-        self._began_s = None
+        self._began_s, self._is_asked = None, False
         self.step += 1
         if error is not None:
             raise error
         if batch is None:
             raise StopIteration
+        if self._ask_ahead:
+            self._ask()
         return batch
+
+    def _ask(self) -> None:
+        self._asked.put(True)
+        self._is_asked = True
 
     def __next__(self) -> ClipBatch:
         while (batch := self.poll(SAY_EVERY_S)) is None:

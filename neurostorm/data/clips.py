@@ -34,6 +34,8 @@ from neurostorm.store.run_index import RunIndex
 if TYPE_CHECKING:  # Ray's reading tasks and its plan of them need no torch, which takes 2 s to load
     import torch
 
+    from neurostorm.data.pinned import Copied, DeviceCopies
+
 logger = logging.getLogger(__name__)
 
 Columns = dict[str, NDArray[Any]]
@@ -46,7 +48,7 @@ class WithdrawnError(StoreError):
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """The clips of one worker in one optimiser step, on the CPU; B clips, L frames, V mask voxels.
+    """The clips of one worker in one optimiser step; B clips, L frames, V mask voxels.
 
     row, run, start  int64/int32 (B): place in the plan's stream, run in the manifest, first frame
     bad              bool (B): the clip's data is damaged or missing; it holds zeros
@@ -54,6 +56,7 @@ class ClipBatch:
     waited_s         float32 (B): for how long the store's storage was away when the clip was read, seconds
     frames           int8 (B, L, V): 16 x voxel z
     scale, shift     float32 (B, V) and fill float32 (B): z of the voxel to global z (normalise=global), else None
+    copied           the copy that brought frames, scale and shift to a GPU; None: all columns lie in one place
     """
 
     row: torch.Tensor
@@ -66,19 +69,25 @@ class ClipBatch:
     scale: torch.Tensor | None = None
     shift: torch.Tensor | None = None
     fill: torch.Tensor | None = None
+    copied: Copied | None = None
 
     def part(self, first: int, count: int) -> ClipBatch:
         """Clips [first, first + count) as views."""
         return self.map(lambda values: values[first : first + count])
 
     def to(self, device: torch.device) -> ClipBatch:
-        """The same clips on `device`, copied asynchronously where that is possible."""
+        """The same clips on `device`; the caller's stream waits for a copy that is going on."""
+        if self.copied is not None:
+            large = (self.frames, self.scale, self.shift)
+            self.copied.arrive([values for values in large if values is not None])
         return self.map(lambda values: values.to(device, non_blocking=True))
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> ClipBatch:
         """`function` of every column that is there."""
-        columns: dict[str, Any] = {name: function(values) for name, values in vars(self).items() if values is not None}
-        return ClipBatch(**columns)
+        columns: dict[str, Any] = {
+            name: function(values) for name, values in vars(self).items() if name != "copied" and values is not None
+        }
+        return ClipBatch(**columns | {"copied": self.copied})
 
 
 @dataclass(frozen=True)
@@ -118,21 +127,30 @@ class ClipReader:
         return columns
 
     def read_ahead(
-        self, orders: Iterable[tuple[NDArray[np.void], Sequence[str]]], *, threads: int, ahead: int
+        self,
+        orders: Iterable[tuple[NDArray[np.void], Sequence[str]]],
+        *,
+        threads: int,
+        ahead: int,
+        copies: DeviceCopies | None = None,
     ) -> Iterator[Columns]:
         """`read` of each (rows, paths) of `orders`, in their order, up to `ahead` begun before they are asked for.
 
         Memory: `ahead` + 2 results, whose frames are used again and again, as new memory costs as much as reading into
         it: the frames of a result are overwritten once the second one after it has been asked for. `threads` reads go
-        on at a time, of one result or of several.
+        on at a time, of one result or of several. With `copies` the memory is pinned, and the copy of a result that
+        was sent to the device is done before it is overwritten.
         """
         ring: deque[Columns | None] = deque([None] * (ahead + 2))
         waiting: deque[tuple[Columns, list[Any]]] = deque()
-        stop = threading.Event()
+        stop, empty = threading.Event(), np.empty if copies is None else copies.empty
         with ThreadPoolExecutor(threads, thread_name_prefix="clips") as pool:
             try:
                 for rows, paths in orders:
-                    columns, reads, paths = self._prepare(rows, paths, ring.popleft())
+                    used = ring.popleft()
+                    if copies is not None and used is not None:
+                        copies.wait(used)
+                    columns, reads, paths = self._prepare(rows, paths, used, empty)
                     ring.append(columns)
                     begun = [pool.submit(self._fill, columns, read, paths[read.first], stop) for read in reads]
                     waiting.append((columns, begun))
@@ -154,7 +172,11 @@ class ClipReader:
         return self.store.voxel_count * (self.clip_frames + (8 if self.normalise == "global" else 0))
 
     def _prepare(
-        self, rows: NDArray[np.void], paths: Sequence[str] | None, used: Columns | None = None
+        self,
+        rows: NDArray[np.void],
+        paths: Sequence[str] | None,
+        used: Columns | None = None,
+        empty: Callable[..., NDArray[Any]] = np.empty,
     ) -> tuple[Columns, list[Read], Sequence[str]]:
         """Columns still without frames, in the memory of `used` if that fits, and what to read for them."""
         columns: Columns = {name: np.ascontiguousarray(rows[name]) for name in ("row", "run", "start")}
@@ -167,7 +189,7 @@ class ClipReader:
         for name, (inner, dtype) in shapes.items():
             shape = (len(rows), *inner, self.store.voxel_count)
             fits = used is not None and used[name].shape == shape
-            columns[name] = used[name] if used is not None and fits else np.empty(shape, dtype)
+            columns[name] = used[name] if used is not None and fits else empty(shape, dtype)
         named = [self.runs[run] for run in rows["run"]] if paths is None else paths
         reads = plan_reads(columns["run"], columns["start"], self.clip_frames)
         if self.withdrawals is not None:
@@ -243,7 +265,8 @@ def as_batch(columns: Columns) -> ClipBatch:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable.*")
-        return ClipBatch(**{name: torch.from_numpy(values) for name, values in columns.items()})
+        tensors: dict[str, Any] = {name: torch.from_numpy(values) for name, values in columns.items()}
+        return ClipBatch(**tensors)
 
 
 def _leave_out(columns: Columns, read: Read) -> None:

@@ -10,7 +10,8 @@ tasks as their rows arrive. Each block says which step and rank it is for, and `
 order stops the run instead of silently training on other clips. `ClipReader` does the reading, in either place.
 
 Memory: with read_in=worker a worker holds `data.steps_ahead` + 2 of its batches, and nothing passes through Ray's
-object store. With read_in=tasks that store holds `feed_bytes` in blocks. Reading in the worker costs the least by far
+object store; with a GPU that memory is pinned (with read_in=tasks, two batches of it), and the GPU holds two batches.
+With read_in=tasks that store holds `feed_bytes` in blocks. Reading in the worker costs the least by far
 (tools/bench_feed.py); tasks use the cores of nodes that do not train.
 """
 
@@ -18,7 +19,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +32,9 @@ from neurostorm.data.batch_stream import BatchStream
 from neurostorm.data.clips import ClipBatch, ClipReader, Columns, as_batch
 from neurostorm.data.plan import ROW, ClipPlan
 from neurostorm.store.run_index import RunIndex
+
+if TYPE_CHECKING:  # it loads torch
+    from neurostorm.data.pinned import DeviceCopies
 
 ReadIn = Literal["worker", "tasks"]
 STRETCH_CLIPS = 4096  # of one worker in one task of plan rows: about 0.5 MB of rows and names
@@ -192,11 +196,12 @@ class _Feeding:
 
 def batches(
     shard: Any, reader: ClipReader, *, rank: int, first_step: int, clips: int, threads: int = 2, steps_ahead: int = 2,
-    timeout_s: float = 1800,
+    timeout_s: float = 1800, copies: "DeviceCopies | None" = None,
 ) -> BatchStream:  # fmt: skip
     """A worker's shard of the dataset as ClipBatches for steps first_step, first_step + 1, ...
 
-    The frames of a batch are good until the second one after it is asked for: their memory is used again.
+    Without `copies` the frames of a batch are good until the second one after it is asked for: their memory is used
+    again. With it a batch goes to the GPU while the step before it is computed.
 
     Args:
         shard: the worker's part of `clip_dataset`.
@@ -207,6 +212,7 @@ def batches(
         threads: reads at a time (read_in=worker).
         steps_ahead: batches that are begun before they are asked for.
         timeout_s: longest wait for one batch, seconds.
+        copies: sends batches to the GPU of this worker; None leaves them on the CPU.
 
     Raises:
         RuntimeError: a block is not the one that the plan has for this step and rank.
@@ -215,21 +221,26 @@ def batches(
     feeding = _Feeding(reader, clips)
     blocks = shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=steps_ahead)
     parts = _steps(feeding.blocks(blocks), rank=rank, first_step=first_step, clips=clips)
-    made = _read(parts, reader, threads, steps_ahead)
-    return BatchStream(made, rank=rank, first_step=first_step, timeout_s=timeout_s, words=feeding.words)
+    made = _read(parts, reader, threads, steps_ahead, copies)
+    return BatchStream(
+        made, rank=rank, first_step=first_step, timeout_s=timeout_s, words=feeding.words, ask_ahead=copies is not None
+    )
 
 
-def _read(parts: Iterator[Columns], reader: ClipReader, threads: int, steps_ahead: int) -> Iterator[ClipBatch]:
+def _read(
+    parts: Iterator[Columns], reader: ClipReader, threads: int, steps_ahead: int, copies: "DeviceCopies | None"
+) -> Iterator[ClipBatch]:
     """Converts the parts to batches; reads the clips first if the parts hold plan rows only."""
     first = next(parts, None)
     if first is None:
         return
     whole = itertools.chain([first], parts)
     if "frames" in first:
-        yield from map(as_batch, whole)
+        yield from map(as_batch if copies is None else copies.send_shared, whole)
     else:
         orders = ((_rows(part), part["path"].tolist()) for part in whole)
-        yield from map(as_batch, reader.read_ahead(orders, threads=threads, ahead=steps_ahead))
+        read = reader.read_ahead(orders, threads=threads, ahead=steps_ahead, copies=copies)
+        yield from map(as_batch if copies is None else copies.send, read)
 
 
 def _steps(blocks: Iterator[Columns], *, rank: int, first_step: int, clips: int) -> Iterator[Columns]:

@@ -8,6 +8,7 @@ Whoever waits for data comes to every meeting and says so: the timeout of collec
 loader or a store is. The same meeting adds up what the batches hold, so that all ranks take the same decisions.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,12 +30,14 @@ class StepClips:
         damaged: of those, clips whose data is damaged or missing.
         storage_wait_s: for how long storage was away for their reads, mean over ranks, seconds.
         withdrawn: of the clips, those that are left out because their subjects withdrew.
+        stop: a rank was asked to stop the run after this step.
     """
 
     total: int
     damaged: int
     storage_wait_s: float
     withdrawn: int = 0
+    stop: bool = False
 
     @property
     def counted(self) -> int:
@@ -53,9 +56,11 @@ class Barrier:
     Args:
         timeouts: of the run's collectives; a meeting is of the kind `meet`.
         least_s: lower bound of those timeouts: a rank comes to a meeting several times within it.
+        stop: whether this rank was asked to stop the run; returns at once.
     """
 
-    def __init__(self, timeouts: CollectiveTimeouts, least_s: float) -> None:
+    def __init__(self, timeouts: CollectiveTimeouts, least_s: float, stop: Callable[[], bool] = lambda: False) -> None:
+        self._stop = stop
         self._timeouts, self._poll_s = timeouts, min(LONGEST_POLL_S, least_s / 4)
         self._group = dist.new_group(backend="gloo")
         self._ranks = dist.get_world_size()
@@ -71,19 +76,25 @@ class Barrier:
         while True:
             if batch is None:
                 batch = stream.poll(self._poll_s)
-            missing, total, damaged, withdrawn, waited_s = self._sum(batch)
+            missing, total, damaged, withdrawn, waited_s, asked = self._sum(batch)
             if not missing:
                 assert batch is not None
-                return batch, StepClips(round(total), round(damaged), waited_s / self._ranks, round(withdrawn))
+                return batch, StepClips(
+                    round(total), round(damaged), waited_s / self._ranks, withdrawn=round(withdrawn), stop=asked > 0
+                )
 
     def _sum(self, batch: ClipBatch | None) -> list[float]:
-        """Missing batches, clips, damaged ones, withdrawn ones, seconds of waiting for storage; over all ranks."""
-        values = torch.zeros(5, dtype=torch.float64)
+        """Missing batches, clips, damaged ones, withdrawn ones, seconds of waiting for storage, requests to stop.
+
+        Summed over all ranks.
+        """
+        values = torch.zeros(6, dtype=torch.float64)
+        values[5] = float(self._stop())
         if batch is None:
             values[0] = 1
         else:
             parts = [len(batch.bad), int(batch.bad.sum()), int(batch.withdrawn.sum()), float(batch.waited_s.max())]
-            values[1:] = torch.tensor(parts, dtype=torch.float64)
+            values[1:5] = torch.tensor(parts, dtype=torch.float64)
         with self._timeouts.during("meet"):
             dist.all_reduce(values, group=self._group)
         summed: list[float] = values.tolist()

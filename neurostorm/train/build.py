@@ -5,6 +5,7 @@ config + store -> model, unpacker, engine -> newest checkpoint -> Loop ... -> ex
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -118,11 +119,13 @@ def assemble(
     rank: int,
     device: torch.device,
     notice: Callable[[], bool] = lambda: False,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Loop:
     """The loop of one rank, at the step that the newest checkpoint reached.
 
     feed    called with `first_step=`, gives this rank's batches from that step on
     notice  see `Loop`
+    stop    see `Barrier`
     Needs an initialised process group; a collective call.
     """
     model = build_model(config, corpus.store)
@@ -132,11 +135,10 @@ def assemble(
     if config.train.compile:
         compile_blocks(model)
     found = checkpoint.choose(config.run.folder / "checkpoints", gather=gather, rank=rank)
-    regroup = found is not None and found.workers != dist.get_world_size()
-    engine = Engine(model, config.train, config.clips_per_worker, device, regroup)
-    first_step = 0 if found is None else resume(found, engine, rank)
+    engine = Engine(model, config.train, config.clips_per_worker, device)
+    first_step = 0 if found is None else resume(found, engine, rank, config.train.zero_stage)
     timeouts = collective_timeouts(config)
-    barrier = Barrier(timeouts, config.scale.min_collective_timeout_s)
+    barrier = Barrier(timeouts, config.scale.min_collective_timeout_s, stop)
     held_out = corpus.validation
     return Loop(
         config=config,
@@ -175,12 +177,19 @@ def collective_timeouts(config: Config) -> CollectiveTimeouts:
     return CollectiveTimeouts(least_s, most_s, set_collective_timeout, {"checkpoint": upload_s})
 
 
-def resume(found: checkpoint.Checkpoint, engine: Engine, rank: int) -> int:
-    """Loads a checkpoint and returns its number of finished steps; a collective call."""
-    checkpoint.restore(found, engine.load, gather=gather, rank=rank)
+def resume(found: checkpoint.Checkpoint, engine: Engine, rank: int, zero_stage: int) -> int:
+    """Loads a checkpoint and returns its number of finished steps; a collective call.
+
+    One of another ZeRO stage or number of workers is converted.
+    """
+    workers, saved_stage = dist.get_world_size(), found.trainer["config"]["train"]["zero_stage"]
+    convert = found.workers != workers or saved_stage != zero_stage
+    load = partial(engine.load, convert=convert)
+    checkpoint.restore(found, load, gather=gather, rank=rank, convert=convert)
     if rank == 0:
-        workers = dist.get_world_size()
-        logger.info(line("resume", step=found.step, checkpoint=found.path, saved_by=found.workers, workers=workers))
+        stages = {"zero_stage": zero_stage, "saved_at_stage": saved_stage} if saved_stage != zero_stage else {}
+        about = {"saved_by": found.workers, "workers": workers, **stages}
+        logger.info(line("resume", step=found.step, checkpoint=found.path, **about))
     return found.step
 
 

@@ -9,7 +9,7 @@
               -> gathered -> rank 0: all there? -> trainer.json -> COMMITTED -> each rank copies its files -> COMMITTED
               -> old ones removed
     restore:  rank 0 chooses the newest -> each rank fetches its own files and rank 0's, checks them -> loads
-              (the files of all ranks, if there are more or fewer of them now)
+              (the files of all ranks, if there are more or fewer of them now, or another ZeRO stage)
 
 `newest` is the highest step whose marker is there and whose files are what the marker says; a broken one is passed
 over with a warning for its copy, or else for the one before. An object store makes the copy itself. There `newest`
@@ -130,6 +130,11 @@ def newest_committed(folder: Place) -> Place | None:
     return next((path for path in reversed(_steps(folder, (_PREFIX,))) if (path / MARKER).is_file()), None)
 
 
+def step_of(path: Place) -> int:
+    """Returns the number of finished steps of a checkpoint, by its name."""
+    return int(path.name.rpartition("-")[2])
+
+
 def newest(folder: Place) -> Checkpoint | None:
     """The checkpoint to resume from, or None; broken ones are passed over with a warning."""
     for path in reversed(_steps(folder)):
@@ -147,17 +152,25 @@ def choose(folder: Place, *, gather: Gather, rank: int) -> Checkpoint | None:
     return chosen
 
 
-def restore(chosen: Checkpoint, load: Callable[[Path], None], *, gather: Gather, rank: int) -> None:
+def restore(
+    chosen: Checkpoint, load: Callable[[Path], None], *, gather: Gather, rank: int, convert: bool = False
+) -> None:
     """Loads the checkpoint that `choose` gave; every rank calls it.
 
-    load  restores this rank's part from the local folder it is given (a collective of the engine)
+    Args:
+        chosen: the same one on all ranks.
+        load: restores this rank's part from the local folder it is given (a collective of the engine).
+        gather: see `save`.
+        rank: of this process.
+        convert: `load` needs the files of all ranks, as it does when there are more or fewer of them now.
 
     Raises:
         CheckpointError: on all ranks, when one of them found its files damaged. From then on the checkpoint is passed
             over, so that the next start (Ray Train makes one by itself) resumes from its copy or the one before.
     """
     workers, marker = len(gather(None)), Marker.read(chosen.path)
-    parts = [marker.ranks[0], marker.ranks[rank]] if len(marker.ranks) == workers else marker.ranks
+    whole = convert or len(marker.ranks) != workers
+    parts = marker.ranks if whole else [marker.ranks[0], marker.ranks[rank]]
     own = sorted({name for part in parts for name in part})
     with fetched(chosen.path, own) as local:
         problems = [problem for problem in gather(_damage(local, {n: marker.files[n] for n in own})) if problem]

@@ -6,6 +6,7 @@ A step whose gradients are not finite on any rank changes no parameter on all of
 the global gradient norm before it steps, for ZeRO 0 `step` does the same here. With ZeRO 1-3, which part the gradients,
 that norm is added up in float64, so that any number of workers clips alike. Parameters stay fp32, with bf16 through
 autocast at every stage: bf16 parameters with stage 0 train wrongly in this DeepSpeed, and save little at this size.
+Gradients are accumulated over micro-batches and reduced over ranks in fp32.
 """
 
 import math
@@ -16,7 +17,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -24,7 +24,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from neurostorm.config import TrainConfig
-from neurostorm.train.universal import make_universal
+from neurostorm.train.restored_state import write_state
+from neurostorm.train.saved_state import read_state
 from neurostorm.train.unpickle import tensors_only
 
 
@@ -50,17 +51,20 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def deepspeed_settings(train: TrainConfig, clips_per_worker: int, regroup: bool = False) -> dict[str, Any]:
-    """DeepSpeed's own configuration for ours; `regroup` reads checkpoints of another number of workers."""
+def deepspeed_settings(train: TrainConfig, clips_per_worker: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration for ours."""
+    bf16 = train.dtype == "bf16"
     return {
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": clips_per_worker // train.micro_batch,
         "gradient_clipping": train.clip_norm,
         "zero_optimization": {"stage": train.zero_stage, "reduce_bucket_size": 50_000_000},
         "zero_allow_untested_optimizer": True,
-        "torch_autocast": {"enabled": train.dtype == "bf16", "dtype": "bfloat16"},
+        # Of the modules in the list DeepSpeed accumulates and reduces gradients in bf16; its default names linear and
+        # convolutional layers. In fp32 a reduction moves twice the bytes, and so does gathering weights at stage 3.
+        "torch_autocast": {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
         "steps_per_print": 10**9,
-        "checkpoint": {"use_node_local_storage": False, "load_universal": regroup and train.zero_stage > 0},
+        "checkpoint": {"use_node_local_storage": False},
     }
 
 
@@ -97,23 +101,19 @@ def norm_over_ranks(device: torch.device, gradients: Iterable[Tensor], _: Any) -
 
 
 class Engine:
-    """A model under DeepSpeed; needs an initialised torch.distributed process group.
+    """A model under DeepSpeed; needs an initialised torch.distributed process group."""
 
-    regroup  the checkpoint that will be loaded is of another number of workers
-    """
-
-    def __init__(
-        self, model: nn.Module, train: TrainConfig, clips_per_worker: int, device: torch.device, regroup: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, train: TrainConfig, clips_per_worker: int, device: torch.device) -> None:
         deepspeed = import_deepspeed()
-        optimizer = torch.optim.AdamW(
-            parameter_groups(model, train.weight_decay), lr=train.lr, betas=train.betas, fused=True
-        )
-        self._stage, self._regroup = train.zero_stage, regroup
+        groups = parameter_groups(model, train.weight_decay)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        self._trained = [names[parameter] for group in groups for parameter in group["params"]]
+        optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, fused=True)
+        self._stage = train.zero_stage
         self._engine, *_ = deepspeed.initialize(
             model=model.to(device),
             optimizer=optimizer,
-            config=deepspeed_settings(train, clips_per_worker, regroup),
+            config=deepspeed_settings(train, clips_per_worker),
             dist_init_required=False,
         )
         if self._stage > 0:
@@ -166,22 +166,22 @@ class Engine:
         """Every rank's shard of parameters and optimiser state into `folder`; a collective call."""
         self._engine.save_checkpoint(str(folder), tag="state", save_latest=False)
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, convert: bool = False) -> None:
         """Restores what `save` wrote; a collective call.
 
-        With `regroup` every rank needs the files of all ranks. Without ZeRO each holds everything anyway; with it
-        their parts are first brought into DeepSpeed's universal form, parameter by parameter.
+        Args:
+            folder: that of `save`.
+            convert: it was saved at another ZeRO stage or by another number of ranks; then every rank needs the files
+                of all ranks.
 
-        RuntimeError when there is nothing of this rank, or when a file holds anything but what `save` writes: it is
-        refused before any of it runs.
+        Raises:
+            RuntimeError: there is nothing of this rank, or of this model; or a file holds anything but what `save`
+                writes, which is refused before any of it runs.
         """
         try:
             with tensors_only():
-                if self._regroup and self._stage > 0:
-                    with TemporaryDirectory(prefix="neurostorm-universal-") as scratch:
-                        universal = Path(scratch, "state")
-                        make_universal(folder / "state", universal)
-                        self._load(universal.parent)
+                if convert:
+                    write_state(self._engine, self._stage, read_state(folder / "state", self._trained))
                 else:
                     self._load(folder)
         except pickle.UnpicklingError as error:
@@ -191,22 +191,9 @@ class Engine:
             ) from error
 
     def _load(self, folder: Path) -> None:
-        decays = [group["weight_decay"] for group in self._engine.optimizer.param_groups]
         path, _ = self._engine.load_checkpoint(str(folder), tag="state")
         if path is None:
             raise RuntimeError(f"{folder}: DeepSpeed found no state of this rank; was it saved with as many workers?")
-        if self._regroup and self._stage == 3:
-            self._part_groups(decays)
-
-    def _part_groups(self, decays: list[float]) -> None:
-        """Undoes what DeepSpeed does to groups that it regroups at stage 3.
-
-        It gives all of them the first one's weight decay, and one step counter, which each of them then advances.
-        """
-        for group, decay in zip(self._engine.optimizer.param_groups, decays, strict=True):
-            group["weight_decay"] = decay
-        for state in self._engine.optimizer.optimizer.state.values():
-            state["step"] = state["step"].clone()
 
     def full_weights(self) -> dict[str, torch.Tensor]:
         """The model's state dict with whole fp32 tensors on the CPU, at every stage; a collective call."""

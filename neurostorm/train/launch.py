@@ -35,6 +35,7 @@ from neurostorm.train import checkpoint, planned
 from neurostorm.train.build import atlas_of, swin_config
 from neurostorm.train.goodput import ACCOUNT, now_ns
 from neurostorm.train.slow import slow_words, step_s
+from neurostorm.train.stop import RunStopped, stops_on_usr1
 from neurostorm.train.trainer import trainer_of
 from neurostorm.train.worker import SUMMARY
 
@@ -106,8 +107,9 @@ def pretrain(config: Config) -> dict[str, Any]:
     The summary also holds `mlflow_uri`, and `trained_steps`, which is 0 if the run was complete already; then a line
     says so and nothing starts.
 
-    Raises ConfigError (also when the cluster is too small, or another driver is at work on the run), StoreError or
-    PlaceError before anything starts, and Ray Train's error when the run fails for good.
+    Raises RunStopped when it was asked to stop and has saved; ConfigError (also when the cluster is too small, or
+    another driver is at work on the run), StoreError or PlaceError before anything starts; and Ray Train's error when
+    the run fails for good.
     """
     started_ns = now_ns()
     check_folder(config)
@@ -136,8 +138,9 @@ def _pretrain(config: Config, started_ns: int) -> dict[str, Any]:
             plan.first_step, plan.total_steps,
         )  # fmt: skip
         logger.info("starting %s", training_demand(config))
-        with tempfile.TemporaryDirectory(prefix="neurostorm-ray-") as storage:
+        with tempfile.TemporaryDirectory(prefix="neurostorm-ray-") as storage, stops_on_usr1(folder):
             trainer_of(config, corpus, storage, started_ns).fit()
+        require_finished(config, plan)
     summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
     if plan.finished:
         logger.info("%s", already_complete(config, plan, summary))
@@ -146,6 +149,13 @@ def _pretrain(config: Config, started_ns: int) -> dict[str, Any]:
         "mlflow_uri": tracking_uri(config.tracking.uri, config.run.output),
         "trained_steps": plan.total_steps - plan.first_step,
     }
+
+
+def require_finished(config: Config, plan: Plan) -> None:
+    """Raises RunStopped, with what to type, when the workers have ended before the last step."""
+    newest = checkpoint.newest_committed(config.run.folder / "checkpoints")
+    if newest is None or checkpoint.step_of(newest) < plan.total_steps:
+        raise RunStopped(f"stopped as asked, of {plan.total_steps} steps; {how_to_resume(config)}")
 
 
 def forget_other_start(config: Config, corpus: Corpus) -> None:
@@ -183,5 +193,5 @@ def how_to_resume(config: Config) -> str:
     path = checkpoint.newest_committed(config.run.folder / "checkpoints")
     if path is None:
         return f"{config.run.folder} has no checkpoint yet: the same command starts it again from step 0"
-    step = int(path.name.rpartition("-")[2])
-    return f"the newest checkpoint is {path} ({step} steps done): start the same command again to resume from it"
+    done = checkpoint.step_of(path)
+    return f"the newest checkpoint is {path} ({done} steps done): start the same command again to resume from it"

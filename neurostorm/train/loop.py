@@ -146,8 +146,11 @@ class Loop:
             self.total_steps, {"validation": train.validate_every, "checkpoint": self.config.checkpoint.every}
         )
 
-    def run(self) -> dict[str, float]:
-        """Trains to the last step; returns the final validation's metrics."""
+    def run(self) -> dict[str, float] | None:
+        """Trains to the last step; returns the final validation's metrics, or None when it was asked to stop.
+
+        Then the checkpoint of the steps so far is committed.
+        """
         result: dict[str, float] = {}
         told = False
         self.account.charge("startup")
@@ -183,8 +186,11 @@ class Loop:
             if notice:
                 told = True
                 self.say("preemption", step=done)
-            if notice or done % self.config.checkpoint.every == 0 or done == self.total_steps:
+            if notice or clips.stop or done % self.config.checkpoint.every == 0 or done == self.total_steps:
                 self.save(done)
+            if clips.stop and done < self.total_steps:
+                self.say("stopped", step=done)
+                return None
         return result or self.validate(self.total_steps)
 
     def next_batch(self, step: int) -> tuple[ClipBatch, StepClips]:

@@ -17,6 +17,7 @@ import torch
 
 from neurostorm.config import Config
 from neurostorm.data.corpus import Corpus
+from neurostorm.data.pinned import Cuda, DeviceCopies
 from neurostorm.data.pipeline import batches
 from neurostorm.places import replace
 from neurostorm.tracking import Tracker, code_revision, open_run, tracking_uri
@@ -25,6 +26,7 @@ from neurostorm.train.build import assemble, export
 from neurostorm.train.gauges import Gauges
 from neurostorm.train.goodput import Account
 from neurostorm.train.planned import planned
+from neurostorm.train.stop import StopWatch
 from neurostorm.train.validate import CLIPS
 
 logger = logging.getLogger(__name__)
@@ -53,17 +55,29 @@ def train_worker(settings: dict[str, Any]) -> None:
             batches, ray.train.get_dataset_shard("train"), corpus.reader, rank=rank, clips=config.clips_per_worker,
             threads=config.data.read_threads, steps_ahead=config.data.steps_ahead,
             timeout_s=config.data.batch_timeout_s,
+            copies=DeviceCopies(Cuda(device)) if device.type == "cuda" else None,
         )  # fmt: skip
         if rank == 0:
             logger.info("building the model, then waiting for the first clips")
-        loop = assemble(config, corpus, tracker, account, feed, rank=rank, device=device, notice=will_be_taken)
+        stop = StopWatch(config.run.folder) if rank == 0 else never
+        loop = assemble(
+            config, corpus, tracker, account, feed, rank=rank, device=device, notice=will_be_taken, stop=stop
+        )
         final = loop.run()
+        if final is None:
+            tracker.close("KILLED")
+            return
         export(loop, corpus, config.run.folder / "model")
         if rank == 0:
             finish(config, corpus, tracker, account, final, loop.total_steps)
     except BaseException:
         tracker.close("FAILED")
         raise
+
+
+def never() -> bool:
+    """Whether this rank was asked to stop the run: rank 0 is asked."""
+    return False
 
 
 def will_be_taken() -> bool:

@@ -169,7 +169,11 @@ def allocation(tmp_path: Path) -> Allocation:
         "hostname": 'if [ "$1" = -I ]; then echo "10.0.0.10 192.168.0.10"; else echo node-1; fi',
         "scontrol": f"name=scontrol; {RECORD}",
         "srun": 'while [[ $1 == --* ]]; do shift; done; "$@"',
-        "python": f'name=python; {RECORD}; sleep "${{PYTHON_SECONDS:-0}}"; exit "${{PYTHON_STATUS:-0}}"',
+        "python": f'name=python; {RECORD}; rm -f "$OUTPUT/$NAME/stop-requested"; touch "$CALLS/ready"\n'
+        'for _ in $(seq "${PYTHON_TENTHS:-0}"); do\n'
+        '    [ ! -e "$OUTPUT/$NAME/stop-requested" ] || exit "${STOPPED_STATUS:-75}"; sleep 0.1\n'
+        "done\n"
+        'exit "${PYTHON_STATUS:-0}"',
         "ray": f"name=$1; {RECORD}\n"
         'if [ "$1" = get-auth-token ]; then mkdir -p ~/.ray; echo a-token > ~/.ray/auth_token; exit; fi\n'
         '[ -z "$RAY_DOES_NOT_START" ] || exit 0\n'
@@ -232,14 +236,68 @@ def test_slurm_says_that_it_needs_gpus(allocation: Allocation) -> None:
     assert "no GPU" in output
 
 
-def test_slurm_goes_back_to_the_queue_before_the_time_limit(allocation: Allocation) -> None:
-    process = allocation.popen(PYTHON_SECONDS="2")
-    deadline = time.monotonic() + 20
-    while not (allocation.calls / "python.environment").exists() and time.monotonic() < deadline:
+def signaled(allocation: Allocation, *, times: int = 1, **variables: str) -> tuple[int, str]:
+    """(exit status, output) of slurm.sh that gets USR1 while it trains."""
+    process = allocation.popen(**variables)
+    for _ in range(400):
+        if (allocation.calls / "ready").exists():
+            break
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGUSR1)
+    for _ in range(times):
+        os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(0.1)
     output, _ = process.communicate(timeout=30)
+    return process.returncode, output
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_slurm_saves_and_goes_back_to_the_queue_before_the_time_limit(allocation: Allocation, times: int) -> None:
+    status, output = signaled(allocation, times=times, PYTHON_TENTHS="200")
     assert allocation.arguments("scontrol") == ["requeue", "77"], output
+    assert status == 0 and "the run has saved and stopped: back to the queue" in output
+    assert output.count("the run saves and stops") == 1
+    assert not allocation.marker.exists()
+
+
+def test_slurm_goes_back_to_the_queue_when_no_checkpoint_comes(allocation: Allocation) -> None:
+    """The run does not hear of it, or takes too long: what it has must not end at the time limit."""
+    _, output = signaled(allocation, PYTHON_TENTHS="20", STOPPED_STATUS="1", SAVE_WITHIN_S="0.1", PATH=deaf(allocation))
+    assert allocation.arguments("scontrol") == ["requeue", "77"], output
+    assert "no checkpoint came within 0.1 s: back to the queue" in output
+
+
+def deaf(allocation: Allocation) -> str:
+    """A PATH with a `python` that looks for no request."""
+    folder = allocation.tmp / "deaf"
+    folder.mkdir()
+    write_program(folder / "python", 'touch "$CALLS/ready"; sleep 2; exit 3')
+    return f"{folder}:{allocation.tmp / 'bin'}:/usr/bin:/bin"
+
+
+@pytest.mark.parametrize("variables", [{"PYTHON_STATUS": "0", "PYTHON_TENTHS": "0"}, {"STOPPED_STATUS": "0"}])
+def test_slurm_does_not_requeue_a_finished_run(allocation: Allocation, variables: dict[str, str]) -> None:
+    """One that had ended when it was asked, and one whose last step was the one under way."""
+    if "STOPPED_STATUS" in variables:
+        status, output = signaled(allocation, PYTHON_TENTHS="200", **variables)
+    else:
+        status, output = allocation.run(**variables)
+    assert status == 0 and "finished: " in output
+    assert not (allocation.calls / "scontrol.arguments").exists()
+
+
+def test_slurm_does_not_requeue_a_run_that_fails_when_it_saves(allocation: Allocation) -> None:
+    status, output = signaled(allocation, PYTHON_TENTHS="200", STOPPED_STATUS="1")
+    assert status == 1 and "not finished" in output
+    assert not (allocation.calls / "scontrol.arguments").exists()
+
+
+def test_slurm_resumes_by_the_same_command_and_forgets_the_stop_before(allocation: Allocation) -> None:
+    signaled(allocation, PYTHON_TENTHS="200")
+    (allocation.calls / "ready").unlink()
+    (allocation.calls / "scontrol.arguments").unlink()
+    status, output = allocation.run(SLURM_RESTART_COUNT="1")
+    assert status == 0 and allocation.marker.exists(), output
+    assert not (allocation.calls / "scontrol.arguments").exists()
 
 
 def test_slurm_reads_its_directives_before_the_first_command() -> None:

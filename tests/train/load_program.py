@@ -1,9 +1,9 @@
 """One rank that saves and loads engines; see ranks.py.
 
-Each case, (stage, dtype, trap, regroup), has a folder of its own, FOLDER/0, FOLDER/1, ..., where this rank writes how
+Each case, (stage, dtype, trap, convert), has a folder of its own, FOLDER/0, FOLDER/1, ..., where this rank writes how
 it went to outcome-RANK.txt. A case saves after two steps, takes a third, loads, takes the third again; weights and
 norms must come out the same. With a trap, part of a file's name, rank 0 puts code into such files before, and loading
-must be refused. With regroup it loads as if another number of workers had saved.
+must be refused. With convert it loads as if another number of workers had saved.
 """
 
 import os
@@ -53,11 +53,11 @@ def main(
         (place / f"outcome-{rank}.txt").write_text(said)
 
 
-def save_and_load(folder: Path, rank: int, stage: int, dtype: str, trap: str | None, regroup: bool) -> None:
+def save_and_load(folder: Path, rank: int, stage: int, dtype: str, trap: str | None, convert: bool) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3))
     train = TrainConfig(zero_stage=stage, dtype=dtype, micro_batch=2, global_batch=4)
-    engine = Engine(model, train, 2, torch.device("cpu"), regroup)
+    engine = Engine(model, train, 2, torch.device("cpu"))
 
     def step(number: int) -> tuple[float, dict[str, torch.Tensor]]:
         values = torch.randn(2, 6, generator=torch.Generator().manual_seed(10 * number + rank))
@@ -72,7 +72,7 @@ def save_and_load(folder: Path, rank: int, stage: int, dtype: str, trap: str | N
             spring(folder, trap)
         dist.barrier()
     norm, weights = step(2)
-    engine.load(folder)
+    engine.load(folder, convert)
     restored = engine.full_weights()
     assert all(torch.equal(value, saved[1][name]) for name, value in restored.items()), "other weights"
     again, repeated = step(2)

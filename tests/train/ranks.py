@@ -19,7 +19,7 @@ from typing import Any
 LIMIT_S = 600  # of a rank, on a machine that has other work
 Main = Callable[..., None]
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["tests.train.rank_program", "tests.train.load_program"])
+_PROCESSES.set_forkserver_preload([f"tests.train.{name}_program" for name in ("rank", "load", "gradient")])
 
 
 class Ranks:

@@ -7,6 +7,8 @@ from torch import nn
 from neurostorm.config import TrainConfig
 from neurostorm.model.hub import load_pretrained
 from neurostorm.train.engine import deepspeed_settings, parameter_groups
+from tests.train import gradient_program
+from tests.train.ranks import run_together
 
 STEPS = {"max_steps": 7, "global_batch": 4, "micro_batch": 1, "validate_every": 100, "log_every": 100}
 POISONED, PASSING = 5, 3
@@ -84,6 +86,14 @@ def test_bf16_trains_close_to_fp32_and_is_not_fp32(trained):
     assert half[:POISONED] == pytest.approx(full[:POISONED], rel=2e-2)
     assert half != full
     assert all(value.dtype == torch.float32 for value in weights.values() if value.is_floating_point())
+
+
+def test_gradients_in_bf16_are_summed_in_fp32_over_micro_batches_and_ranks(tmp_path):
+    """Sums in bf16 differ by 3e-3; DeepSpeed takes them by default for linear and convolutional layers."""
+    run_together(gradient_program.main, 2, tmp_path)
+    differences = {file.name: float(file.read_text()) for file in tmp_path.iterdir()}
+    assert len(differences) == 8
+    assert {name: value for name, value in differences.items() if not value < 1e-6} == {}
 
 
 def test_weight_decay_acts_on_matrices_only():

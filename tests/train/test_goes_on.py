@@ -2,8 +2,8 @@
 steps that have to be done again.
 
 one worker:   whole, to its end      account, to its end, then without its last checkpoint
-two workers:  stage 1, stage 3, to step 2      stage 1's checkpoint is damaged
-one worker:   stage 1, stage 3, from there to their end      account, once more
+two workers:  stages 1, 3, 2, to step 2        stage 1's checkpoint is damaged
+one worker:   stages 1, 3, 3, from there to their end      account, once more
 
 The runs of a line share their processes, which take longer to start than to train.
 """
@@ -24,6 +24,7 @@ from neurostorm.train.goodput import ACCOUNT
 
 STEPS, CHANGED = 4, 2
 ACCOUNT_STEPS = 6
+STAGES = ("1-1", "3-3", "2-3")  # of ZeRO: before and after
 SETTINGS = {
     "model": {"embed_dim": 8, "depths": (2, 1), "heads": (1, 2), "tokens": "brain", "decoder": "light"},
     "strd": {"enabled": True},
@@ -39,7 +40,7 @@ class Runs(NamedTuple):
     """Configurations of runs that have ended, and the account's run after its first and second end."""
 
     whole: Config
-    changed: dict[int, Config]
+    changed: dict[str, Config]
     accounts: tuple[dict, dict]
 
 
@@ -54,21 +55,22 @@ def runs(ball_config_in, run_ranks, tmp_path_factory) -> Runs:
     whole = config("whole")
     counted = config("account", max_steps=ACCOUNT_STEPS, log_every=2)
     counted = counted.model_copy(update={"checkpoint": counted.checkpoint.model_copy(update={"every": 4})})
-    changed = {stage: config(f"stage{stage}", zero_stage=stage) for stage in (1, 3)}
+    changed = {stages: config(f"stages-{stages}", zero_stage=int(stages[-1])) for stages in STAGES}
 
     run_ranks([whole, counted], [-1, -1])
     first = account(counted)
     for name in ("step-00000006", "copy-00000006"):  # as if it had been killed before this was saved
         shutil.rmtree(counted.run.folder / "checkpoints" / name)
-    two = [run.for_workers(2) for run in changed.values()]
-    run_ranks(two, [-1, -1], CHANGED)
+    before = [config(f"stages-{stages}", zero_stage=int(stages[0])) for stages in STAGES]
+    two = [run.for_workers(2) for run in before]
+    run_ranks(two, [-1] * len(two), CHANGED)
     for run in two:
         found = checkpoint.newest(run.run.folder / "checkpoints")
         assert (found.step, found.workers) == (CHANGED, 2)
-    found = checkpoint.newest(changed[1].run.folder / "checkpoints")
+    found = checkpoint.newest(changed["1-1"].run.folder / "checkpoints")
     damage(found.path)
-    assert checkpoint.newest(changed[1].run.folder / "checkpoints").path != found.path, "its copy is what is left"
-    run_ranks([*changed.values(), counted], [-1, -1, -1])
+    assert checkpoint.newest(changed["1-1"].run.folder / "checkpoints").path != found.path, "its copy is what is left"
+    run_ranks([*changed.values(), counted], [-1] * (len(changed) + 1))
     return Runs(whole, changed, (first, account(counted)))
 
 
@@ -76,10 +78,10 @@ def account(config: Config) -> dict:
     return json.loads(Path(config.run.folder / ACCOUNT).read_text())
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_two_workers_become_one(stage, runs, read_ledger):
+@pytest.mark.parametrize("stages", STAGES)
+def test_two_workers_become_one(stages, runs, read_ledger):
     """The same clips, the same losses, the same weights, to the last bit: micro-batches are the same ones."""
-    changed = runs.changed[stage]
+    changed = runs.changed[stages]
     found = checkpoint.newest(changed.run.folder / "checkpoints")
     assert (found.step, found.workers) == (STEPS, 1)
     expected, steps = read_ledger(runs.whole), read_ledger(changed)
