@@ -177,7 +177,7 @@ def copy_files(source: Place, target: Place, names: Iterable[str]) -> None:
             if isinstance(there, ObjectPath):
                 request(there, lambda: _stream(here, there.write_bytes))
             else:
-                there.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(there.parent)
                 _stream(here, functools.partial(_replace, there))
 
     with ThreadPoolExecutor(TRANSFERS) as pool:
@@ -284,6 +284,14 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def make_folder(path: Path) -> None:
+    """Make a local folder and those above it, as far as they are missing; they outlast a power failure."""
+    missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync(folder.parent)
 
 
 def _replace(target: Path, pieces: Iterable[bytes]) -> None:

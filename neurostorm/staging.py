@@ -15,7 +15,7 @@ from pathlib import Path
 from stat import S_IMODE, S_IXUSR
 from tempfile import TemporaryDirectory
 
-from neurostorm.places import Place, copy_files, files_below, sync
+from neurostorm.places import Place, copy_files, files_below, make_folder, sync
 
 _PREFIX = "neurostorm-"
 
@@ -34,14 +34,14 @@ def outgoing(target: Place) -> Iterator[Path]:
             yield Path(folder)
             copy_files(Path(folder), target, [name for name, _ in files_below(Path(folder))])
         return
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder(target)
     with TemporaryDirectory(prefix=".", suffix=".partial", dir=target, ignore_cleanup_errors=True) as folder:
         yield Path(folder)
         names = sorted(name for name, _ in files_below(Path(folder)))
         follow_umask(*(Path(folder, name) for name in names))
         for name in names:
             sync(Path(folder, name))
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            make_folder((target / name).parent)
             os.replace(Path(folder, name), target / name)
             sync((target / name).parent)
 

@@ -5,7 +5,8 @@
                               COMMITTED      size and CRC-32 of every other file, and which rank wrote it; written last
                 copy-00000050/...            the same again, of the newest alone
 
-    save:     each rank writes to a folder of its own, takes its files' sizes and CRCs, and puts them in their place
+    save:     each rank writes to a folder of its own, takes its files' sizes and CRCs, and puts them in their place,
+              flushed to disk with the folders above them
               -> gathered -> rank 0: all there? -> trainer.json -> COMMITTED -> each rank copies its files -> COMMITTED
               -> old ones removed
     restore:  rank 0 chooses the newest -> each rank fetches its own files and rank 0's, checks them -> loads
@@ -31,7 +32,7 @@ from typing import Any
 
 from neurostorm.errors import UserError
 from neurostorm.object_store import PlaceError
-from neurostorm.places import Place, copy_files, files_below, inside, remove_tree, replace
+from neurostorm.places import Place, copy_files, files_below, inside, remove_tree, replace, sync
 from neurostorm.staging import fetched, outgoing
 
 logger = logging.getLogger(__name__)
@@ -283,8 +284,10 @@ def _steps(folder: Place, prefixes: tuple[str, ...] = (_COPY, _PREFIX)) -> list[
 
 
 def _remove(path: Place) -> None:
-    """Marker first, so that it is never half there and committed."""
+    """Marker first, on the disk too, so that it is never half there and committed."""
     (path / MARKER).unlink(missing_ok=True)
+    if isinstance(path, Path) and path.is_dir():
+        sync(path)
     remove_tree(path)
 
 

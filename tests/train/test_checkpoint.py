@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -189,6 +191,50 @@ def test_the_marker_is_the_last_file_to_appear(folder, monkeypatch):
     save(folder, 10)
     once = [("trainer.json", ["rank-0.bin"]), ("COMMITTED", ["rank-0.bin", "trainer.json"])]
     assert appeared == [*once, ("COMMITTED", ["rank-0.bin", "trainer.json"])]  # the copy's files are not made by it
+
+
+class Disk:
+    """What a power failure would leave: files whose content, and names whose folder, were forced to disk."""
+
+    def __init__(self, monkeypatch):
+        self.contents, self.names, self.commits = set(), set(), []
+        self._real = {name: getattr(os, name) for name in ("fsync", "mkdir", "replace")}
+        for name in self._real:
+            monkeypatch.setattr(os, name, getattr(self, name))
+
+    def fsync(self, handle):
+        self._real["fsync"](handle)
+        self.contents.add(os.fstat(handle).st_ino)
+        synced = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        if synced.is_dir():
+            self.names |= {path for path in synced.iterdir()}
+
+    def mkdir(self, path, *args, **options):
+        self._real["mkdir"](path, *args, **options)
+        self.names.discard(Path(path))
+
+    def replace(self, source, target):
+        if Path(target).name == checkpoint.MARKER:
+            self.commits.append((Path(target).parent.name, self.lost(Path(target).parent)))
+        self._real["replace"](source, target)
+        self.names.discard(Path(target))
+
+    def lost(self, path):
+        """What of a checkpoint a power failure would take now."""
+        found = [file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")]
+        above = {folder for file in found for folder in (file, *file.parents) if folder.is_relative_to(path.parent)}
+        return {file for file in found if file.stat().st_ino not in self.contents} | (above - self.names)
+
+
+def test_a_checkpoint_is_on_the_disk_before_its_marker_and_then_the_marker(folder, tmp_path, monkeypatch):
+    disk = Disk(monkeypatch)
+    save(folder, 50)
+    save(folder, 100, keep=1)
+    assert disk.commits == [
+        (name, set()) for name in ("step-00000050", "copy-00000050", "step-00000100", "copy-00000100")
+    ]
+    assert not disk.lost(folder / "step-00000100") and not disk.lost(folder / "copy-00000100")
+    assert folder.parent in disk.names, "the run's folder is on the disk as well"
 
 
 def test_a_copy_counts_only_when_all_ranks_have_made_their_part(folder, ranks):
