@@ -5,6 +5,7 @@ client -> Network (the first n requests that match a fault suffer it, the rest p
 
 import http.client
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class Network:
         self.server = urlsplit(server).netloc
         self.faults: list[Fault] = []
         self.requests: list[str] = []
+        self.refused: list[str] = []  # in an outage
         self.outage: Kind | None = None  # what all requests suffer for as long as it is set
         self.over = threading.Event()
         self._lock = threading.Lock()
@@ -62,6 +64,13 @@ class Network:
         """Let the next `times` requests of a method, with `part` in their path and query, suffer a fault."""
         self.faults.append(Fault(kind, method, part, times))
 
+    def be_away(self, seconds: float) -> list[str]:
+        """Refuse everything for so long; the requests that were refused."""
+        first, self.outage = len(self.refused), "refuse"
+        time.sleep(seconds)
+        self.outage = None
+        return self.refused[first:]
+
     def close(self) -> None:
         self.over.set()
         self._http.shutdown()
@@ -74,6 +83,8 @@ class Network:
                 if fault.method == request.command and fault.part in request.path and fault.left > 0:
                     fault.left -= 1
                     return fault.kind
+            if self.outage is not None:
+                self.refused.append(self.requests[-1])
         return self.outage
 
     def _handle(self, request: BaseHTTPRequestHandler) -> None:

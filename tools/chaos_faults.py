@@ -7,6 +7,7 @@
     corrupt          driver killed, newest checkpoint damaged        the same command resumes from its copy
     shard            frames of the store damaged                     the job ends at once, names the run; mended, again
     nan              a loss that is not finite, once, on one rank    the step is computed once more
+    second-driver    the same command while the run trains           it is refused and names the first, which goes on
 
 A fault is a function of a Scene: it strikes, calls `struck`, and starts the job again where a person would have to.
 """
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from chaos_job import ROOT, JobError, Ledger, entries
+from chaos_job import ROOT, Job, JobError, Ledger, entries
 from chaos_scene import EVERY, Scene, end
 
 REPEATED = "repeating step="  # what a run says when it computes a step once more
@@ -158,6 +159,20 @@ def was_repeated(scene: Scene) -> None:
     scene.note(REPEATED in said, "no step was said to be repeated")
 
 
+def start_second(scene: Scene) -> None:
+    first, notes = scene.job.process.pid, scene.setting.folder / "notes" / "second"
+    scene.struck(goes_on=True)
+    second = Job(scene.config, scene.command(), notes, **scene.setting.environment, **scene.environment)
+    try:
+        status = second.wait_for_end()
+    finally:
+        if second.process.poll() is None:
+            second.kill()
+    said = second.output()
+    scene.note(status != 0, "a second driver ran")
+    scene.note(f"in use by process {first} on " in said, f"the second driver did not name the first: {said[-2000:]}")
+
+
 def two_workers(scene: Scene) -> list[psutil.Process]:
     """The training workers that train now."""
     workers = [worker for worker in scene.workers() if worker.status() != psutil.STATUS_ZOMBIE]
@@ -188,4 +203,5 @@ LOCAL: dict[str, Fault] = {
     "corrupt": Fault(damage_checkpoint),
     "shard": Fault(damage_shard, {"data": {"max_bad_fraction": 0.0, "verify": "always"}}),
     "nan": Fault(poison, allowed=0, prepare=may_be_poisoned, check=was_repeated),
+    "second-driver": Fault(start_second, allowed=0),
 }

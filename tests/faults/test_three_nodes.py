@@ -1,8 +1,9 @@
 """Three nodes and an object store, as a cluster has them: a run struck by several faults ends like its untouched twin.
 
 twin:    two ranks without Ray, on a disk ------------------------------------------------------------------> end
-victim:  two ranks without Ray, on S3 -- SIGKILL    a job on three nodes -- NaN -- SIGKILL of its workers --> end
-                          after a checkpoint                                while they save; by itself
+victim:  two ranks without Ray, on S3 -- SIGKILL    a job on three nodes -- NaN -- S3 refuses -- SIGKILL of its --> end
+                          after a checkpoint                               everything    workers while
+                                                                                         they save; by itself
 
 The nodes are three `ray start` on 127.0.0.1, .2 and .3, behind a token; on the last two there is room for one training
 worker each, and both read one store. tools/chaos.py strikes with all faults one by one. Both runs train the mamba mixer
@@ -11,6 +12,7 @@ configuration has to end with.
 """
 
 import json
+import os
 import random
 import re
 import shutil
@@ -33,6 +35,7 @@ from neurostorm.model.hub import load_pretrained
 from neurostorm.places import Place, copy_files, files_below, place
 from neurostorm.staging import fetched
 from neurostorm.train.goodput import ACCOUNT
+from tests.faulty_s3 import Network
 from tests.train.rank_program import main
 from tests.train.ranks import Ranks, run_together
 
@@ -42,6 +45,7 @@ CLIPS = 48  # of one epoch of the ball store: four training subjects, twelve cli
 EPOCHS = 2
 STEPS = EPOCHS * CLIPS // 2
 EVERY = 6
+AWAY_S = float(os.environ.get("NEUROSTORM_TEST_AWAY_S", "3"))  # for which the object store refuses everything
 SETTINGS = {
     "model": {
         "embed_dim": 8, "depths": (2, 1), "heads": (1, 2), "mixer": "mamba", "tokens": "brain", "decoder": "light",
@@ -55,7 +59,17 @@ SETTINGS = {
 
 
 @pytest.fixture
-def scene(ball_config, make_bucket: Callable[[], str], ball_store: Path, tmp_path: Path) -> Iterator[NodesScene]:
+def network(s3_server: str) -> Iterator[Network]:
+    """What lies between the nodes and the object store."""
+    made = Network(s3_server)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def scene(
+    ball_config, make_bucket: Callable[[], str], network: Network, ball_store: Path, tmp_path: Path
+) -> Iterator[NodesScene]:
     """The victim, not started, and three nodes; all that it reads and writes is in a bucket."""
     folder = Path(tempfile.mkdtemp(prefix="rn-"))  # for Ray's files: short, as sockets lie below it
     bucket = place(make_bucket())
@@ -67,6 +81,7 @@ def scene(ball_config, make_bucket: Callable[[], str], ball_store: Path, tmp_pat
     )  # fmt: skip
     made = NodesScene(Setting(folder, ball_store, STEPS), config, random.Random(0))
     faults.may_be_poisoned(made)
+    made.environment["AWS_ENDPOINT_URL"] = network.address
     try:
         with_nodes(made)
         yield made
@@ -91,22 +106,26 @@ def weights(folder: Place) -> dict[str, torch.Tensor]:
         return load_pretrained(local).state_dict()
 
 
-def test_struck_by_many_faults_it_ends_like_its_untouched_twin(ball_config, scene: NodesScene) -> None:
+def test_struck_by_many_faults_it_ends_like_its_untouched_twin(
+    ball_config, scene: NodesScene, network: Network
+) -> None:
     twin, victim = ball_config(run={"name": "twin"}, tracking={"pictures": False}, **SETTINGS), scene.config
     run_together(main, 2, [twin], [-1])
     start_and_kill(victim)
-    refused = scene.cluster.submit("echo", "let in", RAY_AUTH_TOKEN="0" * 64, RAY_AUTH_TOKEN_PATH="")
-    assert refused.returncode and "let in" not in refused.stdout, refused.stdout
+    other = scene.cluster.submit("echo", "let in", RAY_AUTH_TOKEN="0" * 64, RAY_AUTH_TOKEN_PATH="")
+    assert other.returncode and "let in" not in other.stdout, other.stdout
     job = scene.start()
     poison = Path(scene.environment["CHAOS_POISON"])
     poison.touch()
     job.wait_for(lambda: not poison.exists(), "a poisoned step")
+    refused = {words.split()[0] for words in network.be_away(AWAY_S)}
     workers = faults.hold_in_checkpoint(scene)
     whole, unfinished = scene.committed()[-1], scene.begun()[-1]
     for worker in workers:  # one that is left could yet commit what all had written
         worker.kill()
     shown = job.finish()
 
+    assert "GET" in refused, f"the run did not meet the outage: {refused}"
     assert faults.REPEATED in shown
     places = re.findall(r"ip=([\d.]+), pid=\d+\) world_rank", shown)
     assert sorted(places) == 2 * ["127.0.0.2"] + 2 * ["127.0.0.3"], shown[-4000:]
