@@ -183,7 +183,9 @@ def check_account(twin: Config, victim: Config, shown: str) -> None:
     metrics = mlflow_run(victim)[1].data.metrics
     parts_s = {name: value for name, value in metrics.items() if name.startswith("time/") and name.endswith("_s")}
     wall_s = parts_s.pop("time/wall_s")
-    assert len(parts_s) == 8 and all(value > 0 for value in parts_s.values()), parts_s
+    # Steps of the last seconds before a kill may count as new again: in an object store the account lags by up to 10 s.
+    zero = {name for name, value in parts_s.items() if value <= 0}
+    assert len(parts_s) == 8 and zero <= {"time/repeated_s"}, parts_s
     assert sum(parts_s.values()) == pytest.approx(wall_s)
     assert metrics["time/goodput"] == pytest.approx(parts_s["time/step_s"] / wall_s)
     step = rf"step \d+/{STEPS} loss=\d\S* predicting_mean=\S+ clips_per_s=\S+ wait=\S+% .*left_s=\d+\n"
