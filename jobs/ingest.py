@@ -35,17 +35,25 @@ def work(config: Config) -> int:
     from neurostorm.ingest.fanout import ingest
     from neurostorm.resources import current
 
-    report = dry_run(config) if config.ingest.dry_run else ingest(config)
+    if config.ingest.dry_run:
+        estimate = dry_run(config)
+        print("\n".join(estimate.lines()))
+        if not estimate.in_store:
+            return _nothing()
+        print("next: the same command without --dry-run")
+        return 0
+    report = ingest(config)
     print("\n".join(report.lines()))
     if not report.in_store:
-        print("nothing was ingested: no run of this source can be used, see the reasons above", file=sys.stderr)
-        return 1
-    if config.ingest.dry_run:
-        print("next: the same command without --dry-run")
-    else:
-        store = shlex.quote(str(config.data.store))
-        print(f"next: {pretrain_suggestion(config.ingest.grid, current(), store, JOB.command('pretrain'))}")
+        return _nothing()
+    store = shlex.quote(str(config.data.store))
+    print(f"next: {pretrain_suggestion(config.ingest.grid, current(), store, JOB.command('pretrain'))}")
     return 1 if report.having("unwritten") else 0
+
+
+def _nothing() -> int:
+    print("nothing was ingested: no run of this source can be used, see the reasons above", file=sys.stderr)
+    return 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -28,6 +28,7 @@ from neurostorm.errors import UserError
 from neurostorm.interrupts import end_with
 from neurostorm.places import Place, create, update
 from neurostorm.processes import is_alive, this_process
+from neurostorm.run_folder import require_writable
 
 LEASE = "lease.json"
 RENEW_S = 15.0
@@ -51,9 +52,10 @@ def held(folder: Place, *, renew_s: float = RENEW_S, stale_s: float = STALE_S) -
         stale_s: a lease of another host that does not change for so many seconds is taken over.
 
     Raises:
-        ConfigError: another driver is at work on this run.
+        ConfigError: another driver is at work on this run, or the folder cannot be written.
         LeaseLostError: in the main thread, when the lease was taken over meanwhile.
     """
+    require_writable(folder, f"run.output={folder.parent}")
     made = _make(folder)
     lease = _Lease(folder / LEASE)
     lease.take(stale_s)

@@ -15,6 +15,7 @@ from neurostorm.config import Config
 from neurostorm.mlflow_run import REPLACES, RUN_FILE
 from neurostorm.tracking import closing_words, open_run
 from neurostorm.train import launch, worker
+from neurostorm.train.validate import CLIPS
 
 PICTURE = np.full((4, 6, 3), 7, np.uint8)
 
@@ -295,14 +296,15 @@ def test_pretraining_ends_well_without_a_server(folder, monkeypatch, capsys):
     (folder / "model").mkdir()
     (folder / "model" / "weights").write_text("w")
     config = Config(run={"output": str(folder.parent), "name": "mine"}, tracking={"uri": nowhere})
-    account = SimpleNamespace(keep=lambda phase: None, metrics=lambda: {"time/goodput": 1.0})
-    tracker = worker.open_tracker(config, SimpleNamespace(content_sha256="c", split="s"))
+    account = SimpleNamespace(keep=lambda phase: None, metrics=lambda: {"time/goodput": 1.0}, flush=lambda: None)
+    corpus = SimpleNamespace(content_sha256="c", split="s", withdrawn=())
+    tracker = worker.open_tracker(config, corpus)
     tracker.metrics({"loss/train": 1.0}, 5)
-    worker.finish(config, tracker, account, {"loss/validation": 0.5}, 5)
+    worker.finish(config, corpus, tracker, account, {"loss/validation": 0.5, CLIPS: 4}, 5)
     summary = json.loads((folder / "summary.json").read_text())
-    assert (summary["steps"], summary["mlflow_run_id"], summary["mlflow_unsent"]) == (5, "", 6)
+    assert (summary["steps"], summary["mlflow_run_id"], summary["mlflow_unsent"]) == (5, "", 7)
     kept = [json.loads(line) for path in sorted((folder / "unsent").glob("*.jsonl")) for line in path.open()]
-    assert [entry["kind"] for entry in kept] == ["artifact", "metrics", "artifact", "metrics", "artifact", "end"]
+    assert [entry["kind"] for entry in kept] == ["artifact", "metrics", "artifact", "metrics", "tag", "artifact", "end"]
     assert [entry["path"] for entry in kept if entry["kind"] == "artifact"] == ["config.yaml", "model", "summary.json"]
 
 

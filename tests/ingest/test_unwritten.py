@@ -2,7 +2,9 @@
 
 import errno
 import os
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -36,7 +38,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
     monkeypatch.setattr(fanout, "spread", here)
     monkeypatch.setattr(fanout, "require", lambda *demand: None)
-    monkeypatch.setattr(fanout.time, "sleep", made.append)
+    monkeypatch.setattr(fanout, "time", SimpleNamespace(sleep=made.append, monotonic=time.monotonic))
     return made
 
 

@@ -13,7 +13,7 @@ from neurostorm.train.timeouts import CollectiveTimeouts
 
 def stream(batches: int) -> BatchStream:
     index = torch.arange(2)
-    one = ClipBatch(index, index, index, index > 5, torch.zeros(2), torch.zeros(2, 1, 1, dtype=torch.int8))
+    one = ClipBatch(index, index, index, index > 5, index > 5, torch.zeros(2), torch.zeros(2, 1, 1, dtype=torch.int8))
     return BatchStream(iter([one] * batches))
 
 

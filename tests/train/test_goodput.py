@@ -124,6 +124,7 @@ def test_the_account_of_a_run_in_an_object_store_goes_on(make_bucket, clock):
     folder = place(make_bucket()) / "runs" / "one"
     train(account := Account(folder, clock(), clock), clock, [1])
     account.keep("log")
+    account.flush()
     assert spent_s(Account(folder, clock.turn(5)(), clock)) == {"wait": 1, "step": 10, "down": 5}
 
 
