@@ -6,7 +6,7 @@ A second start does what is left. Exit status 0 when OUT holds an embedded run.
 import sys
 from collections.abc import Sequence
 
-from neurostorm.cli import Job
+from neurostorm.commands.command import Job
 from neurostorm.config import Config
 
 JOB = Job(
@@ -25,7 +25,7 @@ JOB = Job(
 
 def work(config: Config) -> int:
     """Embeds what is left; 1 when nothing could be embedded."""
-    from neurostorm.downstream.embed import embed
+    from neurostorm.downstream.embed.job import embed
 
     report = embed(config)
     print("\n".join(report.lines()))

@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from neurostorm.cli import Job
+from neurostorm.commands.command import Job
 from neurostorm.config import Config
 
 JOB = Job(
@@ -30,10 +30,10 @@ JOB = Job(
 
 def work(config: Config) -> int:
     """Ingests what is new; 1 when the store then holds no run of the source, or a run could not be written."""
-    from neurostorm.capacity import pretrain_suggestion
     from neurostorm.ingest.estimate import dry_run
-    from neurostorm.ingest.fanout import ingest
-    from neurostorm.resources import current
+    from neurostorm.ingest.job import ingest
+    from neurostorm.runtime.capacity import pretrain_suggestion
+    from neurostorm.runtime.resources import current
 
     if config.ingest.dry_run:
         estimate = dry_run(config)

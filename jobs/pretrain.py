@@ -4,7 +4,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 
-from neurostorm.cli import Job
+from neurostorm.commands.command import Job
 from neurostorm.config import Config
 
 
@@ -47,11 +47,11 @@ JOB = Job(
 
 def work(config: Config) -> int:
     """Trains to the end, or says that the run is complete, or that it was stopped."""
-    from neurostorm.tracking import closing_words
+    from neurostorm.tracking.tracker import closing_words
     from neurostorm.train.closing import held_out
-    from neurostorm.train.goodput import in_words
+    from neurostorm.train.health.stop import STOPPED_STATUS, RunStopped
     from neurostorm.train.launch import pretrain
-    from neurostorm.train.stop import STOPPED_STATUS, RunStopped
+    from neurostorm.train.records.time_account import in_words
 
     try:
         done = pretrain(config)

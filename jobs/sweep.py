@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from neurostorm.cli import Job
+from neurostorm.commands.command import Job
 from neurostorm.config import Config
 
 JOB = Job(

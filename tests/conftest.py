@@ -66,7 +66,7 @@ def local_ray(s3_server: str) -> None:
     """
     import ray
 
-    from neurostorm.session import start_local
+    from neurostorm.runtime.session import start_local
 
     if not ray.is_initialized():
         start_local(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)

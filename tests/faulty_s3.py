@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from neurostorm import object_requests
+from neurostorm.io import object_requests
 
 Kind = Literal["refuse", "stall", "cut answer", "cut upload", "lose answer", "forbid"]
 _XML = b"<?xml version='1.0'?>\n<Error><Code>%b</Code><Message>%b</Message></Error>"

@@ -14,10 +14,10 @@ import pyarrow as pa
 import torch
 from scipy.ndimage import gaussian_filter
 
-from neurostorm.data.split import subject_hash
-from neurostorm.model.hub import save_pretrained
-from neurostorm.model.mae import MaskedAutoencoder
-from neurostorm.model.swin_config import SwinConfig
+from neurostorm.data.plan.split import subject_hash
+from neurostorm.model.autoencoder import MaskedAutoencoder
+from neurostorm.model.config import SwinConfig
+from neurostorm.model.hub.pretrained import save_pretrained
 from neurostorm.store import (
     FrameStore,
     Grid,

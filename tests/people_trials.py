@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from neurostorm.config import Config, EmbedConfig
-from neurostorm.downstream import features
-from neurostorm.downstream.backbone import Backbone, backbone_of
-from neurostorm.downstream.embed_parts import Run
-from neurostorm.downstream.embed_run import Embedder, Task
+from neurostorm.downstream.embed import features
+from neurostorm.downstream.embed.embed_run import Embedder, Task
+from neurostorm.downstream.embed.features import compute_tokens
+from neurostorm.downstream.embed.parts import Run
+from neurostorm.downstream.embed.pretrained import open_pretrained
 from neurostorm.downstream.evaluation import Evaluation, open_evaluation, split_of
-from neurostorm.downstream.features import compute_tokens
-from neurostorm.downstream.pretrained import open_pretrained
-from neurostorm.downstream.tasks import find_task
+from neurostorm.downstream.methods.backbone import Backbone, backbone_of
+from neurostorm.downstream.tasks.task import find_task
 from neurostorm.downstream.trial import Trial
 from neurostorm.train.contrastive import ContrastiveRecipe
 

@@ -41,7 +41,7 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A copy of the project beside a cohort of twelve people, with the documents' examples led to it."""
-    from tests.downstream.test_pretrained import released
+    from tests.downstream.embed.test_pretrained import released
 
     folder = tmp_path_factory.mktemp("documents")
     cohort = folder / "derivatives"

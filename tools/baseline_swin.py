@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import gelu, pad
 
-from neurostorm.model.swin_config import SwinConfig
+from neurostorm.model.config import SwinConfig
 
 Axes = tuple[int, ...]
 

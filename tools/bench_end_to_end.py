@@ -25,7 +25,7 @@ from typing import Any
 
 from bench_step import GEOMETRIES, WAITING, refuse_missing_folder
 
-from neurostorm.presets import PRESETS
+from neurostorm.config.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 COHORT = ("--subjects", "16", "--frames", "100")

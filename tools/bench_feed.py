@@ -39,8 +39,8 @@ import ray.train
 import torch
 from feed_sides import Work, direct_sides, make_store, open_work, patch_sides
 
-from neurostorm.data.pipeline import batches, clip_dataset, feed_options
-from neurostorm.session import start_local
+from neurostorm.data.loader import batches, clip_dataset, feed_options
+from neurostorm.runtime.session import start_local
 from neurostorm.store import FrameStore
 
 WARM_STEPS = 4  # of a pipeline, before its clock starts

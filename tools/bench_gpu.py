@@ -26,7 +26,7 @@ import torch
 from bench_models import DTYPES, Step, Worker
 from bench_step import GEOMETRIES, refuse_impossible, refuse_missing_folder, setting
 
-from neurostorm.presets import PRESETS
+from neurostorm.config.presets import PRESETS
 
 Form = tuple[str, str, str, bool]  # geometry, mixer, dtype, compiled
 WARM_UP = 4  # steps: compiled blocks see a shape twice before they take it for a changing one

@@ -36,10 +36,11 @@ import psutil
 import torch
 from ingest_runs import KINDS, make_run, released_steps
 
-from neurostorm.ingest import blocks, convert, hold, standardize, target
-from neurostorm.ingest.discover import Source
-from neurostorm.ingest.template import brain_mask
-from neurostorm.session import start_local
+from neurostorm.ingest import convert
+from neurostorm.ingest.layouts.discover import Source
+from neurostorm.ingest.resample import blocks, frame_buffer, standardize, target
+from neurostorm.ingest.resample.template import brain_mask
+from neurostorm.runtime.session import start_local
 from neurostorm.store import GRIDS, create_store
 
 CORPUS_FRAMES = 28_650_000
@@ -50,9 +51,10 @@ FRAMES = [222, 161, 81]  # acquired; each makes 200 stored ones
 OTHER = "other"  # header, plans, attributes, the store's bookkeeping
 # Functions with a clock, and the step that their own time counts for.
 CLOCKED: tuple[tuple[Any, str, str], ...] = (
-    (hold, "_take", "take, cast"), (hold, "as_values", "take, cast"), (hold.Taken, "block", "take, cast"),
-    (hold.Kept, "add", "take, cast"), (hold.Mixed, "block", "take, cast"),
-    (hold.Kept, "block", "space"), (hold.Mixed, "add", "space"),
+    (frame_buffer, "_take", "take, cast"), (frame_buffer, "as_values", "take, cast"),
+    (frame_buffer.Taken, "block", "take, cast"),
+    (frame_buffer.Kept, "add", "take, cast"), (frame_buffer.Mixed, "block", "take, cast"),
+    (frame_buffer.Kept, "block", "space"), (frame_buffer.Mixed, "add", "space"),
     (standardize, "pack", "time"),
     (blocks, "finite_series", "z, round"), (blocks, "standard_scores", "z, round"), (blocks, "quantise", "z, round"),
     (target, "standardise", "z, round"),
@@ -190,7 +192,7 @@ def measure_spread(file: Path, folder: Path, runs: int) -> dict[str, Any]:
     import ray
 
     from neurostorm.config import Config
-    from neurostorm.ingest import fanout
+    from neurostorm.ingest import job
 
     def ingest(name: str, count: int) -> None:
         source = folder / name
@@ -198,7 +200,7 @@ def measure_spread(file: Path, folder: Path, runs: int) -> dict[str, Any]:
         for number in range(count):
             os.link(file, source / f"sub-{number:03d}_{RUN_NAME}")
         settings = {"ingest": {"source": source, "dataset": "bench", "grid": GRID, "tr_s": TR_S}}
-        report = fanout.ingest(Config.model_validate({**settings, "data": {"store": folder / f"{name}.store"}}))
+        report = job.ingest(Config.model_validate({**settings, "data": {"store": folder / f"{name}.store"}}))
         if report.in_store != count:
             raise RuntimeError("\n".join(report.lines()))
         slots.append(sum(outcome.seconds for outcome in report.outcomes))
@@ -212,13 +214,13 @@ def measure_spread(file: Path, folder: Path, runs: int) -> dict[str, Any]:
     if started:
         start_local(num_cpus=RAY_CPUS, logging_level=logging.ERROR, log_to_driver=False)
         logging.getLogger("ray.data._internal").setLevel(logging.ERROR)
-    spread, spans, slots = fanout.spread, [], []
-    fanout.spread = watched
+    spread, spans, slots = job.spread, [], []
+    job.spread = watched
     try:
         ingest("warm", RAY_CPUS)
         ingest("spread", runs)
     finally:
-        fanout.spread = spread
+        job.spread = spread
         if started:
             ray.shutdown()
     wall_s, cpu_s = spans[-1]

@@ -22,12 +22,12 @@ import torch
 from baseline_swin import BaselineEncoder
 from torch import Tensor, nn
 
+from neurostorm.model.autoencoder import MaskedAutoencoder
+from neurostorm.model.config import SwinConfig
 from neurostorm.model.cost import clip_cost, copy_rate, measured_peak
-from neurostorm.model.mae import MaskedAutoencoder
-from neurostorm.model.masking import MaskConfig
-from neurostorm.model.strd import StrdConfig
-from neurostorm.model.swin4d import SwinEncoder, compile_blocks
-from neurostorm.model.swin_config import SwinConfig
+from neurostorm.model.encoder import SwinEncoder, compile_blocks
+from neurostorm.model.masking.masks import MaskConfig
+from neurostorm.model.strd.dropout import StrdConfig
 
 MIB = 2**20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -31,7 +31,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import linear
 
-from neurostorm.model.mamba import Mamba, MambaWeights, gate, mix_windows, project
+from neurostorm.model.mixers.mamba import Mamba, MambaWeights, gate, mix_windows, project
 
 Shape = tuple[int, int, int]  # windows, tokens, channels
 Side = Callable[[Tensor, MambaWeights], Tensor]

@@ -27,10 +27,10 @@ import torch
 from bench_models import DTYPES, Setting, Side, Step, Worker
 from torch import Tensor
 
-from neurostorm.model.masking import MaskConfig
-from neurostorm.model.strd import StrdConfig
-from neurostorm.model.swin_config import SwinConfig
-from neurostorm.presets import PRESETS
+from neurostorm.config.presets import PRESETS
+from neurostorm.model.config import SwinConfig
+from neurostorm.model.masking.masks import MaskConfig
+from neurostorm.model.strd.dropout import StrdConfig
 
 TOLERANCE = 1e-4  # of the largest value; float32 rounding is about 1e-6
 SIDES = ("baseline", "dense", "brain")
@@ -117,7 +117,7 @@ def setting(options: argparse.Namespace) -> Setting:
     """The preset's model on the preset's grid, with the options' mixer, geometry and ratio."""
     # Here and not above: the processes that are measured import this file, and shall not load these libraries.
     from neurostorm.config import Config
-    from neurostorm.ingest.template import brain_mask
+    from neurostorm.ingest.resample.template import brain_mask
     from neurostorm.store import GRIDS
 
     preset = PRESETS[options.preset]

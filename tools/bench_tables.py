@@ -23,11 +23,11 @@ import torch
 from bench_models import Step
 from bench_step import refuse_impossible, refuse_missing_folder, setting
 
-from neurostorm.model.drawn import Whole
-from neurostorm.model.geometry import SubsetGeometry
-from neurostorm.model.light import numbers_of
-from neurostorm.model.mae import MaskedAutoencoder
-from neurostorm.presets import PRESETS
+from neurostorm.config.presets import PRESETS
+from neurostorm.model.autoencoder import MaskedAutoencoder
+from neurostorm.model.decoders.light import numbers_of
+from neurostorm.model.geometry.static import Whole
+from neurostorm.model.geometry.tokens import SubsetGeometry
 
 
 def main() -> int:

@@ -23,7 +23,7 @@ import psutil
 from scipy.ndimage import gaussian_filter
 
 from neurostorm.config import Config
-from neurostorm.places import Place, files_below
+from neurostorm.io.paths import Place, files_below
 from neurostorm.store import Grid, create_store, quantise, run_path, write_manifest, write_run
 
 ROOT = Path(__file__).resolve().parents[1]

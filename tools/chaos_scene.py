@@ -18,7 +18,7 @@ import psutil
 from chaos_job import Job, kill_all, last_words, make_config
 
 from neurostorm.config import Config
-from neurostorm.places import Place, files_below
+from neurostorm.io.paths import Place, files_below
 
 FRAMES = 240  # of the store's runs: 60 clips each
 STEPS_PER_EPOCH = 120  # of two clips, four training subjects

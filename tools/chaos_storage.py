@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 from chaos_faults import Fault
 from chaos_scene import Scene
 
-from neurostorm.places import place
+from neurostorm.io.paths import place
 
 AWAY_S = 20.0
 BUCKET = "chaos"

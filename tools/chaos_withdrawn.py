@@ -22,7 +22,7 @@ from chaos_job import ROOT, Ledger, entries
 from chaos_scene import Scene
 
 from neurostorm.data.withdrawals import subject_of
-from neurostorm.places import place
+from neurostorm.io.paths import place
 
 
 def own_store(scene: Scene) -> Callable[[], None]:

@@ -29,7 +29,7 @@ from typing import Any
 from bench_end_to_end import command
 from bench_step import GEOMETRIES, refuse_missing_folder
 
-from neurostorm.presets import PRESETS
+from neurostorm.config.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = {"dense": GEOMETRIES["dense"], "brain": {"tokens": "brain", "decoder": "paper"}, "sparse": GEOMETRIES["sparse"]}

@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
-from neurostorm.cli import Job
+from neurostorm.commands.command import Job
 from neurostorm.config import Config, ConfigError
-from neurostorm.ingest.template import brain_mask
+from neurostorm.config.presets import PRESETS
+from neurostorm.ingest.resample.template import brain_mask
 from neurostorm.model.cost import clip_cost
-from neurostorm.presets import PRESETS
 from neurostorm.store import GRIDS
 from neurostorm.train.build import build_model
 

@@ -18,14 +18,14 @@ from einops import rearrange
 from numpy.typing import NDArray
 
 from neurostorm.data.clips import ClipReader
-from neurostorm.data.device import ClipUnpacker
-from neurostorm.data.plan import ClipPlan
-from neurostorm.data.split import Segments
-from neurostorm.ingest.template import brain_mask
-from neurostorm.model.geometry import patch_table
-from neurostorm.model.strd import StrdConfig
-from neurostorm.model.swin4d import SwinEncoder
-from neurostorm.model.swin_config import SwinConfig
+from neurostorm.data.plan.clip_plan import ClipPlan
+from neurostorm.data.plan.split import Segments
+from neurostorm.data.unpack import ClipUnpacker
+from neurostorm.ingest.resample.template import brain_mask
+from neurostorm.model.config import SwinConfig
+from neurostorm.model.encoder import SwinEncoder
+from neurostorm.model.geometry.tokens import patch_table
+from neurostorm.model.strd.dropout import StrdConfig
 from neurostorm.store import GRIDS, FrameStore, create_store, read_manifest, run_path, write_manifest, write_run
 from neurostorm.store.files import read_metadata
 from neurostorm.store.run_index import RunIndex

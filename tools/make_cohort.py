@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from neurostorm.ingest.synthetic import CohortError, CohortPlan, make_cohort
-from neurostorm.ingest.synthetic_sites import SITES
+from neurostorm.synthetic.cohort import CohortError, CohortPlan, make_cohort
+from neurostorm.synthetic.sites import SITES
 
 SIZES = """size and time:
   A 4 mm run takes about 28 kB per frame, a 3 mm run 65 kB, a 2 mm run 220 kB: the noise hardly compresses. The default

@@ -16,7 +16,7 @@ from bench_models import DTYPES, Step
 from bench_step import GEOMETRIES, refuse_impossible, refuse_missing_folder, setting
 from torch.profiler import ProfilerActivity, profile
 
-from neurostorm.presets import PRESETS
+from neurostorm.config.presets import PRESETS
 
 SHOWN = 15  # operations in the table
 

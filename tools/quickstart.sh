@@ -81,7 +81,7 @@ RAY_ADDRESS=127.0.0.1:$gcs_port "$bin/python" jobs/ingest.py --preset tiny --sou
 
 say "pretraining: ray job submit -- python jobs/pretrain.py"
 submit=(--preset tiny --store "$output/store" --output "$output" ${extra[@]+"${extra[@]}"})
-revision=$("$bin/python" -c 'from neurostorm.tracking import code_revision; print(code_revision())')
+revision=$("$bin/python" -c 'from neurostorm.tracking.tracker import code_revision; print(code_revision())')
 "$bin/ray" --logging-level error job submit --log-style pretty --log-color false \
     --address "$address" --working-dir "$root" \
     --runtime-env-json "{\"env_vars\": {\"NEUROSTORM_REVISION\": \"$revision\"}}" \

@@ -133,7 +133,7 @@ def build_store(store: Path, options: argparse.Namespace) -> dict[str, Any]:
     # Here and not above, as in all functions: the process that is measured imports this file.
     import pyarrow.parquet as pq
 
-    from neurostorm.ingest.template import brain_mask
+    from neurostorm.ingest.resample.template import brain_mask
     from neurostorm.store import GRIDS, create_store
     from neurostorm.store.layout import MANIFEST
     from neurostorm.store.shard import default_chunk_frames, run_bytes, run_files

@@ -55,11 +55,11 @@ def prepare(store: Path, config: Any) -> dict[str, Any]:
     import google_crc32c
 
     from neurostorm.store.shard import SHARD_FILE
-    from neurostorm.train import planned
+    from neurostorm.train.records import pinned_manifest
 
-    corpus = planned.choose(config)
+    corpus = pinned_manifest.choose(config)
     config.run.folder.mkdir(parents=True, exist_ok=True)
-    planned.keep(config, corpus)
+    pinned_manifest.keep(config, corpus)
     rows = corpus.plan.step_rows(0, 0, config.scale.workers)
     for run in {corpus.runs[number] for number in rows["run"]}:
         layout = corpus.runs.layout(corpus.runs.find(run), corpus.store.voxel_count)
@@ -82,14 +82,14 @@ def measure(store: Path, config: Any, rows: Any) -> dict[str, Any]:
 
     import neurostorm.train.worker  # noqa: F401  all that a worker has loaded
     from neurostorm.store import FrameStore
-    from neurostorm.train import planned
+    from neurostorm.train.records import pinned_manifest
 
     FrameStore.open(store)  # what reading a mask loads is loaded
     requests = Requests(store, config.run.folder)
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0] + pa.total_allocated_bytes()
     with requests.counting():
-        corpus = planned.planned(config)
+        corpus = pinned_manifest.planned(config)
         columns = corpus.reader.read(rows)
     if columns["bad"].any():
         raise RuntimeError("a clip of the first step could not be read")

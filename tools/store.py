@@ -30,18 +30,18 @@ import matplotlib.image
 import numpy as np
 from store_options import parse
 
-from neurostorm.pictures import Row, percentiles, rows_figure
-from neurostorm.places import replace
-from neurostorm.progress import progress, tracked
+from neurostorm.io.paths import replace
+from neurostorm.runtime.progress import progress, tracked
 from neurostorm.store import FrameStore, StoreError, dequantise
-from neurostorm.store.care import Holding, find_subject, holding, readmit, repair, withdraw
-from neurostorm.store.check_run import Problem
-from neurostorm.store.export import nifti_zarr_name, write_nifti, write_nifti_zarr
-from neurostorm.store.inventory import Advance, Progress, find_run
 from neurostorm.store.layout import RUNS
-from neurostorm.store.merge import merge
-from neurostorm.store.summary import list_runs, run_figures, summarise
-from neurostorm.store.verify import verify
+from neurostorm.store.maintenance.care import Holding, find_subject, holding, readmit, repair, withdraw
+from neurostorm.store.maintenance.check_run import Problem
+from neurostorm.store.maintenance.export import nifti_zarr_name, write_nifti, write_nifti_zarr
+from neurostorm.store.maintenance.inventory import Advance, Progress, find_run
+from neurostorm.store.maintenance.merge import merge
+from neurostorm.store.maintenance.summary import list_runs, run_figures, summarise
+from neurostorm.store.maintenance.verify import verify
+from neurostorm.tracking.images import Row, percentiles, rows_figure
 
 
 def main(argv: Sequence[str] | None = None) -> int:

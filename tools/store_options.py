@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from neurostorm.places import place
-from neurostorm.store.inventory import OLDER_THAN_S
+from neurostorm.io.paths import place
+from neurostorm.store.maintenance.inventory import OLDER_THAN_S
 
 RUN_HELP = "as `list` names it, <dataset>/<subject>/<entities>, or parts that only one run has: sub-001, sub-001_ses-2"
 WORKERS_HELP = "runs read at a time, 32 MB each (64 MB in an object store); default: the cores, 8 at most"

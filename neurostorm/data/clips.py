@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from neurostorm.data.reads import Read, plan_reads
+from neurostorm.data.plan.reads import Read, plan_reads
 from neurostorm.data.storage_wait import wait_for_storage
 from neurostorm.data.withdrawals import Withdrawals
 from neurostorm.store.layout import MissingRunError, StoreError, StoreUnavailableError

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from neurostorm.config import Config, ConfigError
 from neurostorm.data.clips import ClipReader
-from neurostorm.data.mixture import Origin, Sampling
-from neurostorm.data.plan import ClipPlan, validation_rows
-from neurostorm.data.split import split
+from neurostorm.data.plan.clip_plan import ClipPlan, validation_rows
+from neurostorm.data.plan.mixture import Origin, Sampling
+from neurostorm.data.plan.split import split
 from neurostorm.data.withdrawals import Withdrawals, subject_of
 from neurostorm.store.files import StorePath
 from neurostorm.store.manifest import LAYOUT_COLUMNS, read_manifest

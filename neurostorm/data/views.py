@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from neurostorm.data.augment import View
 from neurostorm.data.clips import ClipBatch
-from neurostorm.data.device import Q_PER_Z, ClipUnpacker, Patches
+from neurostorm.data.unpack import Q_PER_Z, ClipUnpacker, Patches
 
 _MEASURED = 1 - 1e-3  # weight of measured voxels from which a place counts as measured
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from neurostorm.config import ConfigError
-from neurostorm.places import Place
+from neurostorm.io.paths import Place
 from neurostorm.store import FrameStore, read_manifest
 
 REST = "rest"

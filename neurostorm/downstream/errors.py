@@ -4,8 +4,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-from neurostorm.errors import UserError
-from neurostorm.places import Place, replace
+from neurostorm.io.errors import UserError
+from neurostorm.io.paths import Place, replace
 
 ERRORS = "errors"  # folder of a run with the tracebacks of its trials
 

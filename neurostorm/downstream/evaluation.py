@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 
 from neurostorm.config import ConfigError, SplitConfig, TaskConfig
 from neurostorm.downstream.cohort import Cohort, open_cohort
-from neurostorm.downstream.examples import Examples
 from neurostorm.downstream.labels import Labels, column_names, is_numeric, read_labels
 from neurostorm.downstream.splits import (
     PARTS,
@@ -25,8 +24,9 @@ from neurostorm.downstream.splits import (
     nested_fractions,
     strata_of,
 )
-from neurostorm.downstream.tasks import REGISTRY, Task, UnknownTask, find_task
-from neurostorm.places import Place, place
+from neurostorm.downstream.tasks.examples import Examples
+from neurostorm.downstream.tasks.task import REGISTRY, Task, UnknownTask, find_task
+from neurostorm.io.paths import Place, place
 
 CLIP_FRAMES = 20  # without a model that says
 

@@ -17,16 +17,16 @@ import ray
 from neurostorm.config import Config, ConfigError
 from neurostorm.downstream.errors import TrialsFailed, keep_traceback
 from neurostorm.downstream.evaluation import task_of
-from neurostorm.downstream.metrics import chance_text
+from neurostorm.downstream.methods.training import State
 from neurostorm.downstream.prepare import Wanted, prepare
 from neurostorm.downstream.record import record_end, record_epoch, record_start, record_test, uri_of
-from neurostorm.downstream.training import State
+from neurostorm.downstream.statistics.metrics import chance_text
 from neurostorm.downstream.trial import PREDICTIONS, Outcome, Trial, test_trial, train_trial
-from neurostorm.errors import UserError, reason_of
-from neurostorm.lease import held
-from neurostorm.places import Place, replace
-from neurostorm.run_folder import keep_config, refuse_other
-from neurostorm.tracking import closing_words
+from neurostorm.io.errors import UserError, reason_of
+from neurostorm.io.paths import Place, replace
+from neurostorm.runtime.lease import held
+from neurostorm.runtime.run_folder import keep_config, refuse_other
+from neurostorm.tracking.tracker import closing_words
 
 logger = logging.getLogger(__name__)
 Result = tuple[list[tuple[int, dict[str, float]]], Outcome, dict[str, float]]

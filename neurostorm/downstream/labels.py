@@ -19,12 +19,12 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from neurostorm.errors import UserError
-from neurostorm.ingest.names import safe_label, slug
-from neurostorm.places import Place
+from neurostorm.ingest.layouts.names import safe_label, slug
+from neurostorm.io.errors import UserError
+from neurostorm.io.paths import Place
+from neurostorm.io.tsv import Row, number, read_tsv
 from neurostorm.store import StoreError, read_participants
 from neurostorm.store.layout import PARTICIPANTS
-from neurostorm.tsv import Row, number, read_tsv
 
 MISSING = frozenset({"", "n/a", "na", "nan"})  # in lower case, as ingest reads participants.tsv
 DATASET, PARTICIPANT = "dataset", "participant_id"

@@ -11,22 +11,22 @@ from dataclasses import dataclass
 
 import ray
 
-from neurostorm.capacity import Demand
 from neurostorm.config import AdaptConfig, Config, ConfigError
-from neurostorm.downstream.backbone import Backbone, backbone_of
-from neurostorm.downstream.connectivity import build_parcels, series_cached
+from neurostorm.downstream.embed.features import compute_tokens
+from neurostorm.downstream.embed.pretrained import Pretrained, check_fits, open_pretrained
 from neurostorm.downstream.evaluation import Evaluation, open_evaluation, split_of
-from neurostorm.downstream.features import compute_tokens
-from neurostorm.downstream.methods import Method, find_method
-from neurostorm.downstream.parcels import Parcels
-from neurostorm.downstream.pretrained import Pretrained, check_fits, open_pretrained
+from neurostorm.downstream.methods.backbone import Backbone, backbone_of
+from neurostorm.downstream.methods.connectivity import build_parcels, series_cached
+from neurostorm.downstream.methods.method import Method, find_method
+from neurostorm.downstream.methods.parcels import Parcels
 from neurostorm.downstream.splits import Split, save_split
-from neurostorm.downstream.tasks import Task
+from neurostorm.downstream.tasks.task import Task
 from neurostorm.downstream.trial import Trial, file_name
-from neurostorm.places import Place, replace
-from neurostorm.progress import progress
-from neurostorm.resources import require
-from neurostorm.run_folder import require_writable
+from neurostorm.io.paths import Place, replace
+from neurostorm.runtime.capacity import Demand
+from neurostorm.runtime.progress import progress
+from neurostorm.runtime.resources import require
+from neurostorm.runtime.run_folder import require_writable
 from neurostorm.train.contrastive import ContrastiveRecipe
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from typing import Any
 
 from neurostorm.config import Config
 from neurostorm.downstream.trial import PREDICTIONS, SPLIT, Outcome, Trial
-from neurostorm.tracking import Tracker, code_revision, open_run, tracking_uri
+from neurostorm.tracking.tracker import Tracker, code_revision, open_run, tracking_uri
 
 KIND, SELECTED = "neurostorm.kind", "neurostorm.selected"
 

@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from neurostorm import places
-from neurostorm.errors import UserError
-from neurostorm.places import Place
+from neurostorm.io import paths
+from neurostorm.io.errors import UserError
+from neurostorm.io.paths import Place
 
 JSON = str | int | float | bool | None | Sequence["JSON"] | Mapping[str, "JSON"]
 Names = Mapping[str, str] | None  # subject -> class or group
@@ -112,7 +112,7 @@ def save_split(file: Place, split: Split) -> None:
     """Check a split and write its file in one step, with the folders above it. OSError when it cannot be written."""
     split.check()
     file.parent.mkdir(parents=True, exist_ok=True)
-    places.replace(file, split.to_json().encode())
+    paths.replace(file, split.to_json().encode())
 
 
 def load_split(file: Place, subjects: Collection[str]) -> Split:

@@ -23,21 +23,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from neurostorm.config import Config, ConfigError
-from neurostorm.downstream import fitting
-from neurostorm.downstream.backbone import Backbone
 from neurostorm.downstream.evaluation import Evaluation, open_evaluation
-from neurostorm.downstream.examples import Examples
-from neurostorm.downstream.fitting import Chosen, Problem
-from neurostorm.downstream.inputs import Index
-from neurostorm.downstream.methods import Method, find_method
-from neurostorm.downstream.objective import objective_of
-from neurostorm.downstream.reid import same_scan_released
+from neurostorm.downstream.methods import fitting
+from neurostorm.downstream.methods.backbone import Backbone
+from neurostorm.downstream.methods.fitting import Chosen, Problem
+from neurostorm.downstream.methods.inputs import Index
+from neurostorm.downstream.methods.method import Method, find_method
+from neurostorm.downstream.methods.objective import objective_of
+from neurostorm.downstream.methods.training import OnEpoch, State
 from neurostorm.downstream.splits import Split
-from neurostorm.downstream.tasks import Task
-from neurostorm.downstream.training import OnEpoch, State
-from neurostorm.places import Place, create
-from neurostorm.places import replace as put
-from neurostorm.staging import fetched, outgoing
+from neurostorm.downstream.statistics.reid import same_scan_released
+from neurostorm.downstream.tasks.examples import Examples
+from neurostorm.downstream.tasks.task import Task
+from neurostorm.io.local_copies import fetched, outgoing
+from neurostorm.io.paths import Place, create
+from neurostorm.io.paths import replace as put
 from neurostorm.train.schedule import seed_for
 
 RESULT, TEST, TRAINED, PREDICTIONS, SPLIT = (

@@ -16,14 +16,14 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from neurostorm.ingest.discover import EMPTY, Source
+from neurostorm.ingest.layouts.discover import EMPTY, Source
+from neurostorm.ingest.layouts.names import applying, is_events, raw_folders
 from neurostorm.ingest.motion import DIGITS, PARAMETERS, framewise_displacement, motion_facts
-from neurostorm.ingest.names import applying, is_events, raw_folders
 from neurostorm.ingest.nifti import RunError
 from neurostorm.ingest.stream import read_small
-from neurostorm.places import Place
+from neurostorm.io.paths import Place
+from neurostorm.io.tsv import number, read_tsv
 from neurostorm.store.events import EVENTS, Event, events_attribute
-from neurostorm.tsv import number, read_tsv
 
 logger = logging.getLogger(__name__)
 

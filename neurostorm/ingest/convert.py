@@ -17,12 +17,12 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from neurostorm.ingest.annotations import annotations
-from neurostorm.ingest.discover import Source
+from neurostorm.ingest.layouts.discover import Source
 from neurostorm.ingest.nifti import RunError, file_sha256, open_run
-from neurostorm.ingest.standardize import SpatialPlan, Standardised, TemporalPlan
-from neurostorm.ingest.target import Target, bring_to_target
-from neurostorm.object_store import UnavailableError
-from neurostorm.places import Place, files_below
+from neurostorm.ingest.resample.standardize import SpatialPlan, Standardised, TemporalPlan
+from neurostorm.ingest.resample.target import Target, bring_to_target
+from neurostorm.io.object_store import UnavailableError
+from neurostorm.io.paths import Place, files_below
 from neurostorm.store import FORMAT, FrameStore, StoreError, write_run
 from neurostorm.store.files import is_node
 from neurostorm.store.layout import METADATA

@@ -19,15 +19,15 @@ import ray
 
 from neurostorm.config import Config
 from neurostorm.ingest.convert import RECIPE, RECIPE_VERSION, Outcome
-from neurostorm.ingest.discover import Source
+from neurostorm.ingest.layouts.discover import Source
 from neurostorm.ingest.nifti import RunError, open_run, repetition_time_s
 from neurostorm.ingest.report import listed, with_reasons, withdrawn_lines
-from neurostorm.ingest.standardize import plan_temporal
+from neurostorm.ingest.resample.standardize import plan_temporal
+from neurostorm.ingest.resample.target import check_size, sidecar_tr_s
+from neurostorm.ingest.resample.template import brain_mask
 from neurostorm.ingest.survey import STAT_THREADS, Survey, survey
-from neurostorm.ingest.target import check_size, sidecar_tr_s
-from neurostorm.ingest.template import brain_mask
-from neurostorm.places import Place
-from neurostorm.session import ensure_ray
+from neurostorm.io.paths import Place
+from neurostorm.runtime.session import ensure_ray
 from neurostorm.store import GRIDS, create_store, run_bytes, run_files
 from neurostorm.store.files import is_node
 

@@ -22,7 +22,7 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from neurostorm.ingest.stream import DAMAGE, Digest, Stream, open_head, open_stream, read_ahead
-from neurostorm.places import Place
+from neurostorm.io.paths import Place
 
 MIN_TR_S, MAX_TR_S = 0.05, 30.0
 MAX_VOXELS = 1 << 28  # of a frame; 0.7 mm over the whole head are 2^25

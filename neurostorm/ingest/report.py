@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from neurostorm.ingest.convert import Outcome
-from neurostorm.places import Place
+from neurostorm.io.paths import Place
 
 LISTED = 20
 

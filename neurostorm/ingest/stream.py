@@ -20,8 +20,8 @@ from typing import IO, Protocol, TypeVar, cast
 
 from isal import igzip, isal_zlib
 
-from neurostorm.object_store import ObjectPath
-from neurostorm.places import Place
+from neurostorm.io.object_store import ObjectPath
+from neurostorm.io.paths import Place
 
 GZIP_MAGIC = b"\x1f\x8b"
 # What reading a stream raises when the file is cut off or damaged; an OSError means that it cannot be read at all.

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from neurostorm.config import ConfigError, IngestConfig
 from neurostorm.ingest.convert import Outcome, outcome_at_a_glance
-from neurostorm.ingest.discover import Source, discover
+from neurostorm.ingest.layouts.discover import Source, discover
 from neurostorm.ingest.nifti import RunError
-from neurostorm.places import Place
+from neurostorm.io.paths import Place
 from neurostorm.store import withdrawn_subjects
 from neurostorm.store.files import find_runs, is_node, read_attributes
 

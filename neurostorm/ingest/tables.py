@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from neurostorm.ingest.convert import Outcome
-from neurostorm.ingest.discover import DiscoverError, Source, read_participants
-from neurostorm.places import Place
+from neurostorm.ingest.layouts.discover import DiscoverError, Source, read_participants
+from neurostorm.io.paths import Place
 from neurostorm.store import add_quarantine, clear_quarantine, read_quarantine, write_manifest, write_participants
 
 QUARANTINE_EVERY_S = 20.0

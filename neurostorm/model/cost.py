@@ -26,15 +26,15 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from neurostorm.model import scan_kernel
-from neurostorm.model.attention import WindowAttention
-from neurostorm.model.decoder import PatchExpanding, UpStage
-from neurostorm.model.geometry import Geometry, TokenGeometry
-from neurostorm.model.mae import MaskedAutoencoder
-from neurostorm.model.mamba import Mamba
-from neurostorm.model.scan import CHUNK_TOKENS
-from neurostorm.model.swin4d import Block, BlockStack, Stage, SwinEncoder
-from neurostorm.model.windows import WindowTable
+from neurostorm.model.autoencoder import MaskedAutoencoder
+from neurostorm.model.decoders.paper import PatchExpanding, UpStage
+from neurostorm.model.encoder import Block, BlockStack, Stage, SwinEncoder
+from neurostorm.model.geometry.tokens import Geometry, TokenGeometry
+from neurostorm.model.geometry.windows import WindowTable
+from neurostorm.model.mixers import scan_kernel
+from neurostorm.model.mixers.attention import WindowAttention
+from neurostorm.model.mixers.mamba import Mamba
+from neurostorm.model.mixers.scan import CHUNK_TOKENS
 
 _SCAN_PER_STATE, _SCAN_PER_CHANNEL = 7, 3
 _ADAMW_PASSES = 7  # reads weight, gradient and two moments, writes all but the gradient

@@ -21,8 +21,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from neurostorm.downstream.metrics import higher_is_better
-from neurostorm.progress import tracked
+from neurostorm.downstream.statistics.metrics import higher_is_better
 from neurostorm.report.results import (
     CLASSIFICATION,
     IDENTIFICATION,
@@ -33,6 +32,7 @@ from neurostorm.report.results import (
     Task,
     Trial,
 )
+from neurostorm.runtime.progress import tracked
 
 PREDICTIONS = "predictions.parquet"
 READERS = 8  # artifacts fetched at once from a server

@@ -14,11 +14,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from neurostorm.downstream.metrics import metric_of
-from neurostorm.downstream.stats import Comparison, PairedInterval, compare, paired_bootstrap, with_holm
-from neurostorm.progress import tracked
+from neurostorm.downstream.statistics.metrics import metric_of
+from neurostorm.downstream.statistics.uncertainty import (
+    Comparison,
+    PairedInterval,
+    compare,
+    paired_bootstrap,
+    with_holm,
+)
 from neurostorm.report.methods import references_of
 from neurostorm.report.results import Pair, ReportError, Results, Task, Trial
+from neurostorm.runtime.progress import tracked
 
 DRAWS = 1000  # of the bootstrap: its p is then known to about 0.007 at 0.05
 _SAME = 1e-6  # of two targets, relative: what single precision leaves

@@ -4,7 +4,7 @@ import json
 
 from neurostorm.config import Config, ConfigError
 from neurostorm.report.summary import ReportResult, write_report
-from neurostorm.tracking import RUN_FILE, tracking_uri
+from neurostorm.tracking.tracker import RUN_FILE, tracking_uri
 
 
 def report_of(config: Config, run_id: str | None = None) -> ReportResult:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 from urllib.parse import quote
 
-from neurostorm.report.drawing import Drawn
+from neurostorm.report.figures.drawing import Drawn
 from neurostorm.report.table import Cell, Column, Table
 
 _ROOMY = 10  # columns of a table in the usual size of letters

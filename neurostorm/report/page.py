@@ -6,11 +6,11 @@ head, glance, headline table --> figures --> each task --> comparisons --> metho
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from neurostorm.downstream.metrics import chance_text, higher_is_better
-from neurostorm.downstream.stats import Comparison, stars
+from neurostorm.downstream.statistics.metrics import chance_text, higher_is_better
+from neurostorm.downstream.statistics.uncertainty import Comparison, stars
 from neurostorm.report.collect import without_credentials
 from neurostorm.report.compare import find, unpaired
-from neurostorm.report.drawing import Drawn
+from neurostorm.report.figures.drawing import Drawn
 from neurostorm.report.markup import CSS, Links, bullets, facts, figure, paragraph, tables
 from neurostorm.report.methods import CONNECTIVITY, look, references_of
 from neurostorm.report.results import CLASSIFICATION, REGRESSION, Results, Task

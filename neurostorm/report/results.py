@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from neurostorm.downstream.metrics import higher_is_better
-from neurostorm.errors import UserError
+from neurostorm.downstream.statistics.metrics import higher_is_better
+from neurostorm.io.errors import UserError
 from neurostorm.report.methods import ordered
 
 REGRESSION, CLASSIFICATION, IDENTIFICATION = "regression", "classification", "identification"

@@ -13,17 +13,17 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from neurostorm.mlflow_server import unhurried
-from neurostorm.places import Place
-from neurostorm.progress import tracked
+from neurostorm.io.local_copies import fetched, outgoing
+from neurostorm.io.paths import Place
 from neurostorm.report.collect import collect
 from neurostorm.report.compare import DRAWS, comparisons
 from neurostorm.report.figures import all_figures
 from neurostorm.report.page import REPEAT, page
 from neurostorm.report.results import ReportError, Results
 from neurostorm.report.tables import all_tables
-from neurostorm.staging import fetched, outgoing
-from neurostorm.tracking import code_revision
+from neurostorm.runtime.progress import tracked
+from neurostorm.tracking.mlflow_client import unhurried
+from neurostorm.tracking.tracker import code_revision
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from neurostorm.downstream.stats import Summary, summary
+from neurostorm.downstream.statistics.uncertainty import Summary, summary
 
 NONE = "\u2013"  # a dash
 _MINUS = "\u2212"

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
-from neurostorm.downstream.stats import Comparison, stars, summary
+from neurostorm.downstream.statistics.uncertainty import Comparison, stars, summary
 from neurostorm.report.compare import find
 from neurostorm.report.methods import CONNECTIVITY, look, references_of
 from neurostorm.report.results import REGRESSION, Results, Task, Trial

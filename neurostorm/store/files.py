@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from neurostorm.object_store import ObjectPath
-from neurostorm.places import Place, files_below, is_unavailable, place
+from neurostorm.io.object_store import ObjectPath
+from neurostorm.io.paths import Place, files_below, is_unavailable, place
 from neurostorm.store.layout import FORMAT, METADATA, RUNS, StoreError, StoreUnavailableError
 
 StorePath = str | os.PathLike[str] | ObjectPath

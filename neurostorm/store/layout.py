@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from neurostorm.errors import UserError
+from neurostorm.io.errors import UserError
 
 FORMAT = 2
 RECIPE_VERSION = 1

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from neurostorm.places import Place, one_step, update
+from neurostorm.io.paths import Place, one_step, update
 from neurostorm.store.files import StorePath, find_runs, read_header, read_many, store_place, unreadable
 from neurostorm.store.layout import (
     MANIFEST,

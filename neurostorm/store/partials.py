@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from neurostorm.locks import STALE_S, orphaned, remove_if_orphaned
-from neurostorm.object_store import ObjectPath
-from neurostorm.places import Place, files_below
+from neurostorm.io.locks import STALE_S, orphaned, remove_if_orphaned
+from neurostorm.io.object_store import ObjectPath
+from neurostorm.io.paths import Place, files_below
 from neurostorm.store.files import StorePath, store_place
 from neurostorm.store.layout import PARTIAL, RUNS
 from neurostorm.store.shard import SHARD_FILE

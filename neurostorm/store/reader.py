@@ -21,8 +21,8 @@ import pyarrow as pa
 import zarr
 from numpy.typing import NDArray
 
-from neurostorm.object_store import ObjectPath, errors
-from neurostorm.places import Place
+from neurostorm.io.object_store import ObjectPath, errors
+from neurostorm.io.paths import Place
 from neurostorm.store.files import (
     MissingNodeError,
     StorePath,

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from neurostorm.object_store import ObjectPath
-from neurostorm.places import Place
+from neurostorm.io.object_store import ObjectPath
+from neurostorm.io.paths import Place
 from neurostorm.store.shard import RunLayout, ShardError, check, decode_chunk, read_index
 
 _IOV_MAX = 1024  # buffers in one call of preadv

@@ -23,9 +23,9 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from neurostorm.locks import open_locked, temporary_name
-from neurostorm.object_store import ObjectPath, PlaceError
-from neurostorm.places import Place, create, files_below, sync, take_place
+from neurostorm.io.locks import open_locked, temporary_name
+from neurostorm.io.object_store import ObjectPath, PlaceError
+from neurostorm.io.paths import Place, create, files_below, sync, take_place
 from neurostorm.store.codec import LIMIT
 from neurostorm.store.files import StorePath, is_node, read_header, store_place
 from neurostorm.store.layout import (

@@ -14,32 +14,32 @@ import torch.distributed as dist
 from neurostorm.config import Config, ConfigError
 from neurostorm.data.batch_stream import BatchStream
 from neurostorm.data.corpus import Corpus
-from neurostorm.data.device import ClipUnpacker
-from neurostorm.data.split import subject_hash
+from neurostorm.data.plan.split import subject_hash
+from neurostorm.data.unpack import ClipUnpacker
 from neurostorm.data.views import ViewUnpacker
-from neurostorm.model.atlas import patch_labels
+from neurostorm.io.local_copies import outgoing
+from neurostorm.io.object_requests import RETRY_S
+from neurostorm.io.paths import Place
+from neurostorm.model.autoencoder import MaskedAutoencoder
+from neurostorm.model.config import SwinConfig
 from neurostorm.model.cost import clip_cost
-from neurostorm.model.hub import save_pretrained
-from neurostorm.model.mae import MaskedAutoencoder
-from neurostorm.model.masking import MaskConfig
-from neurostorm.model.strd import StrdConfig
-from neurostorm.model.swin4d import compile_blocks
-from neurostorm.model.swin_config import SwinConfig
-from neurostorm.object_requests import RETRY_S
-from neurostorm.places import Place
-from neurostorm.staging import outgoing
+from neurostorm.model.encoder import compile_blocks
+from neurostorm.model.hub.pretrained import save_pretrained
+from neurostorm.model.masking.atlas import patch_labels
+from neurostorm.model.masking.masks import MaskConfig
+from neurostorm.model.strd.dropout import StrdConfig
 from neurostorm.store.reader import FrameStore
-from neurostorm.tracking import Tracker, code_revision
-from neurostorm.train import checkpoint
-from neurostorm.train.barrier import Barrier
+from neurostorm.tracking.tracker import Tracker, code_revision
+from neurostorm.train.checkpoint import checkpoints
 from neurostorm.train.engine import Engine
-from neurostorm.train.goodput import Account
-from neurostorm.train.left_out import removed
-from neurostorm.train.lines import line
+from neurostorm.train.health.barrier import Barrier
+from neurostorm.train.health.collectives import gather, set_collective_timeout
+from neurostorm.train.health.timeouts import CollectiveTimeouts
 from neurostorm.train.loop import Loop
-from neurostorm.train.ranks import gather, set_collective_timeout
-from neurostorm.train.timeouts import CollectiveTimeouts
-from neurostorm.train.validate import Validation
+from neurostorm.train.records.log_lines import line
+from neurostorm.train.records.time_account import Account
+from neurostorm.train.records.withdrawn_clips import removed
+from neurostorm.train.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def assemble(
     brain = torch.from_numpy(corpus.store.mask)
     if config.train.compile:
         compile_blocks(model)
-    found = checkpoint.choose(config.run.folder / "checkpoints", gather=gather, rank=rank)
+    found = checkpoints.choose(config.run.folder / "checkpoints", gather=gather, rank=rank)
     engine = Engine(model, config.train, config.clips_per_worker, device)
     first_step = 0 if found is None else resume(found, engine, rank, config.train.zero_stage)
     timeouts = collective_timeouts(config)
@@ -177,7 +177,7 @@ def collective_timeouts(config: Config) -> CollectiveTimeouts:
     return CollectiveTimeouts(least_s, most_s, set_collective_timeout, {"checkpoint": upload_s})
 
 
-def resume(found: checkpoint.Checkpoint, engine: Engine, rank: int, zero_stage: int) -> int:
+def resume(found: checkpoints.Checkpoint, engine: Engine, rank: int, zero_stage: int) -> int:
     """Loads a checkpoint and returns its number of finished steps; a collective call.
 
     One of another ZeRO stage or number of workers is converted.
@@ -185,7 +185,7 @@ def resume(found: checkpoint.Checkpoint, engine: Engine, rank: int, zero_stage: 
     workers, saved_stage = dist.get_world_size(), found.trainer["config"]["train"]["zero_stage"]
     convert = found.workers != workers or saved_stage != zero_stage
     load = partial(engine.load, convert=convert)
-    checkpoint.restore(found, load, gather=gather, rank=rank, convert=convert)
+    checkpoints.restore(found, load, gather=gather, rank=rank, convert=convert)
     if rank == 0:
         stages = {"zero_stage": zero_stage, "saved_at_stage": saved_stage} if saved_stage != zero_stage else {}
         about = {"saved_by": found.workers, "workers": workers, **stages}

@@ -23,15 +23,15 @@ from torch import Tensor, nn
 
 from neurostorm.data.augment import Augment, AugmentConfig
 from neurostorm.data.clips import ClipBatch, ClipReader, as_batch
-from neurostorm.data.device import ClipUnpacker
-from neurostorm.data.plan import ROW
-from neurostorm.model.contrastive import ContrastiveModel, instance_loss, local_local_loss
-from neurostorm.model.geometry import patch_table
-from neurostorm.model.swin4d import SwinEncoder
-from neurostorm.model.swin_config import SwinConfig
+from neurostorm.data.plan.clip_plan import ROW
+from neurostorm.data.unpack import ClipUnpacker
+from neurostorm.model.config import SwinConfig
+from neurostorm.model.encoder import SwinEncoder
+from neurostorm.model.geometry.tokens import patch_table
+from neurostorm.model.losses.contrastive import ContrastiveModel, instance_loss, local_local_loss
 from neurostorm.store.reader import FrameStore
 from neurostorm.train.engine import parameter_groups
-from neurostorm.train.health import NonFiniteError, UnreadableClipsError, clip_names
+from neurostorm.train.health.limits import NonFiniteError, UnreadableClipsError, clip_names
 from neurostorm.train.schedule import DROPOUT, learning_rate, seed_for
 
 KINDS = ("instance", "local-local", "both")
@@ -228,7 +228,7 @@ def pretrain_contrastive(
     threads: int = 1,
     on_step: Callable[[int, float], None] | None = None,
 ) -> SwinEncoder:
-    """Pretrain an encoder; the caller keeps it with :func:`neurostorm.model.hub.save_pretrained`.
+    """Pretrain an encoder; the caller keeps it with :func:`neurostorm.model.hub.pretrained.save_pretrained`.
 
     On a CPU the result follows from the arguments to the last bit.
 

@@ -7,9 +7,9 @@ import ray.train
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 
-from neurostorm.errors import may_pass
-from neurostorm.places import Place
-from neurostorm.train.checkpoint import newest_committed
+from neurostorm.io.errors import may_pass
+from neurostorm.io.paths import Place
+from neurostorm.train.checkpoint.checkpoints import newest_committed
 
 logger = logging.getLogger(__name__)
 # Tells an actor of Ray's every 20 s what the run needs. On a busy machine the answer takes longer than the 5 s that it

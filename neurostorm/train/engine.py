@@ -24,9 +24,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from neurostorm.config import TrainConfig
-from neurostorm.train.restored_state import write_state
-from neurostorm.train.saved_state import read_state
-from neurostorm.train.unpickle import tensors_only
+from neurostorm.train.checkpoint.restored_state import write_state
+from neurostorm.train.checkpoint.saved_state import read_state
+from neurostorm.train.checkpoint.unpickle import tensors_only
 
 
 @dataclass(frozen=True)

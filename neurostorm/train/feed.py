@@ -11,8 +11,9 @@ import ray.train
 
 from neurostorm.config import Config
 from neurostorm.data.corpus import Corpus
-from neurostorm.data.pipeline import clip_dataset, feed_options
-from neurostorm.train import checkpoint, planned
+from neurostorm.data.loader import clip_dataset, feed_options
+from neurostorm.train.checkpoint import checkpoints
+from neurostorm.train.records import pinned_manifest
 
 
 class Feed(ray.train.DataConfig):
@@ -33,8 +34,8 @@ class Feed(ray.train.DataConfig):
 
 def training_data(config: Config) -> Any:
     """The clips from the newest checkpoint on."""
-    corpus = planned.planned(config)
-    newest = checkpoint.newest(config.run.folder / "checkpoints")
+    corpus = pinned_manifest.planned(config)
+    newest = checkpoints.newest(config.run.folder / "checkpoints")
     total = corpus.plan.total_steps(config.train.epochs, config.train.max_steps)
     first = min(newest.step if newest else 0, total - 1)
     return clip_dataset(

@@ -15,14 +15,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from neurostorm import unsent
-from neurostorm.capacity import training_demand
 from neurostorm.config import Config, ConfigError
 from neurostorm.data.corpus import Corpus
-from neurostorm.lease import held
-from neurostorm.places import remove_tree
-from neurostorm.resources import require
-from neurostorm.run_folder import (
+from neurostorm.io.paths import remove_tree
+from neurostorm.runtime.capacity import training_demand
+from neurostorm.runtime.lease import held
+from neurostorm.runtime.resources import require
+from neurostorm.runtime.run_folder import (
     changed_settings,
     differing_keys,
     keep_config,
@@ -30,12 +29,14 @@ from neurostorm.run_folder import (
     require_writable,
     saved_store,
 )
-from neurostorm.tracking import RUN_FILE, tracking_uri
-from neurostorm.train import checkpoint, planned
+from neurostorm.tracking import unsent
+from neurostorm.tracking.tracker import RUN_FILE, tracking_uri
 from neurostorm.train.build import atlas_of, swin_config
-from neurostorm.train.goodput import ACCOUNT, now_ns
+from neurostorm.train.checkpoint import checkpoints
+from neurostorm.train.health.stop import RunStopped, stops_on_usr1
+from neurostorm.train.records import pinned_manifest
+from neurostorm.train.records.time_account import ACCOUNT, now_ns
 from neurostorm.train.slow import slow_words, step_s
-from neurostorm.train.stop import RunStopped, stops_on_usr1
 from neurostorm.train.trainer import trainer_of
 from neurostorm.train.worker import SUMMARY
 
@@ -66,7 +67,7 @@ def check(config: Config, corpus: Corpus) -> Plan:
     swin_config(config, corpus.store)
     atlas_of(config, corpus.store)
     folder, resume = config.run.folder, config.checkpoint.resume
-    newest = checkpoint.newest(folder / "checkpoints")
+    newest = checkpoints.newest(folder / "checkpoints")
     total = corpus.plan.total_steps(config.train.epochs, config.train.max_steps)
     if newest is None:
         if resume == "must":
@@ -118,7 +119,7 @@ def pretrain(config: Config) -> dict[str, Any]:
 
 
 def _pretrain(config: Config, started_ns: int) -> dict[str, Any]:
-    corpus = planned.choose(config)
+    corpus = pinned_manifest.choose(config)
     plan = check(config, corpus)
     folder = config.run.folder
     if not plan.finished:
@@ -128,10 +129,10 @@ def _pretrain(config: Config, started_ns: int) -> dict[str, Any]:
         slow = slow_words(config, corpus.store.grid, plan.total_steps - plan.first_step, step_s(config, corpus))
         if slow:
             logger.warning("%s", slow)
-        if not checkpoint.is_begun(folder / "checkpoints"):
+        if not checkpoints.is_begun(folder / "checkpoints"):
             forget_other_start(config, corpus)
         keep_config(config, "pretrain")
-        planned.keep(config, corpus)
+        pinned_manifest.keep(config, corpus)
         logger.info(
             "%d subjects, %d runs, %d frames; %s; %d clips per epoch; steps %d to %d",
             corpus.subjects, len(corpus.runs), corpus.frames, corpus.split, corpus.plan.clips_per_epoch,
@@ -153,8 +154,8 @@ def _pretrain(config: Config, started_ns: int) -> dict[str, Any]:
 
 def require_finished(config: Config, plan: Plan) -> None:
     """Raises RunStopped, with what to type, when the workers have ended before the last step."""
-    newest = checkpoint.newest_committed(config.run.folder / "checkpoints")
-    if newest is None or checkpoint.step_of(newest) < plan.total_steps:
+    newest = checkpoints.newest_committed(config.run.folder / "checkpoints")
+    if newest is None or checkpoints.step_of(newest) < plan.total_steps:
         raise RunStopped(f"stopped as asked, of {plan.total_steps} steps; {how_to_resume(config)}")
 
 
@@ -165,7 +166,7 @@ def forget_other_start(config: Config, corpus: Corpus) -> None:
     """
     folder = config.run.folder
     changed = changed_settings(config)
-    if planned.is_other(folder, corpus):
+    if pinned_manifest.is_other(folder, corpus):
         before, now = saved_store(folder), str(config.data.store)
         changed.append(f"data.store: {before} -> {now}" if before != now else f"other runs in {now}")
     if changed:
@@ -190,8 +191,8 @@ def already_complete(config: Config, plan: Plan, summary: dict[str, Any]) -> str
 
 def how_to_resume(config: Config) -> str:
     """What a run that is stopped says: its newest checkpoint, and that the same command resumes from it."""
-    path = checkpoint.newest_committed(config.run.folder / "checkpoints")
+    path = checkpoints.newest_committed(config.run.folder / "checkpoints")
     if path is None:
         return f"{config.run.folder} has no checkpoint yet: the same command starts it again from step 0"
-    done = checkpoint.step_of(path)
+    done = checkpoints.step_of(path)
     return f"the newest checkpoint is {path} ({done} steps done): start the same command again to resume from it"

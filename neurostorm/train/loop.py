@@ -21,24 +21,24 @@ import torch
 from neurostorm.config import Config
 from neurostorm.data.batch_stream import BatchStream
 from neurostorm.data.clips import ClipBatch
-from neurostorm.data.device import ClipUnpacker, Patches
+from neurostorm.data.unpack import ClipUnpacker, Patches
 from neurostorm.data.views import ViewUnpacker
+from neurostorm.model.autoencoder import MaskedAutoencoder
 from neurostorm.model.cost import measured_peak
-from neurostorm.model.mae import MaskedAutoencoder
-from neurostorm.tracking import Tracker
-from neurostorm.train import checkpoint
-from neurostorm.train.barrier import Barrier, StepClips
+from neurostorm.tracking.tracker import Tracker
+from neurostorm.train.checkpoint import checkpoints
 from neurostorm.train.engine import Engine, StepOutcome
-from neurostorm.train.goodput import Account
-from neurostorm.train.health import DamagedClips, SkipGuard, clip_names
-from neurostorm.train.journal import Journal
-from neurostorm.train.left_out import LeftOut
-from neurostorm.train.lines import line, percent
-from neurostorm.train.ranks import gather, mean_over_ranks
+from neurostorm.train.health.barrier import Barrier, StepClips
+from neurostorm.train.health.collectives import gather, mean_over_ranks
+from neurostorm.train.health.limits import DamagedClips, SkipGuard, clip_names
+from neurostorm.train.health.timeouts import CollectiveTimeouts
+from neurostorm.train.records.jsonl import Journal
+from neurostorm.train.records.log_lines import line, percent
+from neurostorm.train.records.time_account import Account
+from neurostorm.train.records.time_left import TimeLeft
+from neurostorm.train.records.withdrawn_clips import LeftOut
 from neurostorm.train.schedule import DROPOUT, MASK, draw_masks, draw_views, learning_rate, seed_for
-from neurostorm.train.time_left import TimeLeft
-from neurostorm.train.timeouts import CollectiveTimeouts
-from neurostorm.train.validate import Validation
+from neurostorm.train.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -311,7 +311,7 @@ class Loop:
             self.ledger.keep(done)
             self.damaged.keep(done)
             self.left_out.keep(done)
-            checkpoint.save(
+            checkpoints.save(
                 self.folder / "checkpoints", done, write_shards=self.engine.save, gather=gather, rank=self.rank,
                 trainer=self.trainer, keep=self.config.checkpoint.keep,
             )  # fmt: skip

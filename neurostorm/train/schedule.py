@@ -7,7 +7,7 @@ import torch
 
 from neurostorm.config import Config
 from neurostorm.data.augment import AugmentConfig, View, draw_view
-from neurostorm.model.mae import MaskedAutoencoder
+from neurostorm.model.autoencoder import MaskedAutoencoder
 
 MASK, DROPOUT, VALIDATION, VIEW = 1, 2, 3, 4  # what a seed is for
 

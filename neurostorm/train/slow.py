@@ -5,9 +5,9 @@ import math
 import torch
 
 from neurostorm.config import Config
+from neurostorm.config.presets import PRESETS
 from neurostorm.data.corpus import Corpus
 from neurostorm.model.cost import clip_cost, measured_peak
-from neurostorm.presets import PRESETS
 from neurostorm.store import GRIDS, Grid
 from neurostorm.train.build import build_model
 

@@ -10,7 +10,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from neurostorm.config import Config
 from neurostorm.data.corpus import Corpus
-from neurostorm.places import Place
+from neurostorm.io.paths import Place
 from neurostorm.train.controller import FailuresSinceCheckpoint, FewerWarnings
 from neurostorm.train.feed import Feed
 from neurostorm.train.worker import train_worker

@@ -17,17 +17,17 @@ import torch
 
 from neurostorm.config import Config
 from neurostorm.data.corpus import Corpus
+from neurostorm.data.loader import batches
 from neurostorm.data.pinned import Cuda, DeviceCopies
-from neurostorm.data.pipeline import batches
-from neurostorm.places import replace
-from neurostorm.tracking import Tracker, code_revision, open_run, tracking_uri
-from neurostorm.train import checkpoint
+from neurostorm.io.paths import replace
+from neurostorm.tracking.tracker import Tracker, code_revision, open_run, tracking_uri
 from neurostorm.train.build import assemble, export
-from neurostorm.train.gauges import Gauges
-from neurostorm.train.goodput import Account
-from neurostorm.train.planned import planned
-from neurostorm.train.stop import StopWatch
-from neurostorm.train.validate import CLIPS
+from neurostorm.train.checkpoint import checkpoints
+from neurostorm.train.health.stop import StopWatch
+from neurostorm.train.records.gauges import Gauges
+from neurostorm.train.records.pinned_manifest import planned
+from neurostorm.train.records.time_account import Account
+from neurostorm.train.validation import CLIPS
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def finish(
     folder = config.run.folder
     logger.info("storing the model and the last checkpoint with the MLflow run %s", tracker.run_id or "(not open yet)")
     tracker.artifact(folder / "model", "model")
-    newest = checkpoint.newest(folder / "checkpoints")
+    newest = checkpoints.newest(folder / "checkpoints")
     if newest is not None:
         tracker.artifact(newest.path, f"checkpoints/{newest.path.name}")
     account.keep("checkpoint")

@@ -18,9 +18,9 @@ from ray.tune import Callback, Stopper
 from neurostorm.downstream.errors import alike, keep_traceback, reason_in
 from neurostorm.downstream.record import record_end, record_epoch, record_start
 from neurostorm.downstream.trial import Trial, read_outcome, settle_trial
-from neurostorm.places import Place
-from neurostorm.progress import Bar, progress
-from neurostorm.tracking import Tracker
+from neurostorm.io.paths import Place
+from neurostorm.runtime.progress import Bar, progress
+from neurostorm.tracking.tracker import Tracker
 from neurostorm.tune.scheduler import EPOCH, SCORE
 
 STOPPED, ERROR = "neurostorm.stopped", "neurostorm.error"

@@ -11,8 +11,8 @@ from typing import TypeVar
 
 from neurostorm.config import AdaptConfig, Config, ConfigError
 from neurostorm.downstream.evaluation import task_of
-from neurostorm.downstream.fitting import settings_of
-from neurostorm.downstream.methods import find_method
+from neurostorm.downstream.methods.fitting import settings_of
+from neurostorm.downstream.methods.method import find_method
 from neurostorm.downstream.prepare import Wanted, suits
 
 HYPER = ("lr", "weight_decay", "prompts")

@@ -24,17 +24,17 @@ from ray import tune
 
 from neurostorm.config import Config, ConfigError
 from neurostorm.downstream.errors import ERRORS, TrialsFailed, alike, count_alike, told_by
-from neurostorm.downstream.metrics import higher_is_better
+from neurostorm.downstream.methods.training import State
 from neurostorm.downstream.prepare import prepare
 from neurostorm.downstream.record import KIND, SELECTED, record_test, uri_of
-from neurostorm.downstream.training import State
+from neurostorm.downstream.statistics.metrics import higher_is_better
 from neurostorm.downstream.trial import TEST, Trial, read_outcome, test_trial, train_trial
-from neurostorm.errors import UserError
-from neurostorm.lease import held
-from neurostorm.places import Place, replace
-from neurostorm.progress import progress
-from neurostorm.run_folder import CONFIG_FILE, PLACED, keep_config, refuse_other
-from neurostorm.tracking import Tracker, closing_words, code_revision, open_run
+from neurostorm.io.errors import UserError
+from neurostorm.io.paths import Place, replace
+from neurostorm.runtime.lease import held
+from neurostorm.runtime.progress import progress
+from neurostorm.runtime.run_folder import CONFIG_FILE, PLACED, keep_config, refuse_other
+from neurostorm.tracking.tracker import Tracker, closing_words, code_revision, open_run
 from neurostorm.tune.logbook import REASON, REFUSED, GiveUp, Logbook, score_of
 from neurostorm.tune.scheduler import EPOCH, CellScheduler
 from neurostorm.tune.space import by_key, wanted_trials

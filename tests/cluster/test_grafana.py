@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from neurostorm.train.gauges import OWN, SHOWN
+from neurostorm.train.records.gauges import OWN, SHOWN
 
 ROOT = Path(__file__).resolve().parents[2]
 

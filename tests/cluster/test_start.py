@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
-from neurostorm.presets import PRESETS
+from neurostorm.config.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from neurostorm.data.clips import ClipReader
-from neurostorm.data.plan import ROW
+from neurostorm.data.plan.clip_plan import ROW
 from neurostorm.store import (
     FrameStore,
     Grid,

@@ -13,8 +13,8 @@ import torch
 
 from neurostorm.data.batch_stream import BatchStream
 from neurostorm.data.clips import as_batch
+from neurostorm.data.loader import batches
 from neurostorm.data.pinned import Cuda, DeviceCopies
-from neurostorm.data.pipeline import batches
 
 ORDERS, AHEAD = 8, 2
 

@@ -6,10 +6,10 @@ import torch
 from einops import rearrange
 
 from neurostorm.data.augment import AugmentConfig, View, draw_view, resample
-from neurostorm.data.device import ClipUnpacker
+from neurostorm.data.unpack import ClipUnpacker
 from neurostorm.data.views import ViewUnpacker
-from neurostorm.model.mae import MaskedAutoencoder
-from neurostorm.model.swin_config import SwinConfig
+from neurostorm.model.autoencoder import MaskedAutoencoder
+from neurostorm.model.config import SwinConfig
 
 FRAMES = 6
 PLACES = [(3, 0), (0, 20), (8, 19)]

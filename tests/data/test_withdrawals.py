@@ -8,9 +8,9 @@ import pytest
 from neurostorm.data import withdrawals as withdrawals_module
 from neurostorm.data.clips import ClipReader
 from neurostorm.data.withdrawals import Withdrawals, subject_of
-from neurostorm.places import copy_files, files_below, place
+from neurostorm.io.paths import copy_files, files_below, place
 from neurostorm.store import FrameStore, StoreError, read_manifest
-from neurostorm.store.care import withdraw
+from neurostorm.store.maintenance.care import withdraw
 from neurostorm.store.run_index import RunIndex
 from neurostorm.store.shard import SHARD_FILE
 

@@ -11,16 +11,16 @@ import torch
 
 from neurostorm.config import EmbedConfig
 from neurostorm.downstream.cohort import Run
-from neurostorm.downstream.embed import task_of
-from neurostorm.downstream.embed_input import open_input, remember
-from neurostorm.downstream.embed_parts import Assembled, assemble, unfinished
-from neurostorm.downstream.embed_run import Embedder
-from neurostorm.downstream.examples import Examples, collect
+from neurostorm.downstream.embed.embed_run import Embedder
+from neurostorm.downstream.embed.inputs import open_input, remember
+from neurostorm.downstream.embed.job import task_of
+from neurostorm.downstream.embed.parts import Assembled, assemble, unfinished
+from neurostorm.downstream.tasks.examples import Examples, collect
 from neurostorm.ingest.convert import ingest_run
-from neurostorm.ingest.discover import discover
-from neurostorm.model.hub import save_pretrained
-from neurostorm.model.mae import MaskedAutoencoder
-from neurostorm.model.swin_config import SwinConfig
+from neurostorm.ingest.layouts.discover import discover
+from neurostorm.model.autoencoder import MaskedAutoencoder
+from neurostorm.model.config import SwinConfig
+from neurostorm.model.hub.pretrained import save_pretrained
 from neurostorm.store import FrameStore, create_store, write_manifest
 
 FRAMES = 10  # a clip of the model; a run of the ball store has 48: four clips, and 8 frames left out

@@ -13,7 +13,7 @@ from neurostorm.config import ConfigError, SplitConfig, TaskConfig
 from neurostorm.downstream.cohort import open_cohort
 from neurostorm.downstream.evaluation import Evaluation, open_evaluation, split_of, task_of
 from neurostorm.downstream.splits import PARTS, Split, SplitError, save_split
-from neurostorm.downstream.tasks import REGISTRY, find_task
+from neurostorm.downstream.tasks.task import REGISTRY, find_task
 from neurostorm.store import Grid, create_store, run_path, write_manifest, write_participants, write_run
 
 PEOPLE = tuple(f"sub-{number:02d}" for number in range(24))
@@ -212,7 +212,7 @@ def test_a_task_sees_the_runs_with_its_label(store: Path) -> None:
 def test_a_task_of_ones_own_selects_its_runs_and_the_user_overrides_it(store: Path, tmp_path: Path) -> None:
     """A subclass of State has the runs with events, whatever it is called."""
     file = tmp_path / "hands.py"
-    file.write_text("from neurostorm.downstream.tasks import State\nclass Hands(State):\n    name = 'hands'\n")
+    file.write_text("from neurostorm.downstream.tasks.task import State\nclass Hands(State):\n    name = 'hands'\n")
     before = dict(REGISTRY)
     try:
         examples = opened(store, str(file), clip_frames=5).examples

@@ -8,13 +8,13 @@ from types import ModuleType
 import pytest
 
 from neurostorm.downstream.finetune import Finetuned
-from neurostorm.downstream.tasks import REGISTRY
+from neurostorm.downstream.tasks.task import REGISTRY
 from neurostorm.downstream.trial import Outcome
 from tests.people_store import write_model
 
 ROOT = Path(__file__).resolve().parents[2]
 MY_TASK = """
-from neurostorm.downstream.tasks import Classification
+from neurostorm.downstream.tasks.task import Classification
 
 
 class MyTask(Classification):

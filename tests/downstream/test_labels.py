@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from neurostorm.downstream.labels import LabelError, MatchReport, read_labels
-from neurostorm.ingest.discover import read_participants
-from neurostorm.ingest.names import safe_label
-from neurostorm.places import place
+from neurostorm.ingest.layouts.discover import read_participants
+from neurostorm.ingest.layouts.names import safe_label
+from neurostorm.io.paths import place
 from neurostorm.store import Grid, create_store, write_participants
 
 SUBJECTS = ("abcd/sub-001", "abcd/sub-002", "hcp/sub-100307")

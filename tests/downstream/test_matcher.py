@@ -5,9 +5,9 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 
-from neurostorm.downstream import vectors
-from neurostorm.downstream.reid import ranks_of
-from neurostorm.downstream.simple import Affine
+from neurostorm.downstream.methods import vectors
+from neurostorm.downstream.methods.simple import Affine
+from neurostorm.downstream.statistics.reid import ranks_of
 
 RNG = np.random.default_rng
 

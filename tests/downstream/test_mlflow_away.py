@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-from neurostorm import mlflow_upload, tracking, unsent
-from neurostorm.async_logger import AsyncLogger
 from neurostorm.config import Config
 from neurostorm.downstream import finetune as finetuning
 from neurostorm.downstream.errors import TrialsFailed
 from neurostorm.downstream.prepare import Prepared
 from neurostorm.downstream.splits import Split
-from neurostorm.downstream.tasks import Age
+from neurostorm.downstream.tasks.task import Age
 from neurostorm.downstream.trial import PREDICTIONS, SPLIT, Outcome, Trial
+from neurostorm.tracking import tracker, unsent, upload
+from neurostorm.tracking.async_logger import AsyncLogger
 from neurostorm.tune import sweep as sweeping
 from neurostorm.tune.logbook import Logbook
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*noload:DeprecationWarning")  #
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that is away is not waited for."""
     log = AsyncLogger("MLflow", patience_s=0.1, pause_s=0.05, longest_pause_s=0.05)
-    monkeypatch.setitem(tracking._loggers, NOWHERE, log)
+    monkeypatch.setitem(tracker._loggers, NOWHERE, log)
 
 
 def trial_in(folder: Path, lr: float = 0.01) -> Trial:
@@ -63,10 +63,10 @@ def test_finetuning_keeps_its_results_and_uploads_them_later(tmp_path: Path, mon
     summary = json.loads((tmp_path / "s" / "summary.json").read_text())
     assert summary["test"] == {"r": 0.3} and summary["mlflow_run_id"] == "" and summary["mlflow_unsent"] > 0
     said = "\n".join(done.lines())
-    assert f"python -m neurostorm.mlflow_upload {tmp_path}/s" in said and "run (not open)" in said
+    assert f"python -m neurostorm.tracking.upload {tmp_path}/s" in said and "run (not open)" in said
 
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    assert mlflow_upload.main([str(tmp_path / "s"), "--uri", uri]) == 0
+    assert upload.main([str(tmp_path / "s"), "--uri", uri]) == 0
     client = MlflowClient(tracking_uri=uri)
     (run,) = client.search_runs([client.get_experiment_by_name("neurostorm").experiment_id])
     assert run.data.metrics["test/r"] == 0.3 and run.data.tags["neurostorm.selected"] == "true"
@@ -87,7 +87,7 @@ def test_a_sweep_keeps_what_its_trials_logged(tmp_path: Path, monkeypatch: pytes
         sweeping.sweep(trials[0].config)
     summary = json.loads((tmp_path / "s" / "summary.json").read_text())
     assert summary["mlflow_unsent"] == 1 + 3 * 3 and summary["mlflow_run_id"] == ""
-    folders = mlflow_upload.waiting(tmp_path / "s")
+    folders = upload.waiting(tmp_path / "s")
     assert folders == [tmp_path / "s", *sorted(trial.folder for trial in trials)]
     ends = [
         entry.facts["status"]

@@ -23,7 +23,7 @@ from neurostorm.downstream.splits import (
     save_split,
     strata_of,
 )
-from neurostorm.places import place
+from neurostorm.io.paths import place
 
 CASES = settings(deadline=None, max_examples=35)
 SMALL = Split(("d/sub-3", "d/sub-1"), ("d/sub-2",), ("d/sub-4",), {"scheme": "made"})

@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from neurostorm.config import ConfigError
-from neurostorm.downstream import fitting
 from neurostorm.downstream import trial as trial_module
-from neurostorm.downstream.embed_parts import PARTS
-from neurostorm.downstream.methods import METHODS
-from neurostorm.downstream.reid import ReidError
+from neurostorm.downstream.embed.parts import PARTS
+from neurostorm.downstream.methods import fitting
+from neurostorm.downstream.methods.method import METHODS
+from neurostorm.downstream.statistics.reid import ReidError
 from neurostorm.downstream.trial import (
     PREDICTIONS,
     RESULT,

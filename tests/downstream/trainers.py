@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from neurostorm.config import AdaptConfig
-from neurostorm.downstream.examples import Examples
-from neurostorm.downstream.inputs import HeldInputs
-from neurostorm.downstream.objective import objective_of
-from neurostorm.downstream.training import Trainer
-from neurostorm.model.adapt import AttentionPool
+from neurostorm.downstream.methods.inputs import HeldInputs
+from neurostorm.downstream.methods.objective import objective_of
+from neurostorm.downstream.methods.training import Trainer
+from neurostorm.downstream.tasks.examples import Examples
+from neurostorm.model.heads.adapt import AttentionPool
 
 PLACES, WIDTH = 4, 8
 METRIC = {"regression": "r", "classification": "balanced_accuracy", "identification": "map"}

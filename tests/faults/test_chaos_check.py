@@ -17,7 +17,7 @@ from chaos_check import Outcome, clip_problems, loss_error, loss_problems, repla
 from chaos_faults import flip
 from chaos_scene import EVERY, Scene
 
-from neurostorm.data.reads import Read
+from neurostorm.data.plan.reads import Read
 
 TWIN = {step: (1.0 / (step + 1), [2 * step, 2 * step + 1]) for step in range(6)}
 HOOK = Path(chaos.__file__).parent / "chaos_hook" / "sitecustomize.py"

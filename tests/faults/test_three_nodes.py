@@ -31,10 +31,10 @@ from chaos_scene import Setting
 
 from neurostorm.config import Config
 from neurostorm.data.corpus import open_corpus
-from neurostorm.model.hub import load_pretrained
-from neurostorm.places import Place, copy_files, files_below, place
-from neurostorm.staging import fetched
-from neurostorm.train.goodput import ACCOUNT
+from neurostorm.io.local_copies import fetched
+from neurostorm.io.paths import Place, copy_files, files_below, place
+from neurostorm.model.hub.pretrained import load_pretrained
+from neurostorm.train.records.time_account import ACCOUNT
 from tests.faulty_s3 import Network
 from tests.train.rank_program import main
 from tests.train.ranks import Ranks, run_together

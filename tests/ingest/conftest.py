@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from neurostorm.ingest.convert import RECIPE
-from neurostorm.ingest.discover import Source
+from neurostorm.ingest.layouts.discover import Source
 from neurostorm.store import Grid, create_store
 
 SMALL = Grid("small", (20, 24, 20), 8.0, (-76.0, -110.0, -70.0))
@@ -191,8 +191,8 @@ def proxy(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     server = Proxy(s3_server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.address)
-    monkeypatch.setattr("neurostorm.object_requests.RETRY_S", 3.0)
-    monkeypatch.setattr("neurostorm.object_requests.REQUEST_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("neurostorm.io.object_requests.RETRY_S", 3.0)
+    monkeypatch.setattr("neurostorm.io.object_requests.REQUEST_TIMEOUT_S", 1.0)
     yield server
     server.closing.set()
     server.shutdown()

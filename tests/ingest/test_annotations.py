@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from neurostorm.ingest import annotations as reading
 from neurostorm.ingest.annotations import annotations, confounds_displacement, hcp_displacement, read_events
 from neurostorm.ingest.convert import attempt, ingest_run
-from neurostorm.ingest.discover import Source, discover
+from neurostorm.ingest.layouts.discover import Source, discover
 from neurostorm.ingest.motion import framewise_displacement, motion_facts
 from neurostorm.ingest.nifti import RunError
-from neurostorm.ingest.synthetic import CohortPlan, make_cohort
-from neurostorm.ingest.synthetic_render import render_run
-from neurostorm.places import Place, place
+from neurostorm.io.paths import Place, place
 from neurostorm.store import FrameStore, create_store
 from neurostorm.store.events import Event, run_events
+from neurostorm.synthetic.cohort import CohortPlan, make_cohort
+from neurostorm.synthetic.render import render_run
 
 RUN = "sub-1/ses-1/func/sub-1_ses-1_task-nback_run-1_space-MNI152NLin6Asym_desc-preproc_bold.nii.gz"
 FUNC = "sub-1/ses-1/func"

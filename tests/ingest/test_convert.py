@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 
 from neurostorm.ingest.convert import RECIPE, attempt, ingest_run
-from neurostorm.ingest.discover import Source, discover
+from neurostorm.ingest.layouts.discover import Source, discover
 from neurostorm.ingest.nifti import RunError, open_run, read_frames
-from neurostorm.ingest.standardize import plan_spatial, plan_temporal
-from neurostorm.ingest.synthetic_people import make_subject
-from neurostorm.ingest.synthetic_render import render_run, write_bold, write_mask
-from neurostorm.ingest.synthetic_sites import Site
-from neurostorm.ingest.target import bring_to_target, check_size
-from neurostorm.ingest.template import brain_mask
+from neurostorm.ingest.resample.standardize import plan_spatial, plan_temporal
+from neurostorm.ingest.resample.target import bring_to_target, check_size
+from neurostorm.ingest.resample.template import brain_mask
 from neurostorm.store import GRIDS, FrameStore, build_manifest, create_store, dequantise, remove_partials
+from neurostorm.synthetic.people import make_subject
+from neurostorm.synthetic.render import render_run, write_bold, write_mask
+from neurostorm.synthetic.sites import Site
 
 ROOT = Path(__file__).resolve().parents[2]
 FEEDS = ROOT.parent / "shared" / "data" / "feeds_bids"
@@ -308,7 +308,7 @@ def test_a_killed_run_leaves_nothing_that_is_seen(
         "import os, signal, sys\n"
         "from pathlib import Path\n"
         "from neurostorm.ingest import convert\n"
-        "from neurostorm.ingest.discover import Source\n"
+        "from neurostorm.ingest.layouts.discover import Source\n"
         "from neurostorm.store import writer\n"
         "writer._rename = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)\n"
         "good, store = map(Path, sys.argv[1:])\n"

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from neurostorm.ingest.convert import Outcome, attempt
-from neurostorm.ingest.discover import Source
+from neurostorm.ingest.layouts.discover import Source
 from neurostorm.store import FrameStore
 
 SHAPE, FRAMES = (18, 22, 18), 6

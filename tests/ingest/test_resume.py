@@ -7,16 +7,16 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from neurostorm.cli import Job
+from neurostorm.commands.command import Job
 from neurostorm.config import Config, IngestConfig
 from neurostorm.ingest import tables as keeping
 from neurostorm.ingest.convert import RECIPE, Outcome, attempt
-from neurostorm.ingest.discover import discover
 from neurostorm.ingest.estimate import Estimate, dry_run, free_bytes, sampled_growth
+from neurostorm.ingest.layouts.discover import discover
 from neurostorm.ingest.report import IngestReport
+from neurostorm.ingest.resample.template import brain_mask
 from neurostorm.ingest.survey import survey
 from neurostorm.ingest.tables import Tables, store_participants
-from neurostorm.ingest.template import brain_mask
 from neurostorm.store import (
     GRIDS,
     MANIFEST_SCHEMA,
@@ -26,7 +26,7 @@ from neurostorm.store import (
     read_participants,
     read_quarantine,
 )
-from neurostorm.store.care import withdraw
+from neurostorm.store.maintenance.care import withdraw
 
 SHAPE = (26, 32, 26)
 NAME = "sub-{0}/func/sub-{0}_task-rest_space-{1}_desc-preproc_bold.nii.gz"

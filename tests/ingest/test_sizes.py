@@ -10,14 +10,15 @@ import nibabel
 import numpy as np
 import pytest
 
-from neurostorm.ingest import nifti, stream, target
+from neurostorm.ingest import nifti, stream
 from neurostorm.ingest.annotations import annotations
-from neurostorm.ingest.discover import DiscoverError, Source, read_participants
+from neurostorm.ingest.layouts.discover import DiscoverError, Source, read_participants
+from neurostorm.ingest.layouts.tree import _dataset_name
 from neurostorm.ingest.nifti import MAX_MASK_VOXELS, RunError, open_run, read_frames, read_volume
-from neurostorm.ingest.target import check_mask_size, sidecar_tr_s
-from neurostorm.ingest.template import MaskError, brain_mask
-from neurostorm.ingest.tree import _dataset_name
-from neurostorm.model.atlas import patch_labels
+from neurostorm.ingest.resample import target
+from neurostorm.ingest.resample.target import check_mask_size, sidecar_tr_s
+from neurostorm.ingest.resample.template import MaskError, brain_mask
+from neurostorm.model.masking.atlas import patch_labels
 from neurostorm.store import GRIDS
 
 AFFINE = np.diag([2.0, 2.0, 2.0, 1.0])

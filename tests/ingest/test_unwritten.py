@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import pytest
 
 from neurostorm.config import Config
-from neurostorm.ingest import fanout
-from neurostorm.ingest.fanout import ingest
+from neurostorm.ingest import job
+from neurostorm.ingest.job import ingest
 from neurostorm.store import StoreError, read_manifest, read_quarantine
 
 SHAPE = (26, 32, 26)
@@ -36,9 +36,9 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         for source in sources:
             yield work(source)
 
-    monkeypatch.setattr(fanout, "spread", here)
-    monkeypatch.setattr(fanout, "require", lambda *demand: None)
-    monkeypatch.setattr(fanout, "time", SimpleNamespace(sleep=made.append, monotonic=time.monotonic))
+    monkeypatch.setattr(job, "spread", here)
+    monkeypatch.setattr(job, "require", lambda *demand: None)
+    monkeypatch.setattr(job, "time", SimpleNamespace(sleep=made.append, monotonic=time.monotonic))
     return made
 
 
@@ -78,7 +78,7 @@ def test_a_write_that_fails_once_is_made_at_the_end(
     write.failing["sub-2"] = (1, errno.EIO)
     report = ingest(settings(dataset, tmp_path))
     assert [outcome.status for outcome in report.outcomes] == ["ingested"] * 4
-    assert pauses == [fanout.PAUSE_S] and subjects(tmp_path) == ["sub-1", "sub-2", "sub-3", "sub-4"]
+    assert pauses == [job.PAUSE_S] and subjects(tmp_path) == ["sub-1", "sub-2", "sub-3", "sub-4"]
 
 
 def test_a_write_that_keeps_failing_is_listed_and_the_others_go_on(
@@ -105,7 +105,7 @@ def test_a_full_disk_ends_the_ingest_at_once(dataset: Path, tmp_path: Path, paus
 def test_writes_that_fail_one_after_another_end_the_ingest(
     dataset: Path, tmp_path: Path, pauses: list[float], write: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fanout, "FAILED_WRITES", 3)
+    monkeypatch.setattr(job, "FAILED_WRITES", 3)
     write.failing |= {f"sub-{number}": (9, errno.EIO) for number in (2, 3, 4)}
     with pytest.raises(StoreError, match=os.strerror(errno.EIO)):
         ingest(settings(dataset, tmp_path))

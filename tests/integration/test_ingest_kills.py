@@ -27,7 +27,7 @@ import pytest
 import ray
 
 from neurostorm.config import Config
-from neurostorm.ingest.fanout import ingest
+from neurostorm.ingest.job import ingest
 from neurostorm.store import FrameStore, StoreError, read_quarantine, run_bytes
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("local_ray")]

@@ -14,8 +14,8 @@ import ray
 from ray.cluster_utils import Cluster
 
 from neurostorm.ingest.convert import Outcome
-from neurostorm.ingest.discover import Source
-from neurostorm.ingest.spread import spread
+from neurostorm.ingest.layouts.discover import Source
+from neurostorm.ingest.map_runs import spread
 
 pytestmark = pytest.mark.integration
 RUNS = 5

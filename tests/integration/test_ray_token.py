@@ -79,7 +79,7 @@ class Local:
 def local() -> Iterator[Local]:
     home = Path(tempfile.mkdtemp(prefix="ns-", dir="/tmp"))
     program = (
-        "from neurostorm.session import start_local, asks_for_token\n"
+        "from neurostorm.runtime.session import start_local, asks_for_token\n"
         f"start_local(num_cpus=1, include_dashboard=False, _temp_dir='{home / 'ray'}', log_to_driver=False)\n"
         "import ray, os\n"
         "print(asks_for_token(), ray.get(ray.remote(num_cpus=1)(lambda: os.environ['RAY_AUTH_MODE']).remote()))\n"

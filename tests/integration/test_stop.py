@@ -4,8 +4,8 @@ import signal
 
 from chaos_job import Job
 
-from neurostorm.train import checkpoint
-from neurostorm.train.stop import STOP_FILE, STOPPED_STATUS
+from neurostorm.train.checkpoint import checkpoints
+from neurostorm.train.health.stop import STOP_FILE, STOPPED_STATUS
 
 STEPS, NEVER = 150, 10_000
 
@@ -26,7 +26,7 @@ def test_a_run_saves_and_stops_on_usr1_and_the_same_command_finishes_it(ball_con
     finally:
         job.kill()
     said = job.output()
-    newest = checkpoint.newest(config.run.folder / "checkpoints")
+    newest = checkpoints.newest(config.run.folder / "checkpoints")
     assert newest is not None and newest.step == job.reached() < STEPS, said
     assert newest.workers == 2
     assert "SIGUSR1: the run saves a checkpoint after the step under way and ends with status 75" in said

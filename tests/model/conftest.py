@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
-from neurostorm.model.swin_config import SwinConfig
+from neurostorm.model.config import SwinConfig
 
 MINI = Path(__file__).resolve().parents[1] / "data" / "golden_mini"
 FULL = Path(__file__).resolve().parents[2].parent / "shared" / "golden"

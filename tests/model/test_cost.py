@@ -10,13 +10,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import gelu
 from torch.utils.flop_counter import FlopCounterMode
 
-from neurostorm.model import scan_kernel
+from neurostorm.model.autoencoder import MaskedAutoencoder
+from neurostorm.model.config import SwinConfig
 from neurostorm.model.cost import clip_cost, copy_rate, measured_peak
-from neurostorm.model.mae import MaskedAutoencoder
-from neurostorm.model.masking import MaskConfig
-from neurostorm.model.mlp import Mlp
-from neurostorm.model.swin4d import SwinEncoder
-from neurostorm.model.swin_config import SwinConfig
+from neurostorm.model.encoder import SwinEncoder
+from neurostorm.model.masking.masks import MaskConfig
+from neurostorm.model.mixers import scan_kernel
+from neurostorm.model.ops.mlp import Mlp
 
 # Neither space nor frames are a multiple of the window: "paper" pads both, "clean" cuts windows at both edges.
 SMALL = SwinConfig((8, 12, 8, 5), (2, 2, 2, 1), embed_dim=16, depths=(2, 2), heads=(2, 4), window=(2, 4, 2, 2))

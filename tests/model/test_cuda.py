@@ -2,16 +2,17 @@
 
 import pytest
 import torch
+from tests.model.decoders.test_light import FRAMES, MIXERS, build, patches_of
+from tests.model.mixers.test_scan import problem
+from tests.model.mixers.test_scan import scan as outcome_of_scan
 from torch.optim import AdamW
 
-from neurostorm.model import scan, strd
-from neurostorm.model.scan import CHUNK_TOKENS, ScanInputs
-from neurostorm.model.strd import StageDropout, StrdConfig, drop_probability, fused_attention
-from neurostorm.model.swin4d import compile_blocks
-from neurostorm.model.windows import Bucket, take_rows
-from tests.model.test_light import FRAMES, MIXERS, build, patches_of
-from tests.model.test_scan import problem
-from tests.model.test_scan import scan as outcome_of_scan
+from neurostorm.model.encoder import compile_blocks
+from neurostorm.model.geometry.windows import Bucket, take_rows
+from neurostorm.model.mixers import scan
+from neurostorm.model.mixers.scan import CHUNK_TOKENS, ScanInputs
+from neurostorm.model.strd import dropout
+from neurostorm.model.strd.dropout import StageDropout, StrdConfig, drop_probability, fused_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -94,15 +95,15 @@ def drawn_elements(q, k, bucket, reach, seed):
 def test_fused_redundancy_attention_equals_the_formula_with_the_same_drops(tokens, width, absent):
     torch.backends.cuda.matmul.allow_tf32 = False
     q, k, v, bucket = attention_problem(tokens, width, absent)
-    assert strd.triton_applies_to(q, k, v)
+    assert dropout.triton_applies_to(q, k, v)
     everywhere = torch.ones(len(q), tokens, dtype=torch.bool, device="cuda")
     present = everywhere if bucket.present is None else bucket.present.repeat(2, 1)
     some = present.any(1)[:, None, None, None]
     for reach in ((0, 0), (2, 2)):
         near = bucket.neighbours(2 * reach[0] + 1, 2 * reach[1] + 1)
-        space, time = (table.unsqueeze(1) for table in strd._patterns(near, near.pattern.repeat(2), present))
+        space, time = (table.unsqueeze(1) for table in dropout._patterns(near, near.pattern.repeat(2), present))
         wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-        affinity = strd._affinity(*wide[:2], present[:, None]) * some
+        affinity = dropout._affinity(*wide[:2], present[:, None]) * some
         chance = drop_probability(affinity.detach(), space, time)
         live = affinity > 1e-30
         keep = (drawn_elements(q, k, bucket, reach, 1) > 0) | ~live

@@ -6,13 +6,13 @@ import torch
 from einops import rearrange
 from torch.nn.functional import linear, silu, softplus
 
-from neurostorm.model.geometry import Geometry, subset_geometry
-from neurostorm.model.mae import MaskedAutoencoder
-from neurostorm.model.masking import MaskConfig
-from neurostorm.model.strd import StrdConfig
-from neurostorm.model.swin4d import SwinEncoder
-from neurostorm.model.swin_config import SwinConfig
-from neurostorm.model.windows import Layout, effective_window, raster_coords
+from neurostorm.model.autoencoder import MaskedAutoencoder
+from neurostorm.model.config import SwinConfig
+from neurostorm.model.encoder import SwinEncoder
+from neurostorm.model.geometry.tokens import Geometry, subset_geometry
+from neurostorm.model.geometry.windows import Layout, effective_window, raster_coords
+from neurostorm.model.masking.masks import MaskConfig
+from neurostorm.model.strd.dropout import StrdConfig
 
 SHAPE = SwinConfig(
     (8, 12, 8, 3), (2, 2, 2, 1), embed_dim=6, depths=(2, 2), heads=(1, 2), window=(2, 4, 2, 2), tokens="brain"

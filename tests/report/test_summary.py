@@ -16,8 +16,8 @@ from PIL import Image
 
 from neurostorm.report import page as pages
 from neurostorm.report.compare import comparisons
-from neurostorm.report.figures_curves import normalised
-from neurostorm.report.figures_scores import identification_bars, phenotype_bars, task_bars
+from neurostorm.report.figures.curves import normalised
+from neurostorm.report.figures.scores import identification_bars, phenotype_bars, task_bars
 from neurostorm.report.results import ReportError, Results
 from neurostorm.report.summary import ReportResult, write_report
 from neurostorm.report.tables import all_tables

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from neurostorm.downstream.metrics import metric_of
-from neurostorm.downstream.stats import Comparison, holm, paired_bootstrap
+from neurostorm.downstream.statistics.metrics import metric_of
+from neurostorm.downstream.statistics.uncertainty import Comparison, holm, paired_bootstrap
 from neurostorm.report import tables
 from neurostorm.report.collect import collect
 from neurostorm.report.compare import comparisons, find, unpaired

@@ -17,11 +17,11 @@ from neurostorm.store import (
     read_manifest,
     write_manifest,
 )
-from neurostorm.store.care import drop_run, withdraw
 from neurostorm.store.layout import MissingRunError
-from neurostorm.store.merge import merge
+from neurostorm.store.maintenance.care import drop_run, withdraw
+from neurostorm.store.maintenance.merge import merge
+from neurostorm.store.maintenance.verify import verify
 from neurostorm.store.run_index import RunIndex
-from neurostorm.store.verify import verify
 
 
 def indexed(path: Any, manifest: pa.Table | None = None) -> FrameStore:

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from neurostorm.places import Place
+from neurostorm.io.paths import Place
 from neurostorm.store import run_bytes, shard
 from neurostorm.store.run_file import RunFile
 from neurostorm.store.shard import (

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import zarr
 
-from neurostorm.object_store import ObjectPath, PlaceError
-from neurostorm.places import Place, files_below, place
+from neurostorm.io.object_store import ObjectPath, PlaceError
+from neurostorm.io.paths import Place, files_below, place
 from neurostorm.store import (
     ClipReadError,
     FrameStore,

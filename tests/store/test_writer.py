@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import zarr
 
-from neurostorm.processes import machine_tag
+from neurostorm.io.processes import machine_tag
 from neurostorm.store import (
     FrameStore,
     Grid,

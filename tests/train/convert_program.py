@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import nn
 
 from neurostorm.config import TrainConfig
+from neurostorm.train.checkpoint.saved_state import MOMENTS, WEIGHT, read_state
+from neurostorm.train.checkpoint.unpickle import tensors_only
 from neurostorm.train.engine import Engine, parameter_groups
-from neurostorm.train.saved_state import MOMENTS, WEIGHT, read_state
-from neurostorm.train.unpickle import tensors_only
 
 STAGES, WORKERS, GLOBAL_BATCH = range(4), (1, 2), 4
 

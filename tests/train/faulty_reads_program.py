@@ -20,9 +20,9 @@ from neurostorm.data import storage_wait
 from neurostorm.data.batch_stream import BatchStream
 from neurostorm.data.corpus import open_corpus
 from neurostorm.store.layout import ClipReadError, StoreUnavailableError
-from neurostorm.tracking import Tracker
+from neurostorm.tracking.tracker import Tracker
 from neurostorm.train.build import assemble, export
-from neurostorm.train.goodput import Account
+from neurostorm.train.records.time_account import Account
 
 Faults = dict[str, Any]
 

@@ -19,12 +19,12 @@ import torch.distributed as dist
 
 from neurostorm.config import Config
 from neurostorm.data.batch_stream import BatchStream
-from neurostorm.places import replace
-from neurostorm.tracking import Tracker
+from neurostorm.io.paths import replace
+from neurostorm.tracking.tracker import Tracker
 from neurostorm.train.build import assemble, export
 from neurostorm.train.engine import import_deepspeed
-from neurostorm.train.goodput import Account
-from neurostorm.train.planned import planned
+from neurostorm.train.records.pinned_manifest import planned
+from neurostorm.train.records.time_account import Account
 
 import_deepspeed()
 

@@ -7,8 +7,8 @@ import torch.distributed as dist
 
 from neurostorm.data.batch_stream import BatchStream
 from neurostorm.data.clips import ClipBatch
-from neurostorm.train.barrier import Barrier
-from neurostorm.train.timeouts import CollectiveTimeouts
+from neurostorm.train.health.barrier import Barrier
+from neurostorm.train.health.timeouts import CollectiveTimeouts
 
 
 def stream(batches: int) -> BatchStream:

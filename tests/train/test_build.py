@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from neurostorm.data.corpus import open_corpus
-from neurostorm.data.split import subject_hash
+from neurostorm.data.plan.split import subject_hash
 from neurostorm.store import Grid, create_store, run_path, write_manifest, write_run
 from neurostorm.train.build import build_model, export, trained_subjects
 

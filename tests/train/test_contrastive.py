@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from neurostorm.data.augment import Augment, AugmentConfig
 from neurostorm.data.clips import ClipReader
-from neurostorm.model.contrastive import ContrastiveModel, instance_loss, local_local_loss
-from neurostorm.model.hub import load_pretrained, save_pretrained
-from neurostorm.model.swin4d import SwinEncoder
-from neurostorm.model.swin_config import SwinConfig
+from neurostorm.model.config import SwinConfig
+from neurostorm.model.encoder import SwinEncoder
+from neurostorm.model.hub.pretrained import load_pretrained, save_pretrained
+from neurostorm.model.losses.contrastive import ContrastiveModel, instance_loss, local_local_loss
 from neurostorm.store import FrameStore, read_manifest
 from neurostorm.store.shard import SHARD_FILE
 from neurostorm.train import contrastive
@@ -26,7 +26,7 @@ from neurostorm.train.contrastive import (
     contrastive_loss,
     pretrain_contrastive,
 )
-from neurostorm.train.health import NonFiniteError, UnreadableClipsError
+from neurostorm.train.health.limits import NonFiniteError, UnreadableClipsError
 
 SWIN = SwinConfig((24, 24, 24, 4), embed_dim=8, depths=(1, 1), heads=(1, 2), window=(2, 2, 2, 2))
 STILL = AugmentConfig(rotate_rad=0, scale=0, noise_probability=0, smooth_probability=0)

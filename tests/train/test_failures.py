@@ -13,11 +13,11 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from neurostorm.config import ConfigError
 from neurostorm.data.corpus import open_corpus
 from neurostorm.data.storage_wait import StorageAwayError
-from neurostorm.object_store import UnavailableError
+from neurostorm.io.object_store import UnavailableError
 from neurostorm.store import StoreError
-from neurostorm.train.checkpoint import MARKER, CheckpointError
+from neurostorm.train.checkpoint.checkpoints import MARKER, CheckpointError
 from neurostorm.train.controller import FailuresSinceCheckpoint
-from neurostorm.train.health import NonFiniteError, UnreadableClipsError
+from neurostorm.train.health.limits import NonFiniteError, UnreadableClipsError
 from neurostorm.train.trainer import trainer_of
 
 RETRY, RAISE = FailureDecision.RETRY, FailureDecision.RAISE

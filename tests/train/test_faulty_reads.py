@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from neurostorm.model.hub import load_pretrained
-from neurostorm.train import checkpoint
+from neurostorm.model.hub.pretrained import load_pretrained
+from neurostorm.train.checkpoint import checkpoints
 from tests.train.faulty_reads_program import main
 from tests.train.ranks import run_together
 
@@ -106,7 +106,7 @@ def test_too_much_damage_ends_all_ranks_at_the_same_step_and_saves_nothing(folde
     for rank in range(2):
         error = (folder / f"error-{rank}.txt").read_text()
         assert error.startswith("UnreadableClipsError: step 2: 2 of the last 12 clips"), error
-    assert checkpoint.newest(folder / "checkpoints").step == 2
+    assert checkpoints.newest(folder / "checkpoints").step == 2
     assert len((folder / "unreadable-1.jsonl").read_text().splitlines()) == 2
     assert not (folder / "unreadable-0.jsonl").exists()
 
@@ -114,4 +114,4 @@ def test_too_much_damage_ends_all_ranks_at_the_same_step_and_saves_nothing(folde
 def test_storage_that_stays_away_ends_the_run_and_saves_nothing(folders):
     error = (folders["gone"] / "error-1.txt").read_text()
     assert error.startswith("StorageAwayError: 503 SlowDown. Its storage was away for 1 s (data.unavailable_s=1)")
-    assert checkpoint.newest(folders["gone"] / "checkpoints").step == 2
+    assert checkpoints.newest(folders["gone"] / "checkpoints").step == 2

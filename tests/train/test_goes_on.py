@@ -18,9 +18,9 @@ import torch
 from chaos_faults import damage
 
 from neurostorm.config import Config
-from neurostorm.model.hub import load_pretrained
-from neurostorm.train import checkpoint
-from neurostorm.train.goodput import ACCOUNT
+from neurostorm.model.hub.pretrained import load_pretrained
+from neurostorm.train.checkpoint import checkpoints
+from neurostorm.train.records.time_account import ACCOUNT
 
 STEPS, CHANGED = 4, 2
 ACCOUNT_STEPS = 6
@@ -65,11 +65,11 @@ def runs(ball_config_in, run_ranks, tmp_path_factory) -> Runs:
     two = [run.for_workers(2) for run in before]
     run_ranks(two, [-1] * len(two), CHANGED)
     for run in two:
-        found = checkpoint.newest(run.run.folder / "checkpoints")
+        found = checkpoints.newest(run.run.folder / "checkpoints")
         assert (found.step, found.workers) == (CHANGED, 2)
-    found = checkpoint.newest(changed["1-1"].run.folder / "checkpoints")
+    found = checkpoints.newest(changed["1-1"].run.folder / "checkpoints")
     damage(found.path)
-    assert checkpoint.newest(changed["1-1"].run.folder / "checkpoints").path != found.path, "its copy is what is left"
+    assert checkpoints.newest(changed["1-1"].run.folder / "checkpoints").path != found.path, "its copy is what is left"
     run_ranks([*changed.values(), counted], [-1] * (len(changed) + 1))
     return Runs(whole, changed, (first, account(counted)))
 
@@ -82,7 +82,7 @@ def account(config: Config) -> dict:
 def test_two_workers_become_one(stages, runs, read_ledger):
     """The same clips, the same losses, the same weights, to the last bit: micro-batches are the same ones."""
     changed = runs.changed[stages]
-    found = checkpoint.newest(changed.run.folder / "checkpoints")
+    found = checkpoints.newest(changed.run.folder / "checkpoints")
     assert (found.step, found.workers) == (STEPS, 1)
     expected, steps = read_ledger(runs.whole), read_ledger(changed)
     assert sorted(steps) == sorted(expected) == list(range(STEPS))

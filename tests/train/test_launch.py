@@ -9,16 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from neurostorm import resources
 from neurostorm.config import Config, ConfigError
 from neurostorm.data.corpus import Corpus, open_corpus
-from neurostorm.places import replace
-from neurostorm.run_folder import keep_config
+from neurostorm.io.paths import replace
+from neurostorm.runtime import resources
+from neurostorm.runtime.run_folder import keep_config
 from neurostorm.store import GRIDS, StoreError, write_manifest
-from neurostorm.train import checkpoint, feed, launch, planned, slow
+from neurostorm.train import feed, launch, slow
 from neurostorm.train import trainer as trainer_module
+from neurostorm.train.checkpoint import checkpoints
 from neurostorm.train.feed import training_data
 from neurostorm.train.launch import Plan, check
+from neurostorm.train.records import pinned_manifest
 from neurostorm.train.trainer import trainer_of, worker_environment
 
 STEPS = 12  # of one epoch of the ball store: 48 clips, four at a time
@@ -29,7 +31,7 @@ def stop_at() -> Callable[..., None]:
     """Leaves a committed checkpoint of a configuration, as a run that stopped after `step` steps does."""
 
     def stop(config: Config, step: int, corpus: Corpus | None = None) -> None:
-        checkpoint.save(
+        checkpoints.save(
             config.run.folder / "checkpoints", step, rank=0, gather=lambda value: [value], keep=9,
             write_shards=lambda path: (path / "shard").write_text("weights"),
             trainer={
@@ -94,13 +96,13 @@ def test_settings_that_change_the_result_are_refused_with_both_values(ball_confi
 def test_a_setting_that_the_saving_version_did_not_have_is_refused_by_name(ball_config, stop_at):
     config = ball_config()
     stop_at(config, 3)
-    file = config.run.folder / "checkpoints" / "step-00000003" / checkpoint.TRAINER
+    file = config.run.folder / "checkpoints" / "step-00000003" / checkpoints.TRAINER
     trainer = json.loads(file.read_text())
     del trainer["config"]["model"]["layout"]
-    (marker := file.with_name(checkpoint.MARKER)).unlink()
+    (marker := file.with_name(checkpoints.MARKER)).unlink()
     file.write_text(json.dumps(trainer))
-    names = ("shard", checkpoint.TRAINER)
-    files = {name: checkpoint._fingerprint(file.with_name(name)) for name in names}
+    names = ("shard", checkpoints.TRAINER)
+    files = {name: checkpoints._fingerprint(file.with_name(name)) for name in names}
     marker.write_text(json.dumps({"files": files, "ranks": [["shard"]]}))
     with pytest.raises(ConfigError, match=r"model\.layout: not known to the version that saved it -> clean"):
         outcome(config)
@@ -354,9 +356,9 @@ def test_other_settings_before_the_first_checkpoint_begin_a_new_mlflow_run_and_a
     ball_config, ball_store, tmp_path, caplog
 ):
     config = ball_config()
-    corpus = planned.choose(config)
+    corpus = pinned_manifest.choose(config)
     keep_config(config, "pretrain")
-    planned.keep(config, corpus)
+    pinned_manifest.keep(config, corpus)
     notes = [config.run.folder / name for name in ("mlflow.json", "goodput.json")]
     for note in notes:
         note.write_text("{}")

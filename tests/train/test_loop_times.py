@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from neurostorm.train import loop as loop_module
-from neurostorm.train import time_left
-from neurostorm.train.barrier import StepClips
 from neurostorm.train.engine import StepOutcome
-from neurostorm.train.goodput import Account
+from neurostorm.train.health.barrier import StepClips
+from neurostorm.train.health.timeouts import CollectiveTimeouts
 from neurostorm.train.loop import Loop, Window
-from neurostorm.train.time_left import TimeLeft
-from neurostorm.train.timeouts import CollectiveTimeouts
+from neurostorm.train.records import time_left
+from neurostorm.train.records.time_account import Account
+from neurostorm.train.records.time_left import TimeLeft
 
 S = 10**9
 

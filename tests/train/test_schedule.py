@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neurostorm.model.mae import MaskedAutoencoder
-from neurostorm.model.masking import MaskConfig
-from neurostorm.model.swin_config import SwinConfig
+from neurostorm.model.autoencoder import MaskedAutoencoder
+from neurostorm.model.config import SwinConfig
+from neurostorm.model.masking.masks import MaskConfig
 from neurostorm.train.schedule import DROPOUT, MASK, VALIDATION, clip_generator, draw_masks, learning_rate, seed_for
 
 

@@ -10,7 +10,7 @@ from neurostorm.config import Config
 from neurostorm.downstream.errors import TrialsFailed, alike, count_alike, reason_in
 from neurostorm.downstream.prepare import Prepared
 from neurostorm.downstream.splits import Split
-from neurostorm.downstream.tasks import Age
+from neurostorm.downstream.tasks.task import Age
 from neurostorm.downstream.trial import Trial
 from neurostorm.tune import sweep as module
 from neurostorm.tune.logbook import REASON, REFUSED, GiveUp, Logbook

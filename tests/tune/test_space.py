@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neurostorm.config import Config, ConfigError
-from neurostorm.downstream.fitting import settings_of
-from neurostorm.downstream.methods import METHODS, find_method
+from neurostorm.downstream.methods.fitting import settings_of
+from neurostorm.downstream.methods.method import METHODS, find_method
 from neurostorm.tune.space import by_key, wanted_trials
 
 TASKS = ("age", "sex", "reid", "state")

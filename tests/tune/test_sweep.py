@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from neurostorm.config import Config, ConfigError
 from neurostorm.downstream.labels import LabelError
 from neurostorm.downstream.splits import Split
-from neurostorm.downstream.tasks import Age, Task
+from neurostorm.downstream.tasks.task import Age, Task
 from neurostorm.downstream.trial import RESULT, TEST, Trial
-from neurostorm.object_store import PlaceError
-from neurostorm.run_folder import keep_config
+from neurostorm.io.object_store import PlaceError
+from neurostorm.runtime.run_folder import keep_config
 from neurostorm.store import StoreError
 from neurostorm.tune import sweep as module
 from neurostorm.tune.logbook import Logbook

@@ -77,7 +77,7 @@ def leave_out(module):
 
 
 for variable, name, change in (
-    ("CHAOS_POISON", "neurostorm.model.mae", poison),
+    ("CHAOS_POISON", "neurostorm.model.autoencoder", poison),
     ("CHAOS_LEAVE_OUT", "neurostorm.data.clips", leave_out),
 ):
     if os.environ.get(variable):

@@ -1,0 +1,63 @@
+"""How MLflow's client is set up: how long it waits for a server, and where a new database and its artifacts lie."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from neurostorm.config.base import SQLITE
+from neurostorm.io.paths import Place
+
+# A call to a server that is away fails within seconds; MLflow's own settings retry for four minutes.
+_HTTP = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+}  # fmt: skip
+# For transfers of files, and for a report, which has nothing else to do than wait.
+_UNHURRIED = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5", "MLFLOW_HTTP_REQUEST_TIMEOUT": "300"}
+# What the user has not set; the environment of a Ray worker has these values from its driver.
+_OURS = {name for name, value in _HTTP.items() if os.environ.get(name, value) == value}
+for _name, _value in _HTTP.items():
+    os.environ.setdefault(_name, _value)
+
+
+@contextlib.contextmanager
+def unhurried(retries: bool = True) -> Iterator[None]:
+    """Lets MLflow wait longer for an answer, and retry more often, unless the environment says otherwise."""
+    names = [name for name in _UNHURRIED if name in _OURS and (retries or not name.endswith("RETRIES"))]
+    before = {name: os.environ.get(name, _HTTP[name]) for name in names}
+    os.environ.update({name: _UNHURRIED[name] for name in names})
+    try:
+        yield
+    finally:
+        os.environ.update(before)
+
+
+def artifact_root(artifacts: Place, uri: str) -> str | None:
+    """The URI at which a new experiment keeps its artifacts; None where an HTTP server knows a place.
+
+    `artifacts`, or beside an SQLite file whose run is in an object store.
+    """
+    if uri.startswith("http"):
+        return None
+    if isinstance(artifacts, Path):
+        return artifacts.absolute().as_uri()
+    if uri.startswith(SQLITE):
+        return Path(uri.removeprefix(SQLITE)).with_name("artifacts").absolute().as_uri()
+    return str(artifacts)
+
+
+def make_database(uri: str, root: str | None) -> None:
+    """Make a new SQLite database, whose experiment `Default` keeps its artifacts in `root`/0.
+
+    MLflow's client makes that experiment with the first call, and puts its artifacts in the working directory, which
+    on a Ray worker is a folder of the session.
+    """
+    if root is None or not uri.startswith(SQLITE):
+        return
+    file = Path(uri.removeprefix(SQLITE))
+    if file.is_file() and file.stat().st_size:
+        return
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    SqlAlchemyStore(uri, root)
