@@ -48,10 +48,10 @@ JOB = Job(
 def work(config: Config) -> int:
     """Trains to the end, or says that the run is complete, or that it was stopped."""
     from neurostorm.tracking.tracker import closing_words
-    from neurostorm.train.closing import held_out
     from neurostorm.train.health.stop import STOPPED_STATUS, RunStopped
     from neurostorm.train.launch import pretrain
     from neurostorm.train.records.time_account import in_words
+    from neurostorm.train.validation import held_out
 
     try:
         done = pretrain(config)

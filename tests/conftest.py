@@ -83,7 +83,7 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 @pytest.fixture(scope="session")
 def ball_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of 24^3 voxels (4 x 4 x 4 patches of 6) with one run of 48 frames for each of six subjects."""
-    from chaos_job import make_store
+    from chaos.job import make_store
 
     return make_store(tmp_path_factory.mktemp("corpus") / "ball.zarr")
 
@@ -99,7 +99,7 @@ def people_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def ball_config_in(ball_store: Path) -> Callable[..., "Config"]:
     """Builds a small configuration on the ball store; sections are overridden by keyword, `train={"lr": 1}`."""
-    from chaos_job import make_config
+    from chaos.job import make_config
 
     return partial(make_config, ball_store)
 

@@ -5,6 +5,7 @@
 Every option follows from its field in `config.py`, so `--help` explains all of them and no name is written twice.
 """
 
+import argparse
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -196,3 +197,9 @@ def _meant(path: Sequence[str]) -> str:
 
 def _holds_path(annotation: Any) -> bool:
     return annotation is Path or any(_holds_path(part) for part in get_args(annotation))
+
+
+def refuse_missing_folder(parser: argparse.ArgumentParser, name: str, file: Path | None) -> None:
+    """End with the reason if a file that is to be written has no folder."""
+    if file and not file.absolute().parent.is_dir():
+        parser.error(f"{name} {file}: there is no folder {file.absolute().parent}")

@@ -12,7 +12,7 @@ order stops the run instead of silently training on other clips. `ClipReader` do
 Memory: with read_in=worker a worker holds `data.steps_ahead` + 2 of its batches, and nothing passes through Ray's
 object store; with a GPU that memory is pinned (with read_in=tasks, two batches of it), and the GPU holds two batches.
 With read_in=tasks that store holds `feed_bytes` in blocks. Reading in the worker costs the least by far
-(tools/bench_feed.py); tasks use the cores of nodes that do not train.
+(tools/bench/feed.py); tasks use the cores of nodes that do not train.
 """
 
 import itertools

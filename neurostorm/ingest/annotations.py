@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from neurostorm.ingest.layouts.discover import EMPTY, Source
 from neurostorm.ingest.layouts.names import applying, is_events, raw_folders
-from neurostorm.ingest.motion import DIGITS, PARAMETERS, framewise_displacement, motion_facts
 from neurostorm.ingest.nifti import RunError
 from neurostorm.ingest.stream import read_small
 from neurostorm.io.paths import Place
 from neurostorm.io.tsv import number, read_tsv
 from neurostorm.store.events import EVENTS, Event, events_attribute
+from neurostorm.store.motion import DIGITS, PARAMETERS, framewise_displacement, motion_facts
 
 logger = logging.getLogger(__name__)
 

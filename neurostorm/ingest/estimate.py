@@ -3,7 +3,7 @@
     survey ─> waiting runs ─ headers, several at a time ─> frames, TR ─> bytes and files of the store, time on the cores
                                    └─ unusable by its header ─> refused, with the reason
 
-The time is a model of two figures that tools/bench_ingest.py measures: what a core inflates and resamples of the
+The time is a model of two figures that tools/bench/ingest.py measures: what a core inflates and resamples of the
 source's numbers in a second, and what it rounds and writes of the store's.
 """
 
@@ -33,7 +33,7 @@ from neurostorm.store.files import is_node
 
 SAMPLE_RUNS = 200
 METADATA_BYTES = 2500  # of a run's zarr.json
-# Fitted to one core's times in tools/bench_ingest.py for gzip runs of 2, 2.4 and 4 mm, which it meets to 20 %:
+# Fitted to one core's times in tools/bench/ingest.py for gzip runs of 2, 2.4 and 4 mm, which it meets to 20 %:
 # megabytes of decompressed source, and of stored frames, that take a second.
 SOURCE_MB_PER_S, STORED_MB_PER_S = 600.0, 80.0
 

@@ -31,10 +31,10 @@ from neurostorm.model.geometry.windows import (
     split_rows,
     split_windows,
 )
+from neurostorm.model.mixers import Mixer
 from neurostorm.model.mixers.attention import WindowAttention
 from neurostorm.model.mixers.mamba import Mamba
-from neurostorm.model.mixers.mixer import Mixer
-from neurostorm.model.ops.autocast import product_dtype
+from neurostorm.model.ops.dispatch import product_dtype
 from neurostorm.model.ops.mlp import Mlp
 from neurostorm.model.strd.dropout import StageDropout, StrdConfig
 

@@ -3,7 +3,7 @@
     FrameStore.open(path).frames(run, start, count)  ->  int8 (count, V)  --unpack-->  (count, X, Y, Z)
         run's zarr.json (once), or `use_index` -> layout -> one contiguous range of the shard -> checksums -> the array
 
-Chosen by measurement (tools/bench_feed.py): zarr-python brings the same clips at a twentieth of the rate at which the
+Chosen by measurement (tools/bench/feed.py): zarr-python brings the same clips at a twentieth of the rate at which the
 file system gives them, tensorstore and zarrs at a fifth to a third; reading the range straight into its place brings
 nearly all of it. Each chunk carries a checksum: what comes back is what was written, or an error that names the run and
 the clip. A `FrameStore` is cheap to send to another process: only its path travels.

@@ -1,1 +1,1 @@
-"""TODO."""
+"""MLflow: what a run logs, sent from a thread; pictures."""

@@ -8,16 +8,20 @@ checkpoint there, with as many workers as are asked for; a different configurati
 
 import json
 import logging
+import math
 import os
 import tempfile
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from neurostorm.config import Config, ConfigError
+from neurostorm.config.presets import PRESETS
 from neurostorm.data.corpus import Corpus
 from neurostorm.io.paths import remove_tree
+from neurostorm.model.cost import clip_cost, measured_peak
 from neurostorm.runtime.capacity import training_demand
 from neurostorm.runtime.lease import held
 from neurostorm.runtime.resources import require
@@ -29,16 +33,19 @@ from neurostorm.runtime.run_folder import (
     require_writable,
     saved_store,
 )
+from neurostorm.store import GRIDS, Grid
 from neurostorm.tracking import unsent
 from neurostorm.tracking.tracker import RUN_FILE, tracking_uri
-from neurostorm.train.build import atlas_of, swin_config
+from neurostorm.train.build import atlas_of, build_model, swin_config
 from neurostorm.train.checkpoint import checkpoints
 from neurostorm.train.health.stop import RunStopped, stops_on_usr1
 from neurostorm.train.records import pinned_manifest
 from neurostorm.train.records.time_account import ACCOUNT, now_ns
-from neurostorm.train.slow import slow_words, step_s
 from neurostorm.train.trainer import trainer_of
 from neurostorm.train.worker import SUMMARY
+
+SLOW_STEP_S, LOOK_STEPS = 3.0, 5
+CPU_SHARE = 0.06  # of a matrix product's rate, in steps of `tiny`: .10 to .12 of one worker alone, .05 of two
 
 logger = logging.getLogger(__name__)
 
@@ -196,3 +203,45 @@ def how_to_resume(config: Config) -> str:
         return f"{config.run.folder} has no checkpoint yet: the same command starts it again from step 0"
     done = checkpoints.step_of(path)
     return f"the newest checkpoint is {path} ({done} steps done): start the same command again to resume from it"
+
+
+def step_s(config: Config, corpus: Corpus) -> float:
+    """Seconds that a step will about take on CPUs like this machine's; 0 on GPUs, of which nothing is estimated.
+
+    The model's operations (on no device, so nothing is allocated) at the share of this processor's matrix product that
+    steps of `tiny` reach; takes about a second.
+    """
+    scale = config.scale
+    if scale.gpus_per_worker or config.mask.kind == "atlas":  # an atlas is not read twice for an estimate
+        return 0.0
+    with torch.device("meta"):
+        model = build_model(config, corpus.store)
+    before = torch.get_num_threads()
+    torch.set_num_threads(scale.threads_per_worker)
+    try:
+        peak = measured_peak("cpu", torch.bfloat16 if config.train.dtype == "bf16" else torch.float32)
+    finally:
+        torch.set_num_threads(before)
+    return config.clips_per_worker * clip_cost(model, config.data.clip_frames).train_flops / (CPU_SHARE * peak)
+
+
+def slow_words(config: Config, grid: Grid, steps: int, seconds: float) -> str:
+    """The warning for `steps` steps of so many seconds each, with what is faster; empty when they are not slow."""
+    if seconds < SLOW_STEP_S:
+        return ""
+    times = math.prod(grid.shape) / math.prod(GRIDS["4mm"].shape)
+    faster = ["use a GPU"]
+    if times > 1:
+        shape = "x".join(map(str, grid.shape))
+        faster.append(f"ingest with --grid 4mm, as {shape} voxels are {times:.0f} times the work of its 48x48x48")
+    if config.model.embed_dim > PRESETS["tiny"]["model"]["embed_dim"]:
+        faster.append("use --preset tiny")
+    look = f"for a first look use --train.max_steps {LOOK_STEPS}; to train, " if steps > LOOK_STEPS else "to train, "
+    return (
+        f"about {seconds:.0f} s a step on this machine's CPU, {_duration(steps * seconds)} for {steps} steps: "
+        f"{look}{', or '.join(faster)}"
+    )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"

@@ -10,17 +10,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import chaos
 import pytest
 import torch
-from chaos_check import Outcome, clip_problems, loss_error, loss_problems, replays, table
-from chaos_faults import flip
-from chaos_scene import EVERY, Scene
+from chaos import main as chaos
+from chaos.check import Outcome, clip_problems, loss_error, loss_problems, replays, table
+from chaos.faults import flip
+from chaos.scene import EVERY, Scene
 
-from neurostorm.data.plan.reads import Read
+from neurostorm.data.clips import Read
 
 TWIN = {step: (1.0 / (step + 1), [2 * step, 2 * step + 1]) for step in range(6)}
-HOOK = Path(chaos.__file__).parent / "chaos_hook" / "sitecustomize.py"
+HOOK = Path(chaos.__file__).parent / "hook" / "sitecustomize.py"
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_the_way_back_is_timed_once_from_the_fault_to_a_step_that_was_not_done_b
             while not condition():
                 pass
 
-    monkeypatch.setattr("chaos_scene.STILL_S", 0.0)
+    monkeypatch.setattr("chaos.scene.STILL_S", 0.0)
     scene = Scene(None, None, random.Random(0), jobs=[Job()])
     scene.struck(at_s=time.monotonic() - 5.0)
     assert scene.reached == 3

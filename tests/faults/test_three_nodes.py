@@ -21,13 +21,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import chaos_faults as faults
+import chaos.faults as faults
 import pytest
 import torch
-from chaos_check import clip_problems, loss_problems
-from chaos_job import last_words
-from chaos_nodes import WORKER_CPUS, NodesScene, with_nodes
-from chaos_scene import Setting
+from chaos.check import clip_problems, loss_problems
+from chaos.job import last_words
+from chaos.nodes import WORKER_CPUS, NodesScene, with_nodes
+from chaos.scene import Setting
 
 from neurostorm.config import Config
 from neurostorm.data.corpus import open_corpus

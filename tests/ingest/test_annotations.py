@@ -16,11 +16,11 @@ from neurostorm.ingest import annotations as reading
 from neurostorm.ingest.annotations import annotations, confounds_displacement, hcp_displacement, read_events
 from neurostorm.ingest.convert import attempt, ingest_run
 from neurostorm.ingest.layouts.discover import Source, discover
-from neurostorm.ingest.motion import framewise_displacement, motion_facts
 from neurostorm.ingest.nifti import RunError
 from neurostorm.io.paths import Place, place
 from neurostorm.store import FrameStore, create_store
 from neurostorm.store.events import Event, run_events
+from neurostorm.store.motion import framewise_displacement, motion_facts
 from neurostorm.synthetic.cohort import CohortPlan, make_cohort
 from neurostorm.synthetic.render import render_run
 

@@ -2,7 +2,7 @@
 
 import signal
 
-from chaos_job import Job
+from chaos.job import Job
 
 from neurostorm.train.checkpoint import checkpoints
 from neurostorm.train.health.stop import STOP_FILE, STOPPED_STATUS

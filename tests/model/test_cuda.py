@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-from tests.model.decoders.test_light import FRAMES, MIXERS, build, patches_of
-from tests.model.mixers.test_scan import problem
-from tests.model.mixers.test_scan import scan as outcome_of_scan
 from torch.optim import AdamW
 
 from neurostorm.model.encoder import compile_blocks
@@ -13,6 +10,9 @@ from neurostorm.model.mixers import scan
 from neurostorm.model.mixers.scan import CHUNK_TOKENS, ScanInputs
 from neurostorm.model.strd import dropout
 from neurostorm.model.strd.dropout import StageDropout, StrdConfig, drop_probability, fused_attention
+from tests.model.decoders.test_light import FRAMES, MIXERS, build, patches_of
+from tests.model.mixers.test_scan import problem
+from tests.model.mixers.test_scan import scan as outcome_of_scan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

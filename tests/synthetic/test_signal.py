@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neurostorm.ingest.motion import framewise_displacement
+from neurostorm.store.motion import framewise_displacement
 from neurostorm.synthetic.people import NAMES, make_subject
 from neurostorm.synthetic.signal import STATES, Event, Recording, task_response
 

@@ -8,7 +8,7 @@ import pytest
 
 from neurostorm.store import FrameStore
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
+TOOLS = Path(__file__).resolve().parents[2] / "tools" / "bench"
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def sides(monkeypatch):
 
 @pytest.fixture
 def bench(sides):
-    return importlib.import_module("bench_feed")
+    return importlib.import_module("feed")
 
 
 def test_every_side_brings_the_same_clips(sides, ball_store):

@@ -15,14 +15,14 @@ import torch
 from neurostorm.ingest import job
 from neurostorm.ingest.layouts import names
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
+TOOLS = Path(__file__).resolve().parents[2] / "tools" / "bench"
 
 
 @pytest.fixture
 def bench(monkeypatch):
     """The tool with three small kinds of run and a small ball of brain, on the 4 mm grid."""
     monkeypatch.syspath_prepend(TOOLS)
-    bench, runs = importlib.import_module("bench_ingest"), importlib.import_module("ingest_runs")
+    bench, runs = importlib.import_module("ingest"), importlib.import_module("ingest_runs")
     kinds = {
         "copied": runs.Kind((20, 20, 20), 4.0, (-38, -54, -36), 0.8),
         "finer": runs.Kind((30, 30, 30), 3.0, (-45, -60, -42), 0.72),

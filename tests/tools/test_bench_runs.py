@@ -12,7 +12,7 @@ from neurostorm.config import Config
 from neurostorm.config.presets import PRESETS
 
 THREADS = str(torch.get_num_threads())  # as they are: the model runs in this process
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
+TOOLS = Path(__file__).resolve().parents[2] / "tools" / "bench"
 
 
 @pytest.fixture
@@ -72,11 +72,11 @@ def flags_are_settings(settings):
 
 
 def test_the_end_to_end_figures_are_medians_of_warm_steps(tool, monkeypatch, tmp_path, capsys):
-    bench, jobs = tool("bench_end_to_end"), Jobs([0.02, 0.05])
+    bench, jobs = tool("end_to_end"), Jobs([0.02, 0.05])
     monkeypatch.setattr(bench, "command", jobs)
     file = tmp_path / "figures.json"
     options = ["--store", str(tmp_path / "store"), "--steps", "5", "--warm", "2", "--mixer", "mamba"]
-    monkeypatch.setattr("sys.argv", ["bench_end_to_end", *options, "--json", str(file)])
+    monkeypatch.setattr("sys.argv", ["end_to_end", *options, "--json", str(file)])
     assert bench.main() == 0
     result = json.loads(file.read_text())
     assert result["dense"]["clips_per_s"] == 8 and result["sparse"]["clips_per_s"] == 24
@@ -89,9 +89,9 @@ def test_the_end_to_end_figures_are_medians_of_warm_steps(tool, monkeypatch, tmp
 
 
 def test_steps_that_do_not_suffice_are_refused(tool, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["bench_end_to_end", "--steps", "5", "--warm", "5"])
+    monkeypatch.setattr("sys.argv", ["end_to_end", "--steps", "5", "--warm", "5"])
     with pytest.raises(SystemExit):
-        tool("bench_end_to_end").main()
+        tool("end_to_end").main()
     assert "--warm 5: fewer than --steps 5" in capsys.readouterr().err
 
 
@@ -128,8 +128,8 @@ def test_a_trace_and_a_table_show_where_the_time_goes(tool, monkeypatch, tmp_pat
 def test_attention_is_timed_by_every_way_that_there_is(tool, monkeypatch, tmp_path, capsys):
     file = tmp_path / "attention.json"
     options = ["--shapes", "3x16x2x8", "--rounds", "1", "--threads", THREADS, "--json", str(file)]
-    monkeypatch.setattr("sys.argv", ["bench_attention", *options])
-    bench = tool("bench_attention")
+    monkeypatch.setattr("sys.argv", ["attention", *options])
+    bench = tool("attention")
     assert bench.main() == 0
     (measured,) = json.loads(file.read_text())["shapes"]
     assert measured["shape"] == [3, 16, 2, 8] and list(measured["sides"]) == list(bench.SIDES)
@@ -139,7 +139,7 @@ def test_attention_is_timed_by_every_way_that_there_is(tool, monkeypatch, tmp_pa
 
 
 def test_a_way_that_computes_something_else_is_not_timed(tool, monkeypatch):
-    bench = tool("bench_attention")
+    bench = tool("attention")
     plain = bench.scaled_dot_product_attention
     monkeypatch.setattr(bench, "SIDES", ("auto",))
     monkeypatch.setattr(bench, "way_of", lambda side, qkv, present: lambda: plain(*qkv))  # without the key mask
@@ -150,8 +150,8 @@ def test_a_way_that_computes_something_else_is_not_timed(tool, monkeypatch):
 def test_tables_of_masked_clips_are_timed_both_ways(tool, monkeypatch, tmp_path):
     file = tmp_path / "tables.json"
     options = ["--preset", "tiny", "--batches", "1", "2", "--masks", "6", "--threads", THREADS, "--json", str(file)]
-    monkeypatch.setattr("sys.argv", ["bench_tables", *options])
-    assert tool("bench_tables").main() == 0
+    monkeypatch.setattr("sys.argv", ["tables", *options])
+    assert tool("tables").main() == 0
     rows = json.loads(file.read_text())["batches"]
     assert [row["clips"] for row in rows] == [1, 2]
     for row in rows:

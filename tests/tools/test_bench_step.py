@@ -1,4 +1,4 @@
-"""`tools/bench_step.py`: its baseline computes what the encoder computes, and its figures hang together."""
+"""`tools/bench/step.py`: its baseline computes what the encoder computes, and its figures hang together."""
 
 import importlib
 import json
@@ -11,7 +11,7 @@ from neurostorm.model.config import SwinConfig
 from neurostorm.model.encoder import SwinEncoder
 
 THREADS = str(torch.get_num_threads())  # as they are: the models run in this process
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
+TOOLS = Path(__file__).resolve().parents[2] / "tools" / "bench"
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def tool(monkeypatch):
 @pytest.fixture
 def bench(tool, monkeypatch):
     """The tool with its models in this process: starting three takes longer than this module."""
-    bench = tool("bench_step")
+    bench = tool("step")
 
     class Here:
         def __init__(self, build, *arguments):
@@ -39,7 +39,7 @@ def bench(tool, monkeypatch):
             pass
 
     monkeypatch.setattr(bench, "Worker", Here)
-    monkeypatch.setattr(bench.bench_sparse, "Worker", Here)
+    monkeypatch.setattr(bench.sparse, "Worker", Here)
     for name in bench.WAITING:
         monkeypatch.setenv(name, "")  # so that what the tool sets ends with the test
     return bench

@@ -1,4 +1,4 @@
-"""`tools/epoch_cost.py`: its hours follow from the model's own count, and the README's table is what it prints."""
+"""`tools/bench/epoch_cost.py`: hours from the model's own count; the README's table is what it prints."""
 
 import argparse
 import importlib
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The tool's module."""
-    monkeypatch.syspath_prepend(ROOT / "tools")
+    monkeypatch.syspath_prepend(ROOT / "tools" / "bench")
     return importlib.import_module("epoch_cost")
 
 
@@ -73,7 +73,7 @@ def test_an_impossible_assumption_is_refused(tool: Any, words: tuple[str, str]) 
 
 def test_the_table_of_the_readme_is_what_its_command_prints(tool: Any, capsys: pytest.CaptureFixture[str]) -> None:
     text = (ROOT / "cluster" / "README.md").read_text()
-    (command,) = [line for line in text.splitlines() if line.startswith("python tools/epoch_cost.py")]
+    (command,) = [line for line in text.splitlines() if line.startswith("python tools/bench/epoch_cost.py")]
     assert tool.main(command.split()[2:]) == 0
     sentence, table = capsys.readouterr().out.strip().split("\n", 1)
     assert table in text

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from chaos_services import TrackingServer
+from chaos.services import TrackingServer
 from mlflow import MlflowClient
 
 from neurostorm.config import Config

@@ -16,7 +16,7 @@ from neurostorm.data.storage_wait import StorageAwayError
 from neurostorm.io.object_store import UnavailableError
 from neurostorm.store import StoreError
 from neurostorm.train.checkpoint.checkpoints import MARKER, CheckpointError
-from neurostorm.train.controller import FailuresSinceCheckpoint
+from neurostorm.train.health.failure_policy import FailuresSinceCheckpoint
 from neurostorm.train.health.limits import NonFiniteError, UnreadableClipsError
 from neurostorm.train.trainer import trainer_of
 
@@ -65,7 +65,7 @@ def test_checkpoints_that_cannot_be_listed_do_not_end_the_run(policy, monkeypatc
     def away(folder):
         raise UnavailableError("s3://bucket: 503")
 
-    monkeypatch.setattr("neurostorm.train.controller.newest_committed", away)
+    monkeypatch.setattr("neurostorm.train.health.failure_policy.newest_committed", away)
     assert decide(policy, RuntimeError("killed"), times=3) == [RETRY, RETRY, RAISE]
 
 

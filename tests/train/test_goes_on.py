@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from chaos_faults import damage
+from chaos.faults import damage
 
 from neurostorm.config import Config
 from neurostorm.model.hub.pretrained import load_pretrained

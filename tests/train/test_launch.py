@@ -15,13 +15,12 @@ from neurostorm.io.paths import replace
 from neurostorm.runtime import resources
 from neurostorm.runtime.run_folder import keep_config
 from neurostorm.store import GRIDS, StoreError, write_manifest
-from neurostorm.train import feed, launch, slow
+from neurostorm.train import launch, trainer
 from neurostorm.train import trainer as trainer_module
 from neurostorm.train.checkpoint import checkpoints
-from neurostorm.train.feed import training_data
 from neurostorm.train.launch import Plan, check
 from neurostorm.train.records import pinned_manifest
-from neurostorm.train.trainer import trainer_of, worker_environment
+from neurostorm.train.trainer import trainer_of, training_data, worker_environment
 
 STEPS = 12  # of one epoch of the ball store: 48 clips, four at a time
 
@@ -213,7 +212,7 @@ def asked(monkeypatch) -> list[tuple]:
         steps = {"first_step": first_step, "last_step": last_step, "workers": workers}
         calls.append((reader, plan, steps))
 
-    monkeypatch.setattr(feed, "clip_dataset", record)
+    monkeypatch.setattr(trainer, "clip_dataset", record)
     return calls
 
 
@@ -329,19 +328,19 @@ def test_an_atlas_that_cannot_be_used_is_refused_before_anything_starts(ball_con
 
 
 def test_a_step_that_is_slow_on_the_cpu_says_what_is_faster(ball_config, ball_store, monkeypatch):
-    monkeypatch.setattr(slow, "measured_peak", lambda *_: 1e9)
+    monkeypatch.setattr(launch, "measured_peak", lambda *_: 1e9)
     config = ball_config()
     corpus = open_corpus(config)
-    seconds = slow.step_s(config, corpus)
-    assert seconds > 0 and slow.step_s(ball_config(scale={"workers": 1}), corpus) == pytest.approx(2 * seconds)
-    assert slow.step_s(ball_config(scale={"gpus_per_worker": 1}), corpus) == 0
-    assert slow.slow_words(config, corpus.store.grid, 120, 1.0) == ""
-    assert slow.slow_words(config, GRIDS["4mm"], 120, 15.6) == (
+    seconds = launch.step_s(config, corpus)
+    assert seconds > 0 and launch.step_s(ball_config(scale={"workers": 1}), corpus) == pytest.approx(2 * seconds)
+    assert launch.step_s(ball_config(scale={"gpus_per_worker": 1}), corpus) == 0
+    assert launch.slow_words(config, corpus.store.grid, 120, 1.0) == ""
+    assert launch.slow_words(config, GRIDS["4mm"], 120, 15.6) == (
         "about 16 s a step on this machine's CPU, 31 min for 120 steps: for a first look use --train.max_steps 5; to "
         "train, use a GPU"
     )
     wide = ball_config(model={"embed_dim": 48, "heads": (3, 6)})
-    assert slow.slow_words(wide, GRIDS["2mm"], 120, 16.0).endswith(
+    assert launch.slow_words(wide, GRIDS["2mm"], 120, 16.0).endswith(
         "to train, use a GPU, or ingest with --grid 4mm, as 96x96x96 voxels are 8 times the work of its 48x48x48, or "
         "use --preset tiny"
     )

@@ -13,9 +13,9 @@ from neurostorm.train.engine import StepOutcome
 from neurostorm.train.health.barrier import StepClips
 from neurostorm.train.health.timeouts import CollectiveTimeouts
 from neurostorm.train.loop import Loop, Window
-from neurostorm.train.records import time_left
+from neurostorm.train.records import log_lines
+from neurostorm.train.records.log_lines import TimeLeft
 from neurostorm.train.records.time_account import Account
-from neurostorm.train.records.time_left import TimeLeft
 
 S = 10**9
 
@@ -35,7 +35,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    for module in (loop_module, time_left):
+    for module in (loop_module, log_lines):
         monkeypatch.setattr(module.time, "perf_counter", clock)
     return clock
 
@@ -153,8 +153,8 @@ def test_time_left_counts_steps_validations_and_checkpoints_at_their_median() ->
 
 def test_time_left_follows_recent_steps() -> None:
     left = TimeLeft(1000, {})
-    for _ in range(time_left.RECENT):
+    for _ in range(log_lines.RECENT):
         left.took("step", 9)
-    for _ in range(time_left.RECENT):
+    for _ in range(log_lines.RECENT):
         left.took("step", 1)
     assert left.values(900) == {"left_s": 100}

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Runs to vectors by a frozen model, over Ray Data."""

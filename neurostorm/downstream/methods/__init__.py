@@ -1,1 +1,1 @@
-"""TODO."""
+"""The methods that are compared: networks trained by gradient, closed forms on vectors, baselines."""

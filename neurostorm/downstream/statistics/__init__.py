@@ -1,1 +1,1 @@
-"""TODO."""
+"""How good predictions are, and how sure one can be of it."""

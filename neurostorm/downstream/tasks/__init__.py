@@ -1,1 +1,1 @@
-"""TODO."""
+"""What is predicted, of which unit, from which clips."""

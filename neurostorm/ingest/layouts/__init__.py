@@ -1,1 +1,1 @@
-"""TODO."""
+"""How corpora lie on disk: which files are runs, and whose."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""From encoded tokens to predicted patches."""

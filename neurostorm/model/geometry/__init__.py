@@ -1,1 +1,1 @@
-"""TODO."""
+"""Which tokens exist, and the tables that move them into windows and back."""

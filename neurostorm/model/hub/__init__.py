@@ -1,1 +1,1 @@
-"""TODO."""
+"""Models as files: saved, loaded, found; released weights in our modules."""

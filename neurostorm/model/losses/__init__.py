@@ -1,1 +1,1 @@
-"""TODO."""
+"""Losses that keep nothing as large as their input."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Which tokens a masked autoencoder hides."""

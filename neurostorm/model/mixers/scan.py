@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from neurostorm.model.mixers import scan_kernel
-from neurostorm.model.ops.switches import SCAN, triton_may
+from neurostorm.model.ops.dispatch import SCAN, triton_may
 
 CHUNK_TOKENS = 16  # a state is kept every so many tokens; the working set of a chunk should fit a cache
 

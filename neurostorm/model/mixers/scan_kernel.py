@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from neurostorm.model.ops.switches import SCAN, on
+from neurostorm.model.ops.dispatch import SCAN, on
 
 STATES = 16  # per channel, fixed in scan.c
 _SOURCE = Path(__file__).with_name("scan.c")

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Parts that all blocks share: the MLP, and which kernels and dtypes act here."""

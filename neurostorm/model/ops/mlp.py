@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import gelu
 
-from neurostorm.model.ops.autocast import product_dtype
+from neurostorm.model.ops.dispatch import product_dtype
 
 _CACHED_VALUES = 2**20  # of the hidden layer, per block of rows
 

@@ -1,1 +1,1 @@
-"""TODO."""
+"""STRD, Spatiotemporal Redundancy Dropout."""

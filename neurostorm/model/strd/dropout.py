@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from neurostorm.model.geometry.neighbors import Neighbours
 from neurostorm.model.geometry.windows import Bucket
-from neurostorm.model.ops.switches import STRD, triton_may
+from neurostorm.model.ops.dispatch import STRD, triton_may
 
 _EPSILON = 1e-8
 _CORRECTIONS = 4  # of the calibration

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Checks, repairs, merges, exports and summaries of stores; removing a participant."""

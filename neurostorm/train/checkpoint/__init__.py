@@ -1,1 +1,1 @@
-"""TODO."""
+"""Checkpoints: committed folders, and their content for any ZeRO stage and number of workers."""

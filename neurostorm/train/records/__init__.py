@@ -1,1 +1,1 @@
-"""TODO."""
+"""What a run writes about itself: its manifest, its time, its log lines, its JSONL logs."""

@@ -16,13 +16,16 @@ that sums are exact.
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from neurostorm.io.paths import Place, replace
-from neurostorm.train.records.latest_file import LatestFile
+
+logger = logging.getLogger(__name__)
+EVERY_S = 10.0
 
 logger = logging.getLogger(__name__)
 ACCOUNT = "goodput.json"
@@ -162,3 +165,53 @@ def in_words(metrics: Mapping[str, float]) -> str:
     parts: list[tuple[str, float]] = [(part, metrics[f"time/{part}_s"]) for part in PARTS]
     named = [f"{part} {spent_s:.0f} s" for part, spent_s in sorted(parts, key=lambda each: -each[1])]
     return f"{metrics['time/wall_s']:.0f} s, goodput {metrics['time/goodput']:.0%}: {', '.join(named)}"
+
+
+class LatestFile:
+    """Keeps `file` at what was put last, as well as its storage allows.
+
+    Args:
+        file: what is written.
+        every_s: shortest time between two writes, seconds.
+    """
+
+    def __init__(self, file: Place, every_s: float = EVERY_S) -> None:
+        self._file, self._every_s = file, every_s
+        self._changed = threading.Condition()
+        self._waiting: bytes | None = None
+        self._writing = self._urgent = False
+        threading.Thread(target=self._run, name=f"writes {file.name}", daemon=True).start()
+
+    def put(self, content: bytes) -> None:
+        """Has `content` written soon, unless other content comes before."""
+        with self._changed:
+            self._waiting = content
+            self._changed.notify_all()
+
+    def flush(self, within_s: float) -> bool:
+        """Waits until what was put last is written, `within_s` seconds at most; whether it is."""
+        with self._changed:
+            self._urgent = True
+            self._changed.notify_all()
+            return self._changed.wait_for(lambda: self._waiting is None and not self._writing, within_s)
+
+    def _run(self) -> None:
+        failed = False
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting is not None)
+                content, self._waiting, self._writing, self._urgent = self._waiting, None, True, False
+            assert content is not None
+            began_s = time.monotonic()
+            try:
+                replace(self._file, content)
+                failed = False
+            except OSError as error:
+                if not failed:
+                    logger.warning("%s cannot be written (%s); training goes on without it", self._file, error)
+                failed = True
+            with self._changed:
+                self._writing = False
+                self._changed.notify_all()
+                rest_s = self._every_s - (time.monotonic() - began_s)
+                self._changed.wait_for(lambda: self._urgent, max(rest_s, 0.0))

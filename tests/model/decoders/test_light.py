@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from einops import rearrange
-from tests.model.test_autoencoder import smooth_clips
 
 from neurostorm.model.autoencoder import MaskedAutoencoder
 from neurostorm.model.config import SwinConfig
@@ -17,6 +16,7 @@ from neurostorm.model.geometry.tokens import subset_geometry
 from neurostorm.model.losses import chunked
 from neurostorm.model.masking.masks import KINDS, MaskConfig
 from neurostorm.model.strd.dropout import StrdConfig
+from tests.model.test_autoencoder import smooth_clips
 
 FRAMES = 3
 SHAPE = SwinConfig(

@@ -5,7 +5,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.model.decoders.test_light import FRAMES, MIXERS, build, mask_of_a_corner, patches_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neurostorm.model.decoders.light import numbers_of
@@ -14,6 +13,7 @@ from neurostorm.model.geometry.static import Room, Whole, drawn_geometry, rounde
 from neurostorm.model.geometry.tokens import geometry_of, subset_geometry
 from neurostorm.model.masking.masks import KINDS
 from neurostorm.model.strd.dropout import StrdConfig
+from tests.model.decoders.test_light import FRAMES, MIXERS, build, mask_of_a_corner, patches_of
 
 GRID, WINDOWS = (8, 4, 8, 5), ((4, 4, 4, 4), (3, 2, 2, 2), (2, 1, 2, 4))
 

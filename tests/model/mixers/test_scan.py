@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from neurostorm.model.mixers import scan_kernel
 from neurostorm.model.mixers.scan import CHUNK_TOKENS, ScanInputs, empty_states, scan_backward, scan_forward
-from neurostorm.model.ops.switches import SCAN
+from neurostorm.model.ops.dispatch import SCAN
 
-TOOL = Path(__file__).resolve().parents[3] / "tools" / "bench_scan.py"
+TOOL = Path(__file__).resolve().parents[3] / "tools" / "bench" / "scan.py"
 
 
 def problem(tokens: int, windows: int, channels: int, states: int, seed: int = 0) -> tuple[ScanInputs, torch.Tensor]:

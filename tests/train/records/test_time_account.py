@@ -1,13 +1,15 @@
 """The account of a run's time under a clock that the tests turn: sums, kills, clocks that are set back."""
 
 import json
+import threading
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from neurostorm.io.paths import place
-from neurostorm.train.records.time_account import ACCOUNT, PARTS, Account, in_words, now_ns
+from neurostorm.train.records import time_account
+from neurostorm.train.records.time_account import ACCOUNT, PARTS, Account, LatestFile, in_words, now_ns
 
 S = 10**9
 
@@ -212,3 +214,60 @@ def test_the_line_for_people_begins_with_the_largest_part(clock):
 
 def test_a_summary_from_before_there_were_accounts_can_be_told():
     assert in_words({"loss/validation": 0.5}) == "not known, no account was kept"
+
+
+@pytest.fixture
+def writes(monkeypatch):
+    made = []
+    plain = time_account.replace
+
+    def write(file, content):
+        made.append(content)
+        plain(file, content)
+
+    monkeypatch.setattr(time_account, "replace", write)
+    return made
+
+
+def test_the_newest_content_is_written_and_older_content_is_passed_over(tmp_path, writes, monkeypatch):
+    free, begun = threading.Event(), threading.Event()
+    plain = time_account.replace
+
+    def slow(file, content):
+        begun.set()
+        free.wait(60)
+        plain(file, content)
+
+    monkeypatch.setattr(time_account, "replace", slow)
+    file = LatestFile(tmp_path / "account.json")
+    file.put(b"0")
+    begun.wait(60)
+    for number in range(1, 100):
+        file.put(str(number).encode())
+    free.set()
+    assert file.flush(60)
+    assert writes == [b"0", b"99"] and (tmp_path / "account.json").read_bytes() == b"99"
+
+
+def test_a_failure_is_said_once_and_ends_nothing(tmp_path, caplog, writes):
+    file = LatestFile(tmp_path / "no folder" / "account.json", every_s=0.0)
+    for number in range(5):
+        file.put(str(number).encode())
+        assert file.flush(60)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    (tmp_path / "no folder").mkdir()
+    file.put(b"now")
+    assert file.flush(60) and (tmp_path / "no folder" / "account.json").read_bytes() == b"now"
+
+
+def test_a_store_that_hangs_does_not_hold_up_the_end(tmp_path, monkeypatch):
+    free = threading.Event()
+    monkeypatch.setattr(time_account, "replace", lambda file, content: free.wait(60))
+    file = LatestFile(tmp_path / "account.json")
+    file.put(b"0")
+    assert not file.flush(0.05)
+    free.set()
+
+
+def test_a_file_that_has_nothing_new_is_flushed(tmp_path):
+    assert LatestFile(tmp_path / "account.json").flush(1)

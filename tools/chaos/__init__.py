@@ -1,0 +1,1 @@
+"""Faults injected into pretraining runs, and what each one costs: `python tools/chaos.py --help`."""
