@@ -28,8 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import feed_model
 import corpus_worker
+import feed_model
 
 MIB = 2**20
 TR_S = 0.8
