@@ -43,6 +43,7 @@ _TEMPORARY = re.compile(
     r"SlowDown|ServiceUnavailable|InternalError|ExpiredToken|RequestTimeTooSkewed|body|credential",
     re.IGNORECASE,
 )
+_REFUSED = re.compile(r"\b40[13] [A-Z]|ExpiredToken")
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _clients: dict[tuple[int, str, str], Any] = {}  # by process, scheme and bucket
@@ -196,7 +197,8 @@ def fail(where: Address, error: Exception) -> NoReturn:
 
 def _is_refused(error: UnavailableError) -> bool:
     """Whether access was refused: only new credentials change that."""
-    return isinstance(error.__cause__, PermissionDeniedError | UnauthenticatedError)
+    cause = error.__cause__
+    return isinstance(cause, PermissionDeniedError | UnauthenticatedError) or bool(_REFUSED.search(str(cause)))
 
 
 def _may_pass(error: Exception, text: str) -> bool:
