@@ -19,10 +19,10 @@ from neurostorm.model.autoencoder import MaskedAutoencoder
 from neurostorm.model.config import SwinConfig
 from neurostorm.model.hub.pretrained import save_pretrained
 from neurostorm.store import (
+    INT8_16,
     FrameStore,
     Grid,
     create_store,
-    quantise,
     run_path,
     write_manifest,
     write_participants,
@@ -132,7 +132,7 @@ def _write(
     write_run(
         path,
         run_path("people", f"sub-{number:03d}", name),
-        frames=quantise((signal - mean) / std),
+        frames=INT8_16.encode((signal - mean) / std),
         mean=(100 + mean).astype(np.float32),
         std=std.astype(np.float32),
         attributes={

@@ -32,7 +32,7 @@ import numpy as np
 from neurostorm.commands.store_options import parse
 from neurostorm.io.paths import replace
 from neurostorm.runtime.progress import progress, tracked
-from neurostorm.store import FrameStore, StoreError, dequantise
+from neurostorm.store import FrameStore, StoreError
 from neurostorm.store.layout import RUNS
 from neurostorm.store.maintenance.care import Holding, find_subject, holding, readmit, repair, withdraw
 from neurostorm.store.maintenance.check_run import Problem
@@ -239,7 +239,7 @@ def run_picture(store: FrameStore, run: str) -> bytes:
     """A PNG of three rows (mean image, temporal SNR, middle frame's z) of three planes."""
     mean, std = store.moments(run)
     middle = store.frame_count(run) // 2
-    z = dequantise(store.frames(run, middle, 1)[0])
+    z = store.codec.decode(store.frames(run, middle, 1)[0])
     covered = std > 0
     snr = np.divide(mean, std, out=np.full_like(mean, np.nan), where=covered)
     reach = percentiles(np.abs(z[covered]))[1]

@@ -1,20 +1,21 @@
 """Packed int8 clips to float patches, on the device that trains: one gather and one multiply-add.
 
-    frames int8 (B, L, V) --gather--> int8 (B, P, K) --/16, scale, shift--> float32 (B, P, K)
+    frames int8 (B, L, V) --gather--> int8 (B, P, K) --/steps, scale, shift--> float32 (B, P, K)
 
 P counts tokens in the model's packed order, K the voxels of a patch. int8 crosses the bus; nothing is ever unpacked to
 a dense volume on the CPU.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from neurostorm.data.clips import ClipBatch
-
-Q_PER_Z = 16.0  # the store's int8 holds 16 x z (store/codec.py)
+from neurostorm.model.geometry.tokens import Geometry, patch_table
+from neurostorm.store import INT8_16, FrameStore
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,19 @@ class ClipUnpacker(nn.Module):
     patch_table  int64 (S, K): index of each patch voxel among the V packed mask voxels, V for voxels outside the mask
     token_space  int64 (P,): patch index of each token; token_time int64 (P,): its frame
     voxels       V
+    steps        steps of a stored byte to one standard deviation: the scale of the store's codec
     """
 
     def __init__(
-        self, patch_table: torch.Tensor, token_space: torch.Tensor, token_time: torch.Tensor, voxels: int
+        self,
+        patch_table: torch.Tensor,
+        token_space: torch.Tensor,
+        token_time: torch.Tensor,
+        voxels: int,
+        steps: int = INT8_16.scale,
     ) -> None:
         super().__init__()
+        self.steps = float(steps)
         self.table: torch.Tensor
         self.index: torch.Tensor
         self.space: torch.Tensor
@@ -61,7 +69,7 @@ class ClipUnpacker(nn.Module):
         stored = frames.new_empty((len(frames), *self.index.shape))  # (B, P, K)
         for clip, patches in zip(frames.flatten(1), stored.flatten(1), strict=True):  # 1-D gathers are the fast ones
             torch.index_select(clip, 0, self.index.flatten(), out=patches)
-        values = stored.float().div_(Q_PER_Z)
+        values = stored.float().div_(self.steps)
         # Over several frames a voxel stays zero only outside the run's field of view (or, by simulation, 2 of a million
         # live voxels over 8 frames: those drop out of the loss).
         seen = functools.reduce(torch.bitwise_or, frames.unbind(dim=1))  # (B, V + 1)
@@ -72,3 +80,20 @@ class ClipUnpacker(nn.Module):
         scale = nn.functional.pad(batch.scale, (0, 1))[:, voxels]
         centre = torch.cat([batch.shift, batch.fill[:, None]], dim=1)[:, voxels]
         return Patches(torch.addcmul(centre, values, scale), centre, inside)
+
+
+def unpacker_for(
+    store: FrameStore, geometry: Geometry, patch: Sequence[int], device: torch.device | str = "cpu"
+) -> ClipUnpacker:
+    """What turns packed clips of `store` into a model's patches, on `device`.
+
+    Args:
+        store: whose mask and codec tell what the bytes are.
+        geometry: the model's, for clips of one length.
+        patch: voxels x voxels x voxels x frames of a token.
+        device: where it works.
+    """
+    finest = geometry.levels[0]
+    table = patch_table(torch.from_numpy(store.mask), patch)
+    unpacker = ClipUnpacker(table, finest.space_of_token, finest.time_of_token, store.voxel_count, store.codec.scale)
+    return unpacker.to(device)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from neurostorm.data.augment import View
 from neurostorm.data.clips import ClipBatch
-from neurostorm.data.unpack import Q_PER_Z, ClipUnpacker, Patches
+from neurostorm.data.unpack import ClipUnpacker, Patches
 
 _MEASURED = 1 - 1e-3  # weight of measured voxels from which a place counts as measured
 
@@ -38,6 +38,7 @@ class ViewUnpacker(nn.Module):
 
     def __init__(self, unpack: ClipUnpacker, brain: Tensor, patch: Sequence[int]) -> None:
         super().__init__()
+        self.steps = unpack.steps
         self.voxels, self.shape, self.patches = int(brain.sum()), tuple(brain.shape), len(unpack.table)
         number = torch.where(brain.flatten(), brain.flatten().cumsum(0) - 1, self.voxels)
         space = torch.unique(unpack.space)  # sorted: the patches that are tokens
@@ -74,7 +75,7 @@ class ViewUnpacker(nn.Module):
                 centre.addcmul_(weight, centres.gather(1, voxel))
             if scale is not None:
                 weight = weight * scale.gather(1, voxel)
-            values.addcmul_(frames.gather(2, voxel[:, None].expand_as(values)), (weight / Q_PER_Z)[:, None])
+            values.addcmul_(frames.gather(2, voxel[:, None].expand_as(values)), (weight / self.steps)[:, None])
         if centres is not None:
             values += centre[:, None]
         inside = (measured > _MEASURED).view(len(views), *self.brain.shape) & self.brain

@@ -82,7 +82,7 @@ class Outcome:
 
 
 def attempt(
-    source: Source, store: Place, *, chunk_frames: int | None = None, codec: str = "none", threads: int = 1
+    source: Source, store: Place, *, chunk_frames: int | None = None, compression: str = "none", threads: int = 1
 ) -> Outcome:
     """`ingest_run`, with every failure of this one file turned into a "quarantined" outcome.
 
@@ -92,7 +92,7 @@ def attempt(
     status: Status = "quarantined"
     again = False
     try:
-        return ingest_run(source, store, chunk_frames=chunk_frames, codec=codec, threads=threads)
+        return ingest_run(source, store, chunk_frames=chunk_frames, compression=compression, threads=threads)
     except RunError as error:
         reason = str(error)
     except StoreError as error:
@@ -106,14 +106,14 @@ def attempt(
 
 
 def ingest_run(
-    source: Source, store: Place, *, chunk_frames: int | None = None, codec: str = "none", threads: int = 1
+    source: Source, store: Place, *, chunk_frames: int | None = None, compression: str = "none", threads: int = 1
 ) -> Outcome:
     """Bring one run into the store, whole, unless it is there already.
 
     Args:
         source: from `discover`.
         store: an existing store; its grid, mask and TR are what the run is brought to.
-        chunk_frames, codec: as `write_run` takes them.
+        chunk_frames, compression: as `write_run` takes them.
         threads: that may work at the same time, so as many as CPUs are the caller's; the stored bytes do not depend
             on it.
 
@@ -130,7 +130,7 @@ def ingest_run(
     header = open_run(source.path)
     size, mtime_ns = size_and_time(source.path)
     digest = hashlib.sha256()
-    target = Target(opened.grid.affine, opened.mask, opened.tr_s)
+    target = Target(opened.grid.affine, opened.mask, opened.tr_s, opened.codec)
     brought = bring_to_target(source, header, target, digest, threads=threads)
     result = brought.result
     facts = _names(source) | _quality(result) | _processing(brought.spatial, brought.temporal)
@@ -142,7 +142,7 @@ def ingest_run(
         "source_size_bytes": size,
         "source_mtime_ns": mtime_ns,
     }
-    if not _write(store, source.run, result, facts, chunk_frames=chunk_frames, codec=codec):
+    if not _write(store, source.run, result, facts, chunk_frames=chunk_frames, compression=compression):
         return outcome_of(source, store, opened.run_attributes(source.run))  # another ingest came first
     return Outcome(
         source=str(source.path),

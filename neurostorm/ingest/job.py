@@ -70,7 +70,7 @@ def ingest(config: Config) -> IngestReport:
     notes += [f"ingest.readmit: nobody called {entry} withdrew from this store" for entry in found.strangers]
     _warn_of_space(found, store, settings.tr_s, int(mask.sum()))
     work = partial(
-        attempt, store=store, chunk_frames=settings.chunk_frames, codec=settings.codec,
+        attempt, store=store, chunk_frames=settings.chunk_frames, compression=settings.codec,
         threads=max(1, int(settings.cpus_per_run)),
     )  # fmt: skip
     waiting = found.waiting

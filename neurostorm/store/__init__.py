@@ -7,7 +7,7 @@
 `places` is the floor under them: local paths and object stores. No Ray, no torch.
 """
 
-from neurostorm.store.codec import dequantise, quantise
+from neurostorm.store.codec import FRAME_CODECS, INT8_16, FrameCodec
 from neurostorm.store.layout import (
     FORMAT,
     GRIDS,
@@ -39,9 +39,12 @@ from neurostorm.store.writer import create_store, write_run
 
 __all__ = [
     "FORMAT",
+    "FRAME_CODECS",
     "GRIDS",
+    "INT8_16",
     "MANIFEST_SCHEMA",
     "ClipReadError",
+    "FrameCodec",
     "FrameRangeError",
     "FrameStore",
     "Grid",
@@ -51,9 +54,7 @@ __all__ = [
     "build_manifest",
     "clear_quarantine",
     "create_store",
-    "dequantise",
     "mask_hash",
-    "quantise",
     "read_manifest",
     "read_participants",
     "read_quarantine",

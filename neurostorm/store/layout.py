@@ -1,10 +1,10 @@
 """Where everything in a frame store lies: the format's number, its grids, its names.
 
     store.zarr/
-      zarr.json                                 format, grid, TR, mask hash, recipe (attributes of the root group)
+      zarr.json                                 format, grid, TR, mask hash, frame codec, recipe (root attributes)
       mask/                                     uint8 (X, Y, Z), 1 inside the brain
       runs/<dataset>/<subject>/<entities>/      one run, an array int8 (T + 8, V): zarr.json with its attributes, and
-        0.0                                     T frames (16 x the z-score of each voxel), then its mean and std
+        0.0                                     T frames (z-scores, see `codec.py`), then its mean and std
       manifest.parquet participants.parquet quarantine.parquet withdrawn.parquet
 
 A run's zarr.json comes last and is put there in one step: a run that has one is whole (`shard.py` says what its bytes
@@ -29,7 +29,6 @@ RECIPE_VERSION = 1
 SPACE = "MNI152NLin6Asym"
 MASK, RUNS, METADATA = "mask", "runs", "zarr.json"
 PARTIAL = ".partial"
-MISSING_FRAME = -128  # what Zarr returns for a chunk of frames that is not there: no byte of the codec has this value
 MANIFEST, PARTICIPANTS = "manifest.parquet", "participants.parquet"
 QUARANTINE, WITHDRAWN = "quarantine.parquet", "withdrawn.parquet"
 

@@ -47,10 +47,10 @@ MANIFEST_SCHEMA = pa.schema(
             for name in ("tsnr_median", "clipped_fraction", "coverage", "global_mean", "global_std")
         ),
         ("chunk_frames", pa.int32()),
-        ("codec", pa.string()),
+        ("compression", pa.string()),
     ]
 )
-LAYOUT_COLUMNS = ("chunk_frames", "codec")  # a reader finds rows by them; not in tables of earlier versions
+LAYOUT_COLUMNS = ("chunk_frames", "compression")  # a reader finds rows by them; not in tables of earlier versions
 _LATER = {*LAYOUT_COLUMNS, "global_mean", "global_std"}  # these two in what training runs keep of a manifest
 QUARANTINE_SCHEMA = pa.schema([("source", pa.string()), ("reason", pa.string()), ("when", pa.string())])
 WITHDRAWN_SCHEMA = pa.schema([("dataset", pa.string()), ("subject", pa.string()), ("when", pa.string())])
@@ -266,7 +266,7 @@ def manifest_row(root: Place, run: str, metadata: Mapping[str, Any]) -> dict[str
     known |= dict.fromkeys(LAYOUT_COLUMNS)
     with contextlib.suppress(ShardError):  # whoever reads the run says what is wrong with it
         layout = layout_of(metadata)
-        known |= {"chunk_frames": layout.chunk_frames, "codec": layout.codec}
+        known |= {"chunk_frames": layout.chunk_frames, "compression": layout.compression}
     row: dict[str, Any] = {}
     for field in MANIFEST_SCHEMA:
         value = known[field.name] if field.name in known else attributes.get(field.name)

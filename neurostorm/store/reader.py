@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from neurostorm.io.object_store import ObjectPath, errors
 from neurostorm.io.paths import Place
+from neurostorm.store.codec import FRAME_CODECS, INT8_16, FrameCodec
 from neurostorm.store.files import (
     MissingNodeError,
     StorePath,
@@ -68,6 +69,7 @@ class FrameStore:
         voxel_count: V, the voxels of the mask.
         tr_s: seconds between two frames.
         mask_sha256: the mask's hash, `layout.mask_hash`.
+        codec: how its frames store z-scores.
         recipe: `{"name", "version"}` of the preparation.
     """
 
@@ -132,6 +134,14 @@ class FrameStore:
         return str(self._property("mask_sha256"))
 
     @property
+    def codec(self) -> FrameCodec:
+        """How frames store z-scores. StoreError for one that this version does not know."""
+        name = self._header.get("frame_codec", INT8_16.name)  # not named by earlier versions, which had one
+        if name not in FRAME_CODECS:
+            raise StoreError(f"{self.path / METADATA}: frame_codec {name!r} is not known: update neurostorm")
+        return FRAME_CODECS[name]
+
+    @property
     def recipe(self) -> dict[str, Any]:
         """Name and version of the preparation that filled the store."""
         return dict(self._property("recipe"))
@@ -185,7 +195,7 @@ class FrameStore:
                 undefined.
 
         Returns:
-            (count, V) int8; `codec.dequantise` makes z-scores of it.
+            (count, V) int8; `self.codec.decode` makes z-scores of it.
 
         Raises:
             StoreError: there is no such run.

@@ -42,7 +42,7 @@ class RunFile:
         chunks = self.layout.chunk_range(first, len(out))
         bits = ((1 << len(chunks)) - 1) << chunks.start
         unchecked = range(0) if not verify_all and self._whole & bits == bits else chunks
-        if self.layout.codec == "none" and isinstance(self.shard, Path):
+        if self.layout.compression == "none" and isinstance(self.shard, Path):
             self._read_in_place(self.shard, first, out, chunks, unchecked)
         else:
             self._read_and_decode(first, out, chunks, unchecked)
@@ -51,7 +51,7 @@ class RunFile:
 
     def _extents(self, chunks: range) -> NDArray[np.int64]:
         """(n, 2) offset and length of `chunks`; those of a compressed run are read from its shard, once."""
-        if self._index is None and self.layout.codec == "none":
+        if self._index is None and self.layout.compression == "none":
             return self.layout.packed_index(chunks).astype(np.int64)
         if self._index is None:
             size, count = self.shard.stat().st_size, self.layout.index_bytes
@@ -63,7 +63,7 @@ class RunFile:
 
         Frames lie where they lie whatever their number, but the moments after them do not.
         """
-        ends = self.stated and chunks.stop == self.layout.chunks and self.layout.codec == "none"
+        ends = self.stated and chunks.stop == self.layout.chunks and self.layout.compression == "none"
         return self.layout.index_bytes if ends else 0
 
     def _confirm(self, tail: Any) -> None:

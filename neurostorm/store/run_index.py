@@ -1,6 +1,6 @@
 """The runs of a manifest in the memory of a process that reads them, in some 70 bytes each.
 
-    manifest -> paths, frames, rows of a chunk, codec, mean and std of each run -> RunIndex: where every row lies
+    manifest -> paths, frames, rows of a chunk, compression, mean and std of each run -> RunIndex: where every row lies
 
 Plain arrays: 66,000 Python strings and layouts would take hundreds of megabytes in every training worker. Arrays travel
 between the processes of a node without a copy.
@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from neurostorm.store.shard import CODECS, RunLayout
+from neurostorm.store.shard import COMPRESSIONS, RunLayout
 
-_UNKNOWN = 255  # codec of a run whose layout the manifest does not state
-_CODECS = tuple(CODECS)
+_UNKNOWN = 255  # compression of a run whose layout the manifest does not state
+_COMPRESSIONS = tuple(COMPRESSIONS)
 _MARKED = 64  # every how many-th path is a Python string, for a search that takes some microseconds
 
 
@@ -26,7 +26,7 @@ class RunIndex(Sequence[str]):
     """Paths of runs in the manifest's order, and what their layouts follow from.
 
     Args:
-        manifest: `run`, `frames` and, as far as they are known, `chunk_frames` and `codec`.
+        manifest: `run`, `frames` and, as far as they are known, `chunk_frames` and `compression`.
         moments: also keep `global_mean` and `global_std`, eight bytes a run.
     """
 
@@ -34,8 +34,12 @@ class RunIndex(Sequence[str]):
         self._paths = manifest["run"].combine_chunks()
         self._frames = manifest["frames"].to_numpy().astype(np.int32)
         self._chunk_frames = manifest["chunk_frames"].fill_null(0).to_numpy().astype(np.int32)
-        codec = pc.fill_null(pc.index_in(manifest["codec"], pa.array(_CODECS)), _UNKNOWN).to_numpy().astype(np.uint8)
-        self._codec = np.where(self._chunk_frames > 0, codec, np.uint8(_UNKNOWN))
+        compression = (
+            pc.fill_null(pc.index_in(manifest["compression"], pa.array(_COMPRESSIONS)), _UNKNOWN)
+            .to_numpy()
+            .astype(np.uint8)
+        )
+        self._compression = np.where(self._chunk_frames > 0, compression, np.uint8(_UNKNOWN))
         order = pc.array_sort_indices(self._paths).to_numpy().astype(np.int32)
         self._marks: list[str] = self.take(order[::_MARKED]).to_pylist()
         # A manifest is sorted by run, so that none has to be kept.
@@ -78,10 +82,10 @@ class RunIndex(Sequence[str]):
 
     def layout(self, number: int, voxels: int) -> RunLayout | None:
         """The layout of a run whose rows have `voxels` bytes, None if the manifest does not state it."""
-        codec = int(self._codec[number])
-        if codec == _UNKNOWN:
+        compression = int(self._compression[number])
+        if compression == _UNKNOWN:
             return None
-        return RunLayout(int(self._frames[number]), voxels, int(self._chunk_frames[number]), _CODECS[codec])
+        return RunLayout(int(self._frames[number]), voxels, int(self._chunk_frames[number]), _COMPRESSIONS[compression])
 
     def moments(self, number: int) -> tuple[float, float] | None:
         """Mean and std over a run's brain and frames, source units; None if they are not known, or were not kept."""

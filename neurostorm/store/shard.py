@@ -20,12 +20,12 @@ import numpy as np
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
-from neurostorm.store.layout import MISSING_FRAME
+from neurostorm.store.codec import FrameCodec
 
 MOMENT_ROWS = 8  # mean and std, four bytes per voxel each
 SHARD_FILE = "0.0"
 CHUNK_BYTES = 1 << 17  # a chunk is what a checksum covers: small, so that a clip's range begins and ends near the clip
-CODECS: dict[str, list[dict[str, Any]]] = {
+COMPRESSIONS: dict[str, list[dict[str, Any]]] = {
     "none": [],
     "zstd": [{"name": "zstd", "configuration": {"level": 1, "checksum": False}}],
 }
@@ -50,13 +50,13 @@ class RunLayout:
         frames: T.
         voxels: V.
         chunk_frames: C, rows of a chunk; the last chunk is filled up.
-        codec: key of `CODECS`.
+        compression: key of `COMPRESSIONS`.
     """
 
     frames: int
     voxels: int
     chunk_frames: int
-    codec: str
+    compression: str
 
     @property
     def rows(self) -> int:
@@ -119,7 +119,7 @@ def array_metadata(layout: RunLayout, attributes: Mapping[str, Any]) -> dict[str
     """The run's zarr.json as a tree of JSON values."""
     inner = {
         "chunk_shape": [layout.chunk_frames, layout.voxels],
-        "codecs": [{"name": "bytes"}, *CODECS[layout.codec], _CRC],
+        "codecs": [{"name": "bytes"}, *COMPRESSIONS[layout.compression], _CRC],
         "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, _CRC],
         "index_location": "end",
     }
@@ -128,11 +128,11 @@ def array_metadata(layout: RunLayout, attributes: Mapping[str, Any]) -> dict[str
         "zarr_format": 3,
         "node_type": "array",
         "shape": [layout.rows, layout.voxels],
-        "data_type": "int8",
+        "data_type": FrameCodec.dtype.name,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard_rows, layout.voxels]}},
         # One file name per chunk ("0.0") instead of a folder per dimension: inodes are what a corpus runs out of.
         "chunk_key_encoding": {"name": "v2", "configuration": {"separator": "."}},
-        "fill_value": MISSING_FRAME,
+        "fill_value": FrameCodec.missing,
         "codecs": [{"name": "sharding_indexed", "configuration": inner}],
         "dimension_names": ["frame", "voxel"],
         "attributes": dict(attributes),
@@ -147,8 +147,10 @@ def layout_of(metadata: Mapping[str, Any]) -> RunLayout:
         (sharding,) = metadata["codecs"]
         chunk_frames = int(sharding["configuration"]["chunk_shape"][0])
         names = [codec["name"] for codec in sharding["configuration"]["codecs"]]
-        codec = next(key for key, extra in CODECS.items() if names == ["bytes", *(c["name"] for c in extra), "crc32c"])
-        layout = RunLayout(rows - MOMENT_ROWS, voxels, chunk_frames, codec)
+        compression = next(
+            key for key, extra in COMPRESSIONS.items() if names == ["bytes", *(c["name"] for c in extra), "crc32c"]
+        )
+        layout = RunLayout(rows - MOMENT_ROWS, voxels, chunk_frames, compression)
         if min(layout.frames, voxels, chunk_frames) < 1:
             raise ValueError("no frames, no voxels or no rows in a chunk")
         if metadata["attributes"]["frames"] != layout.frames:
@@ -156,7 +158,7 @@ def layout_of(metadata: Mapping[str, Any]) -> RunLayout:
         if dict(metadata, attributes={}) != array_metadata(layout, {}):
             raise ValueError("shape, chunks or codecs are not those of a run")
     except (KeyError, TypeError, ValueError, AttributeError, StopIteration, ZeroDivisionError) as error:
-        raise ShardError(f"does not describe a run of this format ({error or 'an unknown codec'})") from error
+        raise ShardError(f"does not describe a run of this format ({error or 'an unknown compression'})") from error
     return layout
 
 
@@ -178,7 +180,7 @@ def encode(layout: RunLayout, frames: NDArray[np.int8], moments: NDArray[np.int8
     offset = 0
     for number in range(layout.chunks):
         chunk = _chunk_rows(layout, frames, moments, number)
-        data = chunk if layout.codec == "none" else memoryview(_ZSTD.encode(chunk))
+        data = chunk if layout.compression == "none" else memoryview(_ZSTD.encode(chunk))
         yield data
         yield _crc(data)
         length = len(data) + _CRC_BYTES
@@ -222,7 +224,7 @@ def decode_chunk(layout: RunLayout, record: Buffer, number: int, *, verify: bool
     first_row = number * layout.chunk_frames
     if verify:
         check(data, stored, first_row)
-    if layout.codec != "none":
+    if layout.compression != "none":
         try:
             data = memoryview(_ZSTD.decode(data))
         except (RuntimeError, ValueError) as error:
@@ -239,7 +241,7 @@ def _chunk_rows(layout: RunLayout, frames: NDArray[np.int8], moments: NDArray[np
     first, stop = number * layout.chunk_frames, (number + 1) * layout.chunk_frames
     if stop <= layout.frames:
         return np.ascontiguousarray(frames[first:stop]).data.cast("B")
-    held = np.full((layout.chunk_frames, layout.voxels), MISSING_FRAME, np.int8)
+    held = np.full((layout.chunk_frames, layout.voxels), FrameCodec.missing, np.int8)
     tail = np.concatenate([frames[first:], moments[max(0, first - layout.frames) : max(0, stop - layout.frames)]])
     held[: len(tail)] = tail
     return held.data.cast("B")

@@ -26,13 +26,12 @@ from numpy.typing import NDArray
 from neurostorm.io.locks import open_locked, temporary_name
 from neurostorm.io.object_store import ObjectPath, PlaceError
 from neurostorm.io.paths import Place, create, files_below, sync, take_place
-from neurostorm.store.codec import LIMIT
+from neurostorm.store.codec import INT8_16, FrameCodec
 from neurostorm.store.files import StorePath, is_node, read_header, store_place
 from neurostorm.store.layout import (
     FORMAT,
     MASK,
     METADATA,
-    MISSING_FRAME,
     PARTIAL,
     RECIPE_VERSION,
     RUNS,
@@ -43,7 +42,7 @@ from neurostorm.store.layout import (
     split_run,
 )
 from neurostorm.store.shard import (
-    CODECS,
+    COMPRESSIONS,
     MOMENT_ROWS,
     SHARD_FILE,
     RunLayout,
@@ -65,6 +64,7 @@ def create_store(
     tr_s: float,
     recipe: str,
     recipe_version: int = RECIPE_VERSION,
+    codec: FrameCodec = INT8_16,
 ) -> None:
     """Make an empty store at `path`, or agree that the one there is the same. Safe to call from many processes.
 
@@ -74,6 +74,7 @@ def create_store(
         mask: (X, Y, Z) of `grid.shape`, non-zero inside the brain; its voxels are the V of every run.
         tr_s: time between two stored frames, in seconds.
         recipe: name of the preparation that filled the store, with `recipe_version`.
+        codec: how its frames store z-scores.
 
     Raises:
         ValueError: a mask of another shape or without a voxel, or a TR that is not positive.
@@ -94,6 +95,7 @@ def create_store(
         "tr_s": float(tr_s),
         "mask_sha256": mask_hash(inside),
         "mask_voxels": int(inside.sum()),
+        "frame_codec": codec.name,
         "recipe": {"name": recipe, "version": recipe_version},
     }
     if not is_node(target):
@@ -110,19 +112,19 @@ def write_run(
     std: NDArray[np.floating[Any]],
     attributes: Mapping[str, Any],
     chunk_frames: int | None = None,
-    codec: str = "none",
+    compression: str = "none",
 ) -> bool:
     """Write one run, whole, or not at all.
 
     Args:
         path: the store.
         run: `run_path(dataset, subject, entities)`.
-        frames: (T, V) int8 as `codec.quantise` makes them.
+        frames: (T, V) int8 as the `encode` of the store's codec makes them.
         mean, std: (V) in source units; std 0 marks voxels outside the run's field of view.
         attributes: what the manifest and a reader need to know, JSON values; `frames`, `tr_s`, `dataset`, `subject` and
             `neurostorm_format` are filled in.
         chunk_frames: frames under one checksum; default: as many as come nearest to 128 kB.
-        codec: "none", or "zstd" where the network is slower than the decompression.
+        compression: "none", or "zstd" where the network is slower than the decompression.
 
     Returns:
         True if this call wrote the run, False if a complete one was there (it is left as it is).
@@ -137,16 +139,17 @@ def write_run(
     header = read_header(root)
     _check_arrays(run, frames, mean, std, int(header["mask_voxels"]))
     chunk_frames = default_chunk_frames(frames.shape[1]) if chunk_frames is None else chunk_frames
-    if codec not in CODECS or chunk_frames < 1:
+    if compression not in COMPRESSIONS or chunk_frames < 1:
         raise ValueError(
-            f"codec {codec!r} with chunks of {chunk_frames} frames: codecs are {sorted(CODECS)}, chunks >= 1"
+            f"compression {compression!r} with chunks of {chunk_frames} frames: expected one of "
+            f"{sorted(COMPRESSIONS)} and chunks of 1 frame or more"
         )
     if is_node(root / run):
         return False
     facts = dict(attributes) | {"dataset": dataset, "subject": subject, "frames": len(frames)}
     facts |= {"tr_s": header["tr_s"], "neurostorm_format": FORMAT}
     chunk_frames = min(chunk_frames, len(frames) + MOMENT_ROWS)  # no longer than the run
-    layout = RunLayout(len(frames), frames.shape[1], chunk_frames, codec)
+    layout = RunLayout(len(frames), frames.shape[1], chunk_frames, compression)
     metadata = _json(array_metadata(layout, _plain(facts)))
     shard = encode(layout, frames, moment_rows(mean, std))
     return publish(root, run, metadata, shard)
@@ -286,10 +289,10 @@ def _rename(partial: Path, target: Path) -> bool:
 
 def _check_same(target: Place, wanted: dict[str, Any]) -> None:
     """StoreError naming every property in which the store differs from what the caller wants to put in."""
-    found = read_header(target)
+    found = {"frame_codec": INT8_16.name, **read_header(target)}  # earlier versions had one and did not name it
     differing = [
         f"{name} {_in_words(found.get(key))} instead of {_in_words(wanted[key])}"
-        for key, name in (("grid", "grid"), ("tr_s", "TR (s)"), ("recipe", "recipe"))
+        for key, name in (("grid", "grid"), ("tr_s", "TR (s)"), ("recipe", "recipe"), ("frame_codec", "frame codec"))
         if found.get(key) != wanted[key]
     ]
     if found.get("grid") == wanted["grid"] and found.get("mask_sha256") != wanted["mask_sha256"]:
@@ -316,9 +319,9 @@ def _check_arrays(run: str, frames: NDArray[Any], mean: NDArray[Any], std: NDArr
     """ValueError naming the run and the array that does not fit."""
     if frames.ndim != 2 or frames.dtype != np.int8 or frames.shape[0] < 1 or frames.shape[1] != voxels:
         raise ValueError(f"{run}: frames are {frames.dtype} {frames.shape}; the store takes int8 (T >= 1, {voxels})")
-    if frames.min() < -LIMIT:
+    if frames.min() == FrameCodec.missing:
         raise ValueError(
-            f"{run}: frames hold {MISSING_FRAME}, which marks missing chunks; make them with codec.quantise"
+            f"{run}: frames hold {FrameCodec.missing}, which marks missing chunks; make them with `encode` of the codec"
         )
     for name, values in (("mean", mean), ("std", std)):
         if values.shape != (voxels,) or not np.isfinite(np.asarray(values, np.float32)).all():

@@ -15,7 +15,7 @@ from neurostorm.config import Config, ConfigError
 from neurostorm.data.batch_stream import BatchStream
 from neurostorm.data.corpus import Corpus
 from neurostorm.data.plan.split import subject_hash
-from neurostorm.data.unpack import ClipUnpacker
+from neurostorm.data.unpack import ClipUnpacker, unpacker_for
 from neurostorm.data.views import ViewUnpacker
 from neurostorm.io.local_copies import outgoing
 from neurostorm.io.object_requests import RETRY_S
@@ -104,9 +104,7 @@ def build_model(config: Config, store: FrameStore) -> MaskedAutoencoder:
 
 def build_unpacker(model: MaskedAutoencoder, store: FrameStore, frames: int, device: torch.device) -> ClipUnpacker:
     """What turns packed clips into the model's patches on `device`."""
-    finest = model.geometry(frames).levels[0]
-    table = model.patch_table(torch.from_numpy(store.mask))
-    return ClipUnpacker(table, finest.space_of_token, finest.time_of_token, store.voxel_count).to(device)
+    return unpacker_for(store, model.geometry(frames), model.config.patch_size, device)
 
 
 def assemble(

@@ -183,7 +183,7 @@ class DenseUnpacker(nn.Module):
         table = patch_table(torch.from_numpy(store.mask), (1, 1, 1))  # a patch is a voxel
         space = repeat(torch.arange(len(table)), "s -> (s t)", t=frames)
         time = repeat(torch.arange(frames), "t -> (s t)", s=len(table))
-        self._unpack = ClipUnpacker(table, space, time, store.voxel_count)
+        self._unpack = ClipUnpacker(table, space, time, store.voxel_count, store.codec.scale)
 
     def forward(self, batch: ClipBatch) -> Tensor:
         """The clips of ``batch``; outside the brain 0, or the z of intensity 0 where the normalisation is global."""

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from neurostorm.data.clips import ClipReader
 from neurostorm.data.plan.clip_plan import ROW
 from neurostorm.store import (
+    INT8_16,
     FrameStore,
     Grid,
     create_store,
-    quantise,
     read_manifest,
     run_path,
     write_manifest,
@@ -60,7 +60,7 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> Uneven:
     create_store(made.path, grid=Grid("uneven", SHAPE, 4.0, (0.0, 0.0, 0.0)), mask=mask, tr_s=0.8, recipe="test")
     for number, (dataset, subject, session, length) in enumerate(PEOPLE):
         run = run_path(dataset, subject, f"ses-{session}_task-rest")
-        frames = quantise(rng.standard_normal((length, mask.sum())))
+        frames = INT8_16.encode(rng.standard_normal((length, mask.sum())))
         frames[frames == 0] = 1
         outside = rng.random(mask.sum()) < 0.1
         frames[:, outside] = 0

@@ -21,7 +21,7 @@ from neurostorm.ingest.nifti import RunError, open_run, read_frames
 from neurostorm.ingest.resample.standardize import plan_spatial, plan_temporal
 from neurostorm.ingest.resample.target import bring_to_target, check_size
 from neurostorm.ingest.resample.template import brain_mask
-from neurostorm.store import GRIDS, FrameStore, build_manifest, create_store, dequantise, remove_partials
+from neurostorm.store import GRIDS, INT8_16, FrameStore, build_manifest, create_store, remove_partials
 from neurostorm.synthetic.people import make_subject
 from neurostorm.synthetic.render import render_run, write_bold, write_mask
 from neurostorm.synthetic.sites import Site
@@ -85,7 +85,7 @@ def test_any_grid_and_clock_lands_on_the_same_voxels_and_times(
     assert outcome.coverage == 1.0
     course = kit.course_of(points, times)
     assert np.abs(mean - kit.mean_of(points) - course.mean(axis=0)).max() < 10  # of +-400: curvature within a voxel
-    restored = dequantise(opened.frames(source.run)) * std
+    restored = INT8_16.decode(opened.frames(source.run)) * std
     expected = course - course.mean(axis=0)
     correlation = (restored * expected).sum() / np.sqrt((restored**2).sum() * (expected**2).sum())
     assert correlation > 0.995
@@ -94,7 +94,7 @@ def test_any_grid_and_clock_lands_on_the_same_voxels_and_times(
 
 def test_what_a_run_records(tmp_path: Path, good: Path, store: Path, source_of: Callable[..., Source]) -> None:
     source = source_of(good, session="1", run_label="2", entities={"sub": "good", "task": "rest"})
-    outcome = ingest_run(source, store, chunk_frames=7, codec="zstd")
+    outcome = ingest_run(source, store, chunk_frames=7, compression="zstd")
     facts = FrameStore.open(store).run_attributes(source.run)
     assert facts["source_sha256"] == hashlib.sha256(good.read_bytes()).hexdigest()
     assert (facts["source"], facts["source_frames"], facts["source_tr_s"]) == (str(good), 30, 0.8)
@@ -388,7 +388,7 @@ def test_a_real_run_keeps_32_db(real_store: Path) -> None:
     mean, std = opened.moments(source.run)
     inside = (std > 0) & np.isclose(mean, packed.mean(axis=0), rtol=1e-5)  # the mask changes the weights at the rim
     assert inside.sum() > 0.8 * (std > 0).sum()
-    restored = dequantise(opened.frames(source.run)) * std + mean
+    restored = INT8_16.decode(opened.frames(source.run)) * std + mean
     noise = (packed - restored)[:, inside].var(axis=0, dtype=np.float64)
     decibels = 10 * np.log10(packed[:, inside].var(axis=0, dtype=np.float64) / noise)
     assert np.median(decibels) >= 32

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from neurostorm.store import Grid, create_store, quantise, run_path, write_run
+from neurostorm.store import INT8_16, Grid, create_store, run_path, write_run
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Example:
         """Keyword arguments of `write_run`."""
         rng = np.random.default_rng(seed)
         return {
-            "frames": quantise(rng.standard_normal((frames, self.voxels))),
+            "frames": INT8_16.encode(rng.standard_normal((frames, self.voxels))),
             "mean": rng.uniform(500, 1500, self.voxels).astype(np.float32),
             "std": rng.uniform(1, 20, self.voxels).astype(np.float32),
             "attributes": {
@@ -65,7 +65,7 @@ class Example:
         values[:, :5] = 0
         mean, std = values.mean(axis=0), values.std(axis=0)
         inside = std > 0
-        q = quantise(np.divide(values - mean, std, out=np.zeros_like(values), where=inside))
+        q = INT8_16.encode(np.divide(values - mean, std, out=np.zeros_like(values), where=inside))
         level, spread = mean[inside], std[inside]
         figures = {
             "source_frames": frames,

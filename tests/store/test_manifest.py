@@ -41,7 +41,7 @@ def test_the_manifest_has_a_row_per_run_with_its_figures(example: Any) -> None:
             "run": run, "dataset": "made", "subject": "sub-02", "session": "1", "task": "rest", "run_label": "1",
             "frames": 31, "tr_s": 0.8, "source": "raw/4.nii.gz", "source_sha256": f"{4:064x}", "source_tr_s": 2.0,
             "source_frames": 31, "tsnr_median": 60.0, "clipped_fraction": 0.0, "coverage": 1.0, "global_mean": 1000.0,
-            "global_std": 250.0, "chunk_frames": row["chunk_frames"], "codec": "none",
+            "global_std": 250.0, "chunk_frames": row["chunk_frames"], "compression": "none",
         }
     )  # fmt: skip
 

@@ -78,9 +78,9 @@ def test_only_the_chunks_of_the_clip_are_read(example: Any) -> None:
         store.frames(run, 45, 6)
 
 
-@pytest.mark.parametrize("codec", ["none", "zstd"])
-def test_a_flipped_bit_names_the_run_and_the_clip(example: Any, codec: str) -> None:
-    run = example.add(frames=60, codec=codec)
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_a_flipped_bit_names_the_run_and_the_clip(example: Any, compression: str) -> None:
+    run = example.add(frames=60, compression=compression)
     flip(example.path / run / "0.0", 11)
     with pytest.raises(ClipReadError, match="checksum") as caught:
         FrameStore.open(example.path).frames(run, 5, 20)
@@ -105,7 +105,7 @@ def test_a_short_file_and_a_missing_file_are_clip_errors(example: Any) -> None:
 
 
 def test_a_damaged_index_is_a_clip_error_where_it_is_needed(example: Any) -> None:
-    run = example.add(frames=25, chunk_frames=4, codec="zstd")
+    run = example.add(frames=25, chunk_frames=4, compression="zstd")
     shard = example.path / run / "0.0"
     whole = shard.read_bytes()
     flip(shard, len(whole) - 9)
@@ -178,9 +178,9 @@ def test_a_store_whose_file_system_is_not_mounted_is_unavailable(example: Any, t
             store.frames(run, 0, 1)
 
 
-@pytest.mark.parametrize("codec", ["none", "zstd"])
-def test_checksums_are_compared_the_first_time_or_always(example: Any, codec: str) -> None:
-    run = example.add(frames=40, chunk_frames=8, codec=codec)
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_checksums_are_compared_the_first_time_or_always(example: Any, compression: str) -> None:
+    run = example.add(frames=40, chunk_frames=8, compression=compression)
     first, always = (FrameStore.open(example.path, verify) for verify in ("first", "always"))
     for store in (first, always):
         store.frames(run, 0, 20)

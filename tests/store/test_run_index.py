@@ -34,14 +34,14 @@ def indexed(path: Any, manifest: pa.Table | None = None) -> FrameStore:
 def invented(runs: int) -> pa.Table:
     """A manifest of runs that are nowhere."""
     paths = [f"runs/hcp-aging/sub-{1_000_000 + number}/ses-1_task-rest" for number in range(runs)]
-    known = {"run": paths, "frames": [434] * runs, "chunk_frames": [1] * runs, "codec": ["none"] * runs}
+    known = {"run": paths, "frames": [434] * runs, "chunk_frames": [1] * runs, "compression": ["none"] * runs}
     columns = [pa.array(known.get(field.name, [None] * runs), field.type) for field in MANIFEST_SCHEMA]
     return pa.Table.from_arrays(columns, schema=MANIFEST_SCHEMA)
 
 
 def test_the_index_finds_every_run_and_its_layout(example: Any) -> None:
     runs = [example.add(f"sub-{i}", frames=20 + i, seed=i, chunk_frames=1 + i % 3) for i in (4, 1, 9, 2)]
-    runs.append(example.add("sub-3", frames=30, codec="zstd"))
+    runs.append(example.add("sub-3", frames=30, compression="zstd"))
     table = build_manifest(example.path)
     for manifest in (table, table.take([3, 0, 4, 2, 1])):
         index = pickle.loads(pickle.dumps(RunIndex(manifest, moments=True)))
@@ -94,7 +94,7 @@ def test_the_run_itself_decides_how_it_is_packed(example: Any) -> None:
     run = example.add(frames=30, chunk_frames=4)
     old = write_manifest(example.path)
     drop_run(example.path, run)
-    for packing in ({"chunk_frames": 3}, {"chunk_frames": 4, "codec": "zstd"}):
+    for packing in ({"chunk_frames": 3}, {"chunk_frames": 4, "compression": "zstd"}):
         example.add(frames=30, **packing)
         store = indexed(example.path, old)
         for _ in range(2):
@@ -143,7 +143,7 @@ def test_damage_is_named_as_without_a_manifest(example: Any) -> None:
 
 def test_a_manifest_of_an_earlier_version_is_read_and_the_runs_are_asked(example: Any) -> None:
     run = example.add_true(chunk_frames=5)
-    table = write_manifest(example.path).drop_columns(["chunk_frames", "codec"])
+    table = write_manifest(example.path).drop_columns(["chunk_frames", "compression"])
     pq.write_table(table, example.path / "manifest.parquet")
     assert read_manifest(example.path)["chunk_frames"].to_pylist() == [None]
     assert verify(example.path).problems == ()

@@ -79,7 +79,10 @@ def test_what_zarr_python_writes_is_read(tmp_path: Path, layout: RunLayout, data
         dtype="int8",
         chunks=(layout.chunk_frames, layout.voxels),
         shards=(layout.chunks * layout.chunk_frames, layout.voxels),
-        compressors=(*([zarr.codecs.ZstdCodec(level=1)] if layout.codec == "zstd" else []), zarr.codecs.Crc32cCodec()),
+        compressors=(
+            *([zarr.codecs.ZstdCodec(level=1)] if layout.compression == "zstd" else []),
+            zarr.codecs.Crc32cCodec(),
+        ),
         chunk_key_encoding={"name": "v2", "separator": "."},
         dimension_names=("frame", "voxel"),
         attributes={"frames": layout.frames},
@@ -126,7 +129,7 @@ def test_damage_anywhere_is_noticed_or_harmless(
         except ShardError:
             wrong.append(first)
     in_index = position >= len(good) - layout.index_bytes
-    assert len(wrong) == 0 if in_index and layout.codec == "none" else len(wrong) > 0
+    assert len(wrong) == 0 if in_index and layout.compression == "none" else len(wrong) > 0
 
 
 @a_few

@@ -60,8 +60,8 @@ def contents(root: Place) -> dict[str, bytes]:
 
 def test_the_files_are_those_of_a_local_store(example: Any, remote: Any) -> None:
     for store in (example, remote):
-        for seed, codec in enumerate(("none", "zstd")):
-            store.add(f"sub-{seed}", seed=seed, codec=codec, chunk_frames=7)
+        for seed, compression in enumerate(("none", "zstd")):
+            store.add(f"sub-{seed}", seed=seed, compression=compression, chunk_frames=7)
         write_manifest(store.path)
         add_quarantine(store.path, [{"source": "b.nii", "reason": "cut off", "when": "2026-01-01"}])
     assert contents(remote.path) == contents(example.path)
@@ -72,9 +72,9 @@ def test_the_files_are_those_of_a_local_store(example: Any, remote: Any) -> None
     assert np.array_equal(there.mask, here.mask) and there.grid == here.grid
 
 
-@pytest.mark.parametrize("codec", ["none", "zstd"])
-def test_clips_and_moments_come_back(remote: Any, codec: str) -> None:
-    run = remote.add(frames=30, codec=codec, chunk_frames=7)
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_clips_and_moments_come_back(remote: Any, compression: str) -> None:
+    run = remote.add(frames=30, compression=compression, chunk_frames=7)
     arrays = remote.arrays(30)
     store = pickle.loads(pickle.dumps(FrameStore.open(str(remote.path), "always")))
     for start, count in ((0, 30), (0, 1), (6, 2), (13, 15), (29, 1)):

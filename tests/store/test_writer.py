@@ -37,11 +37,11 @@ def partials(path: Path) -> list[Path]:
     return sorted((path / ".partial").glob("*"))
 
 
-@pytest.mark.parametrize("codec", ["none", "zstd"])
+@pytest.mark.parametrize("compression", ["none", "zstd"])
 @pytest.mark.parametrize(("frames", "chunk_frames"), [(1, 10), (9, 10), (25, 10), (25, 7), (610, 10), (3, 1)])
-def test_what_is_written_is_what_is_read(example: Any, codec: str, frames: int, chunk_frames: int) -> None:
+def test_what_is_written_is_what_is_read(example: Any, compression: str, frames: int, chunk_frames: int) -> None:
     arrays = example.arrays(frames)
-    run = example.add(frames=frames, codec=codec, chunk_frames=chunk_frames)
+    run = example.add(frames=frames, compression=compression, chunk_frames=chunk_frames)
     store = FrameStore.open(example.path)
     assert np.array_equal(store.frames(run), arrays["frames"])
     mean, std = store.moments(run)
@@ -314,11 +314,11 @@ def test_arrays_that_do_not_fit_are_refused(example: Any) -> None:
         {"mean": good["mean"][1:]},
         {"mean": np.full(example.voxels, np.nan)},
         {"std": -good["std"]},
-        {"codec": "gzip"},
+        {"compression": "gzip"},
         {"chunk_frames": 0},
     ]
     for change in bad:
-        with pytest.raises(ValueError, match=r"frames|mean|std|codec"):
+        with pytest.raises(ValueError, match=r"frames|mean|std|compression"):
             write_run(example.path, RUN, **(good | change))
     assert FrameStore.open(example.path).runs() == []
 

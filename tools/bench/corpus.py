@@ -182,7 +182,7 @@ def manifest(runs: int, frames: int, chunk_frames: int = 1, seed: int = 0) -> An
     ends = np.cumsum(lengths) * frames // sum(lengths)  # scaled, with nothing lost to rounding
     known: dict[str, Any] = {
         "run": run, "dataset": dataset, "subject": subject, "session": session, "task": ["rest"] * runs,
-        "frames": np.diff(ends, prepend=0), "chunk_frames": [chunk_frames] * runs, "codec": ["none"] * runs,
+        "frames": np.diff(ends, prepend=0), "chunk_frames": [chunk_frames] * runs, "compression": ["none"] * runs,
         "source": [f"{path.removeprefix('runs/')}_space-MNI152NLin6Asym_desc-preproc_bold.nii.gz" for path in run],
         "source_sha256": [f"{rng.getrandbits(256):064x}" for _ in run],
     }  # fmt: skip

@@ -20,11 +20,10 @@ from numpy.typing import NDArray
 from neurostorm.data.clips import ClipReader
 from neurostorm.data.plan.clip_plan import ClipPlan
 from neurostorm.data.plan.split import Segments
-from neurostorm.data.unpack import ClipUnpacker
+from neurostorm.data.unpack import unpacker_for
 from neurostorm.ingest.resample.template import brain_mask
 from neurostorm.model.config import SwinConfig
 from neurostorm.model.encoder import SwinEncoder
-from neurostorm.model.geometry.tokens import patch_table
 from neurostorm.model.strd.dropout import StrdConfig
 from neurostorm.store import GRIDS, FrameStore, create_store, read_manifest, run_path, write_manifest, write_run
 from neurostorm.store.files import read_metadata
@@ -190,9 +189,7 @@ def patch_sides(work: Work, folder: Path, frames: int) -> dict[str, Callable[[],
         torch.save({"frames": values, "scale": torch.tensor(0.05)}, file)
     brain = torch.from_numpy(work.store.mask)
     config = SwinConfig(img_size=(*shape, CLIP_FRAMES), patch_size=PATCH, tokens="brain")
-    finest = SwinEncoder(config, StrdConfig(), brain=brain).geometry(CLIP_FRAMES).levels[0]
-    table = patch_table(brain, PATCH)
-    unpack = ClipUnpacker(table, finest.space_of_token, finest.time_of_token, work.store.voxel_count)
+    unpack = unpacker_for(work.store, SwinEncoder(config, StrdConfig(), brain=brain).geometry(CLIP_FRAMES), PATCH)
     reader = work.reader
 
     def ours() -> None:

@@ -42,6 +42,7 @@ from neurostorm.ingest.resample import blocks, frame_buffer, standardize, target
 from neurostorm.ingest.resample.template import brain_mask
 from neurostorm.runtime.session import start_local
 from neurostorm.store import GRIDS, create_store
+from neurostorm.store.codec import FrameCodec
 
 CORPUS_FRAMES = 28_650_000
 RAY_CPUS = 2
@@ -56,9 +57,9 @@ CLOCKED: tuple[tuple[Any, str, str], ...] = (
     (frame_buffer.Kept, "add", "take, cast"), (frame_buffer.Mixed, "block", "take, cast"),
     (frame_buffer.Kept, "block", "space"), (frame_buffer.Mixed, "add", "space"),
     (standardize, "pack", "time"),
-    (blocks, "finite_series", "z, round"), (blocks, "standard_scores", "z, round"), (blocks, "quantise", "z, round"),
+    (blocks, "finite_series", "z, round"), (blocks, "standard_scores", "z, round"), (FrameCodec, "encode", "z, round"),
     (target, "standardise", "z, round"),
-    (blocks, "_at_limit", "figures"), (blocks, "signal_to_quantisation_noise_db", "figures"),
+    (FrameCodec, "count_clipped", "figures"), (FrameCodec, "signal_to_noise_db", "figures"),
     (standardize, "_summary", "figures"),
     (convert, "write_run", "write"),
 )  # fmt: skip

@@ -24,7 +24,7 @@ from scipy.ndimage import gaussian_filter
 
 from neurostorm.config import Config
 from neurostorm.io.paths import Place, files_below
-from neurostorm.store import Grid, create_store, quantise, run_path, write_manifest, write_run
+from neurostorm.store import INT8_16, Grid, create_store, run_path, write_manifest, write_run
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = (24, 24, 24)
@@ -49,7 +49,7 @@ def make_store(path: Path, frames: int = 48, subjects: int = 6) -> Path:
         write_run(
             path,
             run_path("balls", f"sub-{subject}", "task-rest"),
-            frames=quantise((signal - mean) / std),
+            frames=INT8_16.encode((signal - mean) / std),
             mean=(100 + mean).astype(np.float32),
             std=std.astype(np.float32),
             attributes={

@@ -19,13 +19,12 @@ from torch import Tensor
 
 from neurostorm.data.clips import ClipReader
 from neurostorm.data.plan.clip_plan import ROW
-from neurostorm.data.unpack import ClipUnpacker
+from neurostorm.data.unpack import ClipUnpacker, unpacker_for
 from neurostorm.downstream.embed.parts import ClipResult, Run, write_part
 from neurostorm.ingest.nifti import RunError
 from neurostorm.ingest.resample.clip import read_clips
 from neurostorm.io.local_copies import fetched
 from neurostorm.io.paths import Place
-from neurostorm.model.geometry.tokens import patch_table
 from neurostorm.model.hub.pretrained import NeuroStorm
 from neurostorm.store import FrameStore, StoreError
 
@@ -137,10 +136,8 @@ class Embedder:
     def _unpacker(self, frames: int) -> ClipUnpacker:
         if frames not in self._unpackers:
             assert self._store is not None
-            table = patch_table(torch.from_numpy(self._store.mask), self._model.config.patch_size)
-            finest = self._model.geometry(frames).levels[0]
-            unpacker = ClipUnpacker(table, finest.space_of_token, finest.time_of_token, self._store.voxel_count)
-            self._unpackers[frames] = unpacker.to(self._task.device)
+            geometry, patch = self._model.geometry(frames), self._model.config.patch_size
+            self._unpackers[frames] = unpacker_for(self._store, geometry, patch, self._task.device)
         return self._unpackers[frames]
 
     def _why_unreadable(self, run: Run, start: int, frames: int) -> str:

@@ -117,7 +117,7 @@ def region_series(store: FrameStore, run: str, parcels: Parcels) -> Series:
     total = store.frame_count(run)
     step = max(1, _BLOCK_BYTES // store.voxel_count)
     blocks = (store.frames(run, first, min(step, total - first)) for first in range(0, total, step))
-    return np.concatenate([region_means(block, parcels.labels, live) for block in blocks])
+    return np.concatenate([region_means(block, parcels.labels, live, store.codec) for block in blocks])
 
 
 def series_cached(store: FrameStore, runs: Sequence[str], parcels: Parcels, folder: Place) -> list[Series]:

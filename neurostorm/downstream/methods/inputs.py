@@ -17,10 +17,9 @@ from torch import Tensor
 
 from neurostorm.data.clips import ClipReader
 from neurostorm.data.plan.clip_plan import ROW
-from neurostorm.data.unpack import ClipUnpacker
+from neurostorm.data.unpack import unpacker_for
 from neurostorm.downstream.tasks.examples import Examples
 from neurostorm.model.encoder import SwinEncoder
-from neurostorm.model.geometry.tokens import patch_table
 from neurostorm.store import FrameStore, StoreError
 
 Index = NDArray[np.int64]
@@ -52,9 +51,8 @@ class ClipInputs:
         paths = tuple(run.path for run in examples.runs)
         self._examples, self._store = examples, store
         self._reader = ClipReader(store, paths, examples.clip_frames, normalise)
-        finest = encoder.geometry(examples.clip_frames).levels[0]
-        table = patch_table(torch.from_numpy(store.mask), encoder.config.patch_size)
-        self._unpack = ClipUnpacker(table, finest.space_of_token, finest.time_of_token, store.voxel_count).to(device)
+        geometry = encoder.geometry(examples.clip_frames)
+        self._unpack = unpacker_for(store, geometry, encoder.config.patch_size, device)
 
     def batch(self, clips: Index) -> Tensor:
         rows = np.zeros(len(clips), ROW)

@@ -19,8 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neurostorm.model.masking.atlas import patch_labels
-from neurostorm.store import Grid
-from neurostorm.store.codec import SCALE
+from neurostorm.store import INT8_16, FrameCodec, Grid
 
 _ONE_VOXEL = (1, 1, 1)
 
@@ -103,7 +102,10 @@ def parcels_from_mask(grid: Grid, mask: NDArray[np.bool_], count: int = 100) -> 
 
 
 def region_means(
-    frames: NDArray[np.int8], labels: NDArray[np.integer[Any]], live: NDArray[np.bool_] | None = None
+    frames: NDArray[np.int8],
+    labels: NDArray[np.integer[Any]],
+    live: NDArray[np.bool_] | None = None,
+    codec: FrameCodec = INT8_16,
 ) -> NDArray[np.float32]:
     """The mean z-score of each region's live voxels, frame by frame.
 
@@ -114,6 +116,7 @@ def region_means(
         frames: int8 (T, V), a store's bytes.
         labels: (V,), 0 for none, 1 to R as in `Parcels`.
         live: bool (V,), the voxels inside the run's field of view; None: those that any of `frames` is not 0 in.
+        codec: of the store.
 
     Returns:
         Float32 (T, R), R the largest label; 0 for a region without a live voxel.
@@ -134,7 +137,7 @@ def region_means(
         return means
     there, first, sizes = np.unique(labels[order], return_index=True, return_counts=True)
     for frame, row in zip(frames, means, strict=True):  # one at a time: what was gathered stays in the cache
-        row[there - 1] = np.add.reduceat(frame.take(order), first, dtype=np.int32) / (SCALE * sizes)
+        row[there - 1] = np.add.reduceat(frame.take(order), first, dtype=np.int32) / (codec.scale * sizes)
     return means
 
 

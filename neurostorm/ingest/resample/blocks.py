@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from neurostorm.store.codec import LIMIT, quantise, signal_to_quantisation_noise_db
+from neurostorm.store.codec import INT8_16, FrameCodec
 
 Bool = NDArray[np.bool_]
 Float32 = NDArray[np.float32]
@@ -42,12 +42,13 @@ class Packed:
     decibels: Float32
 
 
-def pack(block: Float32, temporal: sparse.csr_array | None, figure_every: int) -> Packed:
+def pack(block: Float32, temporal: sparse.csr_array | None, figure_every: int, codec: FrameCodec = INT8_16) -> Packed:
     """Bring a block to the store's clock and bytes.
 
     Args:
         block: (T, block) values; changed.
         temporal: (T', T), None for a copy.
+        codec: of the store.
         figure_every: the decibels are those of every so-manieth voxel that has signal.
     """
     finite = finite_series(block)
@@ -56,10 +57,10 @@ def pack(block: Float32, temporal: sparse.csr_array | None, figure_every: int) -
     if temporal is not None:
         block = temporal @ block
     mean, std, z = standard_scores(block)
-    frames = quantise(z)
+    frames = codec.encode(z)
     some = np.flatnonzero(std > 0)[::figure_every]
-    decibels = signal_to_quantisation_noise_db(z[:, some], frames[:, some])
-    return Packed(frames, mean, std, finite, _at_limit(frames), decibels)
+    decibels = codec.signal_to_noise_db(z[:, some], frames[:, some])
+    return Packed(frames, mean, std, finite, codec.count_clipped(frames), decibels)
 
 
 def finite_series(block: Float32) -> Bool:
@@ -100,7 +101,3 @@ def standard_scores(block: Float32) -> tuple[Float64, Float64, Float32]:
     if len(odd):
         z[:, odd] = (block[:, odd] - mean[odd]) * scale[odd]
     return np.where(signal, mean, 0.0), np.where(signal, std, 0.0), z
-
-
-def _at_limit(frames: NDArray[np.int8]) -> int:
-    return int(np.count_nonzero(np.abs(frames) >= LIMIT))

@@ -19,7 +19,7 @@ from neurostorm.ingest.nifti import RunError, open_run
 from neurostorm.ingest.resample.standardize import Standardised
 from neurostorm.ingest.resample.target import Target, bring_to_target
 from neurostorm.io.paths import Place
-from neurostorm.store.codec import SCALE
+from neurostorm.store import INT8_16
 
 
 def read_clips(
@@ -71,7 +71,7 @@ def _clips(
     scale = torch.from_numpy(result.std / spread)
     outside = -centre / spread if normalise == "global" else 0.0  # the intensity is zero there
     for start in range(0, total - length + 1, stride):
-        values = stored[start : start + length].float() / SCALE
+        values = stored[start : start + length].float() / INT8_16.scale
         if normalise == "global":
             values = torch.addcmul(shift, values, scale)
         box = torch.full((length, brain.size), outside)

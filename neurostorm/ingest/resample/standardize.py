@@ -31,6 +31,7 @@ from neurostorm.ingest.nifti import RunError
 from neurostorm.ingest.resample.blocks import pack
 from neurostorm.ingest.resample.frame_buffer import Scaling, collect
 from neurostorm.ingest.resample.weights import COINCIDE, axis_weights, box_width, copy_weights, volume_weights
+from neurostorm.store import INT8_16, FrameCodec
 
 Bool = NDArray[np.bool_]
 Float32 = NDArray[np.float32]
@@ -104,7 +105,7 @@ class Standardised:
     """One run as the store takes it.
 
     Attributes:
-        frames: (T', V) int8, 16 x the z-score of each voxel.
+        frames: (T', V) int8, the z-score of each voxel as the codec stores it.
         mean, std: (V,) float32, source units, over the stored frames; both 0 where the run has no signal.
         global_mean, global_std: over the voxels with signal and all frames, source units.
         tsnr_median: median of mean / std over the voxels with signal.
@@ -200,6 +201,7 @@ def standardise(
     temporal: TemporalPlan,
     *,
     scaling: Scaling = (1.0, 0.0),
+    codec: FrameCodec = INT8_16,
     threads: int = 1,
 ) -> Standardised:
     """Resample a run in space and time, z-score each voxel and round it to bytes.
@@ -210,6 +212,7 @@ def standardise(
         spatial: its rows are the V packed voxels.
         temporal: its rows are the T' stored frames.
         scaling: slope and intercept from the frames' numbers to values.
+        codec: of the store.
         threads: that work on blocks of voxels at the same time; the result is the same for any number.
 
     A voxel is without signal (mean, std and frames 0) when the plan leaves it out, when a source voxel it needs is not
@@ -225,7 +228,7 @@ def standardise(
 
     def work(first: int) -> tuple[bool, int, Float32]:
         part = slice(first, min(first + step, len(places)))
-        packed = pack(hold.block(part), clock, figure_every)
+        packed = pack(hold.block(part), clock, figure_every, codec)
         where = part if len(places) == voxels else places[part]
         result[:, where], mean[where], std[where] = packed.frames, packed.mean, packed.std
         return bool(packed.finite.any()), packed.clipped, packed.decibels

@@ -25,7 +25,7 @@ from neurostorm.ingest.resample.standardize import (
 )
 from neurostorm.ingest.stream import Digest, read_small
 from neurostorm.io.paths import Place
-from neurostorm.store import run_bytes
+from neurostorm.store import INT8_16, FrameCodec, run_bytes
 
 MIN_COVERAGE = 0.05  # share of the store's brain that a run must show; a single slab of tissue still passes
 SAME_PLACE_MM = 1e-3
@@ -45,11 +45,13 @@ class Target:
         grid_affine: (4, 4) float64, voxel index -> mm.
         mask: (X, Y, Z) bool on that grid; its V voxels, in C order, are kept.
         tr_s: seconds between two frames.
+        codec: how frames store z-scores.
     """
 
     grid_affine: NDArray[np.float64]
     mask: NDArray[np.bool_]
     tr_s: float
+    codec: FrameCodec = INT8_16
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def bring_to_target(
     temporal = plan_temporal(header.frames, tr_s, target.tr_s)
     stored = read_stored(header, digest, threads=threads)
     scaling = (header.slope, header.intercept)
-    result = standardise(stored, header.frames, spatial, temporal, scaling=scaling, threads=threads)
+    result = standardise(stored, header.frames, spatial, temporal, scaling=scaling, codec=target.codec, threads=threads)
     if result.coverage < MIN_COVERAGE:
         raise RunError(f"shows signal in only {result.coverage:.1%} of the grid's brain mask")
     return Brought(result, spatial, temporal, tr_s)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neurostorm.io.paths import Place
-from neurostorm.store.codec import LIMIT, SCALE
+from neurostorm.store.codec import FrameCodec
 from neurostorm.store.files import read_metadata
 from neurostorm.store.layout import FORMAT, METADATA, StoreError, split_run
 from neurostorm.store.manifest import LAYOUT_COLUMNS, MANIFEST_SCHEMA, manifest_row
@@ -28,8 +28,7 @@ from neurostorm.store.shard import MOMENT_ROWS, SHARD_FILE, RunLayout, ShardErro
 BLOCK_BYTES = 32 << 20  # frames read at a time
 _BLOCK_FRAMES = 1000  # sums of their squares are exact in float32
 _BLOCK_VOXELS = 1024  # summed at a time: a block of them stays in the processor's cache
-_ROUNDING = 0.5 / SCALE + 1e-3  # of a mean and a deviation of z-scores; the rest is float32's
-_CLIPPING = 1 / (4 * LIMIT / SCALE)
+_ROUNDING_STEPS, _FLOAT32 = 0.5, 1e-3  # of a mean and a deviation of z-scores
 _AGAIN = "delete it with `repair --drop-damaged`, then ingest it again"
 
 
@@ -51,13 +50,20 @@ class Problem:
 
 
 def check_run(
-    root: Place, run: str, *, voxels: int, tr_s: float, row: Mapping[str, Any] | None, advance: Callable[[int], None]
+    root: Place,
+    run: str,
+    *,
+    voxels: int,
+    tr_s: float,
+    codec: FrameCodec,
+    row: Mapping[str, Any] | None,
+    advance: Callable[[int], None],
 ) -> list[Problem]:
     """Everything that is wrong with one run; reads all of it, `BLOCK_BYTES` at a time.
 
     Args:
         root, run: the store and the run.
-        voxels, tr_s: of the store.
+        voxels, tr_s, codec: of the store.
         row: the run's row of the manifest; None if it shall not be compared.
         advance: told the bytes that were read, as they are.
     """
@@ -67,7 +73,7 @@ def check_run(
         stated = metadata.get("attributes", {})
         problems = _stated_wrongly(stated, run, layout, voxels, tr_s)
         if layout.voxels == voxels:
-            problems += _bytes_wrong(RunFile(layout, root / run / SHARD_FILE), stated, advance)
+            problems += _bytes_wrong(RunFile(layout, root / run / SHARD_FILE), stated, codec, advance)
     except ShardError as error:
         return [Problem(run, str(error), _AGAIN, damaged=True)]
     except (StoreError, OSError) as error:
@@ -105,11 +111,13 @@ def _stated_wrongly(stated: Mapping[str, Any], run: str, layout: RunLayout, voxe
     return wrong
 
 
-def _bytes_wrong(file: RunFile, stated: Mapping[str, Any], advance: Callable[[int], None]) -> list[str]:
+def _bytes_wrong(
+    file: RunFile, stated: Mapping[str, Any], codec: FrameCodec, advance: Callable[[int], None]
+) -> list[str]:
     """What is wrong with shard and values. ShardError for damage that makes the values worthless, OSError."""
     layout = file.layout
     _check_index(file)
-    sums = _Sums(layout.voxels)
+    sums = _Sums(layout.voxels, codec)
     step = max(1, min(_BLOCK_FRAMES, BLOCK_BYTES // layout.voxels) // layout.chunk_frames) * layout.chunk_frames
     for first in range(0, layout.frames, step):
         block = np.empty((min(step, layout.frames - first), layout.voxels), np.int8)
@@ -128,10 +136,10 @@ def _bytes_wrong(file: RunFile, stated: Mapping[str, Any], advance: Callable[[in
 def _check_index(file: RunFile) -> None:
     """ShardError when the shard has not the size or the index that the layout gives it."""
     layout, size = file.layout, file.shard.stat().st_size
-    if size < layout.index_bytes or (layout.codec == "none" and size != layout.shard_bytes):
+    if size < layout.index_bytes or (layout.compression == "none" and size != layout.shard_bytes):
         raise ShardError(f"its shard has {size} bytes instead of {layout.shard_bytes}")
     index = read_index(layout, read_range(file.shard, size - layout.index_bytes, layout.index_bytes), size)
-    if layout.codec == "none" and not np.array_equal(index, layout.packed_index()):
+    if layout.compression == "none" and not np.array_equal(index, layout.packed_index()):
         raise ShardError("its shard has an index that does not say where the chunks are")
 
 
@@ -181,7 +189,8 @@ def _row_wrong(root: Place, run: str, metadata: Mapping[str, Any], row: Mapping[
 class _Sums:
     """Per voxel, over all frames: the sum of the bytes and of their squares, and whether any is at the limit."""
 
-    def __init__(self, voxels: int) -> None:
+    def __init__(self, voxels: int, codec: FrameCodec) -> None:
+        self.codec = codec
         self.total, self.squares = np.zeros(voxels, np.int64), np.zeros(voxels, np.int64)
         self.clipped = np.zeros(voxels, bool)
         self.clipped_values = 0
@@ -195,25 +204,26 @@ class _Sums:
             self.total[part] += (ones @ values).astype(np.int64)
             np.multiply(values, values, out=values)
             self.squares[part] += (ones @ values).astype(np.int64)
-            at_limit = values >= LIMIT**2
+            at_limit = values >= self.codec.limit**2
             count = int(np.count_nonzero(at_limit))
             if count:
-                if values.max() > LIMIT**2:
-                    raise ShardError(f"holds the value {-LIMIT - 1}, which stands for missing frames")
+                if values.max() > self.codec.limit**2:
+                    raise ShardError(f"holds the value {self.codec.missing}, which stands for missing frames")
                 self.clipped_values += count
                 self.clipped[part] |= at_limit.any(axis=0)
 
     def wrong(self, frames: int, inside: NDArray[np.bool_]) -> list[str]:
         """Voxels whose bytes cannot be z-scores; `inside` (V) tells where they have to be, elsewhere they are 0."""
-        wrong = []
+        wrong, scale = [], self.codec.scale
+        rounding, clipping = _ROUNDING_STEPS / scale + _FLOAT32, scale / (4 * self.codec.limit)
         stray = int(np.count_nonzero(self.squares[~inside]))
         if stray:
             wrong.append(f"{stray} voxel(s) have std 0, but frames that are not 0")
-        mean = self.total[inside] / (frames * SCALE)
-        deviation = np.sqrt(np.maximum(self.squares[inside] / (frames * SCALE**2) - mean**2, 0))
+        mean = self.total[inside] / (frames * scale)
+        deviation = np.sqrt(np.maximum(self.squares[inside] / (frames * scale**2) - mean**2, 0))
         clipped = self.clipped[inside]
-        off = np.abs(mean) > _ROUNDING + _CLIPPING * clipped
-        odd = (deviation > 1 + _ROUNDING) | ((deviation < 1 - _ROUNDING) & ~clipped)
+        off = np.abs(mean) > rounding + clipping * clipped
+        odd = (deviation > 1 + rounding) | ((deviation < 1 - rounding) & ~clipped)
         for name, voxels in (("a mean other than 0", off), ("a deviation other than 1", odd)):
             if voxels.any():
                 wrong.append(f"the z-scores of {np.count_nonzero(voxels)} voxel(s) have {name}")

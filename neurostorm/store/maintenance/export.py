@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 
 from neurostorm.io.object_store import ObjectPath
 from neurostorm.io.paths import Place, remove_tree, replace
-from neurostorm.store.codec import dequantise
 from neurostorm.store.files import is_node
 from neurostorm.store.layout import METADATA, RUNS
 from neurostorm.store.maintenance.inventory import Progress, silent
@@ -122,7 +121,7 @@ def _volumes(store: FrameStore, run: str, count: int) -> Iterator[NDArray[np.flo
     total = store.frame_count(run)
     for first in range(0, total, count):
         frames = store.frames(run, first, min(count, total - first))
-        yield store.unpack(dequantise(frames) * std + mean)
+        yield store.unpack(store.codec.decode(frames) * std + mean)
 
 
 def _block_frames(store: FrameStore) -> int:

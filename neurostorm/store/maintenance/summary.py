@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from neurostorm.store.codec import LIMIT
 from neurostorm.store.files import StorePath
 from neurostorm.store.layout import FORMAT, MANIFEST, RUNS, StoreError, split_run
 from neurostorm.store.maintenance.inventory import Inventory, take_inventory
@@ -110,7 +109,7 @@ def run_figures(store: FrameStore, run: str) -> dict[str, Any]:
     clipped = 0
     for first in range(0, frames, _BLOCK_FRAMES):
         block = store.frames(run, first, min(_BLOCK_FRAMES, frames - first))
-        clipped += int(np.count_nonzero((block >= LIMIT) | (block <= -LIMIT)))
+        clipped += store.codec.count_clipped(block)
     snr = np.percentile(mean[inside] / std[inside], (5, 50, 95)).tolist() if inside.any() else None
     return {
         "frames": frames,

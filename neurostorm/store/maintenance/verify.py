@@ -112,7 +112,9 @@ def check_runs(
     with progress(sum(runs.values())) as advance, ThreadPoolExecutor(workers) as pool:
 
         def check(run: str) -> list[Problem]:
-            return check_run(store.path, run, voxels=voxels, tr_s=tr_s, row=row_of(run), advance=advance)
+            return check_run(
+                store.path, run, voxels=voxels, tr_s=tr_s, codec=store.codec, row=row_of(run), advance=advance
+            )
 
         waiting = {pool.submit(check, run): run for run in runs}
         try:

@@ -21,7 +21,7 @@ from neurostorm.downstream.methods.connectivity import (
 )
 from neurostorm.downstream.methods.parcels import Parcels, parcels_from_mask
 from neurostorm.io.paths import place
-from neurostorm.store import FrameStore, StoreError, create_store, dequantise, run_path, write_run
+from neurostorm.store import INT8_16, FrameStore, StoreError, create_store, run_path, write_run
 
 REGIONS = 6
 
@@ -149,7 +149,7 @@ def test_a_runs_series_are_its_regions_means(ball_store: Path, monkeypatch: pyte
     store = FrameStore.open(ball_store)
     parcels = build_parcels(8, store)
     run = store.runs()[2]
-    z = dequantise(store.frames(run))
+    z = INT8_16.decode(store.frames(run))
     expected = np.stack([z[:, parcels.labels == number].mean(1) for number in range(1, 9)], 1)
     for block_bytes in (1 << 25, 5 * store.voxel_count):  # in one piece, and in blocks of 5 of the 48 frames
         monkeypatch.setattr(module, "_BLOCK_BYTES", block_bytes)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.ndimage import binary_dilation
 
 from neurostorm.downstream.methods.parcels import Parcels, parcels_from_atlas, parcels_from_mask, region_means
-from neurostorm.store import GRIDS, Grid, dequantise
+from neurostorm.store import GRIDS, INT8_16, Grid
 
 GRID = Grid("test", (12, 14, 10), 4.0, (-22.0, -26.0, -18.0))
 
@@ -128,7 +128,7 @@ def test_means_are_those_of_the_live_voxels(seed: int, voxels: int, regions: int
     means = region_means(frames, labels, live if given_live else None)
     assert means.dtype == np.float32 and means.shape == (5, labels.max())
     for number in range(1, labels.max() + 1):
-        chosen = dequantise(frames[:, (labels == number) & live])
+        chosen = INT8_16.decode(frames[:, (labels == number) & live])
         expected = chosen.mean(1, dtype=np.float64) if chosen.shape[1] else np.zeros(5)
         np.testing.assert_allclose(means[:, number - 1], expected, rtol=1e-6, atol=1e-7)
 

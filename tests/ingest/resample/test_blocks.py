@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neurostorm.ingest.resample.blocks import finite_series, pack, standard_scores
-from neurostorm.store import dequantise
+from neurostorm.store import INT8_16
 
 
 @settings(deadline=None, max_examples=40)
@@ -24,7 +24,7 @@ def test_moments_and_bytes_equal_those_of_float64(frames: int, level: float, spr
     assert not z[:, constant].any()
     stored = pack(block, None, 1)
     scores = (signal - signal.mean(axis=0))[:, ~constant] / expected[~constant]
-    rounded = dequantise(stored.frames)[:, ~constant] - np.clip(scores, -127 / 16, 127 / 16)
+    rounded = INT8_16.decode(stored.frames)[:, ~constant] - np.clip(scores, -127 / 16, 127 / 16)
     step = np.spacing(np.abs(block).max(initial=0)) / std[~constant] if (~constant).any() else 0  # of float32 itself
     assert (np.abs(rounded) <= 1 / 32 + 1e-4 + step).all()
 

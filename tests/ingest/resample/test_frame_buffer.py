@@ -9,7 +9,7 @@ import pytest
 from neurostorm.ingest.nifti import open_run, read_stored
 from neurostorm.ingest.resample.frame_buffer import Kept, Mixed, Taken, collect
 from neurostorm.ingest.resample.standardize import SpatialPlan, Standardised, plan_spatial, plan_temporal, standardise
-from neurostorm.store import dequantise
+from neurostorm.store import INT8_16
 
 KINDS = {
     Taken: ("LPS", (22, 26, 22), 8.0, (-1, -18, 3)),  # centred so that voxels coincide with the small grid's
@@ -59,7 +59,7 @@ def test_every_hold_and_number_type_equals_matrix_products(
     np.testing.assert_allclose(result.std[inside], packed.std(axis=0)[inside], rtol=3e-4)
     assert not result.frames[:, ~inside].any() and not result.std[~inside].any()
     z = (packed - packed.mean(axis=0))[:, inside] / packed.std(axis=0)[inside]
-    assert np.abs(dequantise(result.frames)[:, inside] - z).max() < 1 / 32 + 1e-3
+    assert np.abs(INT8_16.decode(result.frames)[:, inside] - z).max() < 1 / 32 + 1e-3
 
 
 def few(spatial: SpatialPlan, dtype: str) -> bool:

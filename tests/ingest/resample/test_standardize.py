@@ -14,7 +14,7 @@ from scipy.spatial.transform import Rotation
 
 from neurostorm.ingest.nifti import RunError, open_run, read_stored
 from neurostorm.ingest.resample.standardize import SpatialPlan, plan_spatial, plan_temporal, standardise
-from neurostorm.store import GRIDS, dequantise
+from neurostorm.store import GRIDS, INT8_16
 
 ORIENTATIONS = ["".join(axes[place] for place in order)
                 for order in itertools.permutations(range(3))
@@ -243,7 +243,7 @@ def test_bytes_and_moments_give_the_signal_back() -> None:
     signal = run[:, 0, 0].T  # (T, V)
     np.testing.assert_allclose(result.mean, signal.mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(result.std, signal.std(axis=0), rtol=1e-4)
-    restored = dequantise(result.frames) * result.std + result.mean
+    restored = INT8_16.decode(result.frames) * result.std + result.mean
     assert (np.abs(restored - signal) / result.std).max() < 1 / 32 + 1e-3
     assert result.global_mean == pytest.approx(signal.mean(), rel=1e-6)
     assert result.global_std == pytest.approx(signal.std(), rel=1e-5)

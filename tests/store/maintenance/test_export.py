@@ -12,7 +12,7 @@ import pytest
 import zarr
 
 from neurostorm.io.paths import place
-from neurostorm.store import ClipReadError, FrameStore, dequantise
+from neurostorm.store import INT8_16, ClipReadError, FrameStore
 from neurostorm.store.maintenance import export as export_module
 from neurostorm.store.maintenance.export import nifti_zarr_name, write_nifti, write_nifti_zarr
 
@@ -26,7 +26,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def expected_of(example: Any, frames: int) -> np.ndarray:
     arrays = example.arrays(frames)
     box = np.zeros((frames, *example.grid.shape), np.float32)
-    box[:, example.mask] = dequantise(arrays["frames"]) * arrays["std"] + arrays["mean"]
+    box[:, example.mask] = INT8_16.decode(arrays["frames"]) * arrays["std"] + arrays["mean"]
     return box
 
 

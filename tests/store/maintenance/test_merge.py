@@ -43,7 +43,7 @@ def stores(make_example: Callable[..., Any]) -> tuple[Any, Any]:
     for store, subjects in ((one, (1, 2)), (two, (2, 3))):
         create_store(store.path, **store.properties)
         for number in subjects:
-            store.add_true(f"sub-{number}", seed=number, codec="zstd" if number == 3 else "none")
+            store.add_true(f"sub-{number}", seed=number, compression="zstd" if number == 3 else "none")
         names = [f"sub-{number}" for number in subjects]
         age = [30 + number for number in subjects]
         write_participants(store.path, pa.table({"dataset": ["made"] * 2, "participant_id": names, "age": age}))
@@ -117,12 +117,12 @@ def test_what_differs_is_listed_and_stays(stores: Any) -> None:
     assert read_participants(one.path).column("age").to_pylist() == [31, 32, 33]
 
 
-@pytest.mark.parametrize("codec", ["none", "zstd"])
+@pytest.mark.parametrize("compression", ["none", "zstd"])
 @pytest.mark.parametrize("place_in_file", [0.3, 0.999])
-def test_a_damaged_run_is_not_taken(stores: Any, codec: str, place_in_file: float) -> None:
+def test_a_damaged_run_is_not_taken(stores: Any, compression: str, place_in_file: float) -> None:
     one, two = stores
     run = RUN.format("made", "sub-5")
-    two.add_true("sub-5", seed=5, codec=codec)
+    two.add_true("sub-5", seed=5, compression=compression)
     shard = two.path / run / "0.0"
     data = bytearray(shard.read_bytes())
     data[int(place_in_file * len(data))] ^= 1

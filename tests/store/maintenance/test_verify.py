@@ -72,18 +72,20 @@ def test_a_sound_store_has_no_problem_and_every_byte_was_read(sound: Any) -> Non
     assert sum(told[1:]) == 2 * (70 + 8) * sound.voxels, "frames and moments of both runs"
 
 
-@pytest.mark.parametrize("codec", ["none", "zstd"])
+@pytest.mark.parametrize("compression", ["none", "zstd"])
 @pytest.mark.parametrize("chunk_frames", [1, 7, 100])
-def test_any_packing_is_sound(example: Any, codec: str, chunk_frames: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_packing_is_sound(
+    example: Any, compression: str, chunk_frames: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(check_run_module, "BLOCK_BYTES", 20 * example.voxels)  # several blocks
-    example.add_true("sub-1", codec=codec, chunk_frames=chunk_frames)
+    example.add_true("sub-1", compression=compression, chunk_frames=chunk_frames)
     write_manifest(example.path)
     assert rows(verify(example.path)) == []
 
 
-@pytest.mark.parametrize("codec", ["none", "zstd"])
-def test_a_flipped_bit_is_found_wherever_it_is(sound: Any, codec: str) -> None:
-    sound.add_true("sub-03", seed=3, codec=codec, chunk_frames=5)
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_a_flipped_bit_is_found_wherever_it_is(sound: Any, compression: str) -> None:
+    sound.add_true("sub-03", seed=3, compression=compression, chunk_frames=5)
     write_manifest(sound.path)
     shard = shard_of(sound, "sub-03")
     whole = shard.read_bytes()
