@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from neurostorm.ingest.layouts.names import safe_label, slug
+from neurostorm.ingest.layouts.layout import safe_label, slug
 from neurostorm.io.errors import UserError
 from neurostorm.io.paths import Place
 from neurostorm.io.tsv import Row, number, read_tsv

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neurostorm.ingest.layouts.discover import EMPTY, Source
-from neurostorm.ingest.layouts.names import applying, is_events, raw_folders
+from neurostorm.ingest.layouts.layout import applying, is_events, raw_folders
 from neurostorm.ingest.nifti import RunError
 from neurostorm.ingest.stream import read_small
 from neurostorm.io.paths import Place

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from neurostorm.downstream.labels import LabelError, MatchReport, read_labels
 from neurostorm.ingest.layouts.discover import read_participants
-from neurostorm.ingest.layouts.names import safe_label
+from neurostorm.ingest.layouts.layout import safe_label
 from neurostorm.io.paths import place
 from neurostorm.store import Grid, create_store, write_participants
 

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from neurostorm.commands.options import build
 from neurostorm.config import Config, ConfigError
+from neurostorm.ingest.layouts import LAYOUTS
 from neurostorm.ingest.layouts.discover import DiscoverError, read_participants
-from neurostorm.ingest.layouts.names import bids_name, hcp_name, plain_name, slug
+from neurostorm.ingest.layouts.layout import slug
 from neurostorm.io.object_store import PlaceError
 from neurostorm.io.paths import copy_files, inside, one_step
 from neurostorm.store import FrameStore, StoreError, read_manifest, run_path
@@ -97,7 +98,7 @@ STEP = st.text(st.sampled_from("a.-_~ \\é"), min_size=1, max_size=6) | st.sampl
 @example([".."], "sub-.._task-.._space-MNI_desc-preproc", "_bold.nii.gz")
 def test_whatever_a_file_is_called_its_run_lies_in_the_store(folders: list[str], stem: str, ending: str) -> None:
     path = PurePosixPath(*folders, stem + ending)
-    for name in filter(None, (bids_name(path), hcp_name(path), plain_name(path))):
+    for name in filter(None, (layout.parse(path) for layout in LAYOUTS.values())):
         run = run_path(slug(folders[0]), name.subject, name.stem)
         assert os.path.normpath(f"/home/store/{run}") == f"/home/store/{run}"
 

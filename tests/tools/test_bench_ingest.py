@@ -13,7 +13,7 @@ import ray
 import torch
 
 from neurostorm.ingest import job
-from neurostorm.ingest.layouts import names
+from neurostorm.ingest.layouts import LAYOUTS
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools" / "bench"
 
@@ -79,7 +79,7 @@ def test_two_cores_are_watched(bench, tmp_path, monkeypatch):
     def ingest(config):
         used_s[0] += 100  # before it spreads anything
         files = sorted(config.ingest.source.iterdir())
-        seen.append([names.bids_name(PurePosixPath(file.name)).subject for file in files])
+        seen.append([LAYOUTS["bids"].parse(PurePosixPath(file.name)).subject for file in files])
         outcomes = [SimpleNamespace(seconds=1.0) for _ in job.spread(files)]
         return SimpleNamespace(in_store=len(files), outcomes=outcomes)
 

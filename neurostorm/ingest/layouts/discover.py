@@ -1,4 +1,4 @@
-"""Finding the runs below a folder, whichever of three naming schemes it follows.
+"""Finding the runs below a folder, in whichever layout it has.
 
     one walk  ->  BIDS and HCP names, else plain ones  ->  one version of each run  ->  its mask, tables, dataset ...
     one file  ->  the same for it alone: `source_of`
@@ -11,13 +11,14 @@ whatever order a file system or an object store lists in. No image is opened her
 import contextlib
 import csv
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 
-from neurostorm.ingest.layouts.names import Name, bids_name, hcp_name, is_bids_bold, plain_name, safe_label, slug
+from neurostorm.ingest.layouts import FALLBACK, LAYOUTS
+from neurostorm.ingest.layouts.layout import Name, is_bids_bold, safe_label, slug
 from neurostorm.ingest.layouts.tree import Ancestors, around, walk
 from neurostorm.ingest.nifti import RunError
 from neurostorm.ingest.stream import MAX_PARTICIPANTS_BYTES, TooLarge, read_small
@@ -41,7 +42,7 @@ class Source:
         path: the NIfTI file, local or in an object store.
         dataset, subject, session, task, run_label: what its name says; `subject` as in participants.tsv (sub-...).
         stem: name of the run in the store, below dataset and subject.
-        format: "bids", "hcp" or "plain".
+        format: name of its layout, as in LAYOUTS.
         entities: keys and values of the name.
         mask_path: the brain mask beside it, or None.
         sidecars: JSON files that may state RepetitionTime, nearest first (BIDS inheritance).
@@ -105,10 +106,10 @@ def source_of(file: Place) -> Source:
     """
     file = file.absolute()
     pure = PurePosixPath(file.as_posix())
-    candidates = {"bids": bids_name(pure), "hcp": hcp_name(pure)}
+    named = {layout.name: layout.parse(pure) for layout in LAYOUTS.values() if layout is not FALLBACK}
     if not is_bids_bold(pure):
-        candidates["plain"] = plain_name(PurePosixPath(file.name))
-    scheme, name = next(((scheme, name) for scheme, name in candidates.items() if name), ("", None))
+        named[FALLBACK.name] = FALLBACK.parse(PurePosixPath(file.name))
+    layout, name = next(((layout, name) for layout, name in named.items() if name), ("", None))
     if name is None:
         raise RunError(
             "is not named as a preprocessed run: neither *_desc-preproc_bold.nii.gz, nor HCP's, nor another .nii or "
@@ -116,7 +117,7 @@ def source_of(file: Place) -> Source:
         )
     tree = around(file)
     relative = PurePosixPath(*file.parts[len(tree.root.parts) :])
-    return _source(tree.root, Ancestors(tree), relative, scheme, name, None)
+    return _source(tree.root, Ancestors(tree), relative, layout, name, None)
 
 
 def read_participants(path: Place, dataset: str) -> pa.Table:
@@ -168,12 +169,12 @@ def _subject(path: Place, participant_id: str) -> str:
 
 
 def _named(images: Iterable[PurePosixPath]) -> list[tuple[PurePosixPath, str, Name]]:
-    """The runs among `images`, one version of each, in their order, with the scheme each was recognised by."""
+    """The runs among `images`, one version of each, in their order, with the layout each was recognized by."""
     images = list(images)
-    schemes: tuple[tuple[str, Callable[[PurePosixPath], Name | None]], ...] = (("bids", bids_name), ("hcp", hcp_name))
-    found = [(path, scheme, name) for path in images for scheme, parse in schemes if (name := parse(path))]
+    special = [layout for layout in LAYOUTS.values() if layout is not FALLBACK]
+    found = [(path, layout.name, name) for path in images for layout in special if (name := layout.parse(path))]
     if not found and not any(is_bids_bold(path) for path in images):
-        found = [(path, "plain", name) for path in images if (name := plain_name(path))]
+        found = [(path, FALLBACK.name, name) for path in images if (name := FALLBACK.parse(path))]
     best: dict[tuple[str, ...], tuple[PurePosixPath, str, Name]] = {}
     for entry in found:
         held = best.get(entry[2].key)
@@ -183,7 +184,7 @@ def _named(images: Iterable[PurePosixPath]) -> list[tuple[PurePosixPath, str, Na
 
 
 def _source(
-    root: Place, ancestors: Ancestors, path: PurePosixPath, scheme: str, name: Name, dataset: str | None
+    root: Place, ancestors: Ancestors, path: PurePosixPath, layout: str, name: Name, dataset: str | None
 ) -> Source:
     home = ancestors.dataset(path)
     return Source(
@@ -194,26 +195,24 @@ def _source(
         task=name.task,
         run_label=name.run_label,
         stem=name.stem,
-        format=scheme,
+        format=layout,
         entities=name.entities,
-        mask_path=ancestors.mask(path, scheme),
+        mask_path=ancestors.mask(path, layout),
         sidecars=ancestors.sidecars(path),
         events=ancestors.events(path),
-        motion=ancestors.motion(path, scheme),
+        motion=ancestors.motion(path, layout),
         participants=home.participants,
         refused=name.refused,
     )
 
 
 def _nothing_found(source: Place, images: list[PurePosixPath]) -> str:
+    special = ", ".join(layout.looks_for for layout in LAYOUTS.values() if layout is not FALLBACK)
     raw = sum(is_bids_bold(path) for path in images)
     seen = f"{len(images)} NIfTI file(s) there, for example {images[0]}" if images else "no NIfTI file there"
     hint = f"; {raw} of them are raw BOLD, which has to be preprocessed first (fMRIPrep)" if raw else ""
-    return (
-        f"--source {source}: no run found ({seen}{hint}). Looked for BIDS derivatives "
-        "(sub-*_space-MNI152NLin6Asym_desc-preproc_bold.nii.gz), HCP names "
-        "(<subject>/MNINonLinear/Results/rfMRI_*/rfMRI_*.nii.gz, tfMRI_*) and, without either, any *.nii or *.nii.gz"
-    )
+    names = f"Looked for {special} and, without either, {FALLBACK.looks_for}"
+    return f"--source {source}: no run found ({seen}{hint}). {names}"
 
 
 def _without_clashes(sources: list[Source]) -> list[Source]:

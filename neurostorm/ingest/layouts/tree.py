@@ -17,15 +17,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from neurostorm.ingest.layouts.names import (
-    applying,
-    entities_of,
-    is_events,
-    is_motion,
-    mask_names,
-    motion_names,
-    stem_of,
-)
+from neurostorm.ingest.layouts import LAYOUTS
+from neurostorm.ingest.layouts.layout import applying, entities_of, is_events, stem_of
 from neurostorm.ingest.stream import read_small
 from neurostorm.io.object_store import ObjectPath
 from neurostorm.io.paths import Place, files_below
@@ -73,7 +66,7 @@ class Tree:
                 self.sidecars[folder].append(name)
             elif is_events(name):
                 self.events[folder].append(name)
-            elif is_motion(name):
+            elif any(layout.is_motion(name) for layout in LAYOUTS.values()):
                 self.motion[folder].append(name)
             elif not name.startswith(".") and stem_of(PurePosixPath(name)) is not None:
                 self.images.append(folder / name)
@@ -141,16 +134,16 @@ class Ancestors:
         """The table of events that holds for a BIDS run: as `sidecars`, but the first one replaces the others."""
         return next(self._inherited(path, self._tree.events, self._events_above), None)
 
-    def motion(self, path: PurePosixPath, scheme: str) -> Place | None:
-        """The table of head motion beside a run, by the names that its scheme gives it."""
+    def motion(self, path: PurePosixPath, layout: str) -> Place | None:
+        """The table of head motion beside a run, by the names that its layout gives it."""
         beside = self._tree.motion.get(path.parent, ())
-        name = next((name for name in motion_names(path, scheme) if name in beside), None)
+        name = next((name for name in LAYOUTS[layout].motion_names(path) if name in beside), None)
         return self._tree.at(path.parent / name) if name else None
 
-    def mask(self, path: PurePosixPath, scheme: str) -> Place | None:
-        """The brain mask beside a run, by the names that its scheme gives it."""
+    def mask(self, path: PurePosixPath, layout: str) -> Place | None:
+        """The brain mask beside a run, by the names that its layout gives it."""
         beside = sorted(self._tree.beside.get(path.parent, set()) - {path.name})
-        for pattern in mask_names(path, scheme):
+        for pattern in LAYOUTS[layout].mask_names(path):
             for name in beside:
                 if fnmatchcase(name, pattern):
                     return self._tree.at(path.parent / name)

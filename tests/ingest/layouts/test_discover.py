@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from neurostorm.ingest.layouts import LAYOUTS
 from neurostorm.ingest.layouts.discover import DiscoverError, Source, discover, read_participants
-from neurostorm.ingest.layouts.names import hcp_name, plain_name, safe_label, slug
+from neurostorm.ingest.layouts.layout import Name, safe_label, slug
 from neurostorm.store.layout import safe_name
 
 BIDS = "sub-{0}/func/sub-{0}_task-rest"
@@ -183,7 +184,7 @@ def test_hcp_names(tree: Callable[..., Path]) -> None:
     ],
 )
 def test_more_hcp_names(run: str, stem: str) -> None:
-    name = hcp_name(PurePosixPath(f"1/MNINonLinear/Results/{run}/{run}_hp2000_clean_rclean_tclean.nii.gz"))
+    name = LAYOUTS["hcp"].parse(PurePosixPath(f"1/MNINonLinear/Results/{run}/{run}_hp2000_clean_rclean_tclean.nii.gz"))
     assert name is not None
     assert name.stem == stem
 
@@ -242,7 +243,7 @@ def test_any_label_becomes_a_safe_path_and_stays_apart(first: str, second: str) 
 
 
 def test_a_label_cannot_climb_out_of_the_store() -> None:
-    name = plain_name(PurePosixPath("..evil/..nii/run.nii.gz"))
+    name = LAYOUTS["plain"].parse(PurePosixPath("..evil/..nii/run.nii.gz"))
     assert name is not None
     assert ".." not in f"{name.subject}/{name.stem}".split("/")
     safe_name(name.subject)
@@ -313,3 +314,32 @@ def test_a_description_that_nests_too_deep_costs_its_name_alone(tree: Callable[.
     (root / "dataset_description.json").write_text("[" * 100_000)
     (source,) = discover(root)
     assert source.dataset == root.name
+
+
+class Lab:
+    """The layout of a laboratory: BOLD_<subject>_<number>.nii."""
+
+    name, looks_for = "lab", "BOLD_<subject>_<number>.nii"
+
+    def parse(self, path: PurePosixPath) -> Name | None:
+        kind, _, rest = path.stem.partition("_")
+        subject, _, number = rest.partition("_")
+        found = Name(f"sub-{subject}", "", "rest", number, f"run-{number}", (path.name,), (0,))
+        return found if kind == "BOLD" else None
+
+    def mask_names(self, path: PurePosixPath) -> list[str]:
+        return [path.name.replace("BOLD", "BRAIN")]
+
+    def motion_names(self, path: PurePosixPath) -> list[str]:
+        return [f"{path.stem}.par"]
+
+    def is_motion(self, name: str) -> bool:
+        return name.endswith(".par")
+
+
+def test_a_layout_is_one_class_and_one_entry(tree: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LAYOUTS, "lab", Lab())
+    root = tree("scans/BOLD_ann_1.nii", "scans/BRAIN_ann_1.nii", "scans/BOLD_ann_1.par", "scans/other.nii")
+    (source,) = discover(root)
+    assert (source.format, source.subject, source.task, source.run_label) == ("lab", "sub-ann", "rest", "1")
+    assert source.mask_path == root / "scans/BRAIN_ann_1.nii" and source.motion == root / "scans/BOLD_ann_1.par"
