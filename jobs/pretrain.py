@@ -50,8 +50,8 @@ def work(config: Config) -> int:
     from neurostorm.tracking.tracker import closing_words
     from neurostorm.train.health.stop import STOPPED_STATUS, RunStopped
     from neurostorm.train.launch import pretrain
+    from neurostorm.train.records.log_lines import held_out
     from neurostorm.train.records.time_account import in_words
-    from neurostorm.train.validation import held_out
 
     try:
         done = pretrain(config)

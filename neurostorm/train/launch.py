@@ -38,10 +38,10 @@ from neurostorm.tracking import unsent
 from neurostorm.tracking.tracker import RUN_FILE, tracking_uri
 from neurostorm.train.build import atlas_of, build_model, swin_config
 from neurostorm.train.checkpoint import checkpoints
+from neurostorm.train.controller.trainer import trainer_of
 from neurostorm.train.health.stop import RunStopped, stops_on_usr1
 from neurostorm.train.records import pinned_manifest
 from neurostorm.train.records.time_account import ACCOUNT, now_ns
-from neurostorm.train.trainer import trainer_of
 from neurostorm.train.worker import SUMMARY
 
 SLOW_STEP_S, LOOK_STEPS = 3.0, 5

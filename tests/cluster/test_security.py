@@ -40,7 +40,7 @@ def test_every_claim_names_a_test_that_exists() -> None:
 
 
 def test_ray_is_started_by_the_session_alone() -> None:
-    assert names(r"\bray\.init\(", CODE) == {"neurostorm/session.py"}
+    assert names(r"\bray\.init\(", CODE) == {"neurostorm/runtime/session.py"}
     launchers = {"cluster/aws.yaml", "cluster/gcp.yaml", "cluster/onprem.yaml"}
     assert names(r"ray\"? start --head", WRITTEN) - launchers == {"tools/quickstart.sh"}
     quickstart = (ROOT / "tools" / "quickstart.sh").read_text()

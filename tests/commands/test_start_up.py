@@ -5,7 +5,7 @@ import sys
 
 LOADS = """
 import sys
-import neurostorm.train.feed
+import neurostorm.train.controller.feed
 assert "torch" not in sys.modules, "plan rows and clips are numpy"
 import neurostorm.train.worker
 from neurostorm.train.engine import import_deepspeed

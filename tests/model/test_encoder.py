@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 import torch
 
+from neurostorm.model import encoder as encoder_module
 from neurostorm.model.config import SwinConfig
 from neurostorm.model.encoder import DropPath, PatchMerging, SwinEncoder
 from neurostorm.model.geometry.windows import Bucket, table_of
@@ -132,8 +133,8 @@ def test_bfloat16_autocast_stays_near_float32(mixer):
 def test_under_autocast_windows_are_formed_in_its_dtype_and_nothing_else_changes(mixer, monkeypatch):
     config = dataclasses.replace(TINY, mixer=mixer)
     encoder, volume = SwinEncoder(config).train(), torch.randn(1, 1, 12, 12, 12, 6)
-    gather, seen = encoder.gather_rows, []
-    monkeypatch.setattr(encoder, "gather_rows", lambda x, table: seen.append(x.dtype) or gather(x, table))
+    gather, seen = encoder_module.gather_rows, []
+    monkeypatch.setattr(encoder_module, "gather_rows", lambda x, table: seen.append(x.dtype) or gather(x, table))
 
     def outcome():
         encoder.zero_grad()
@@ -144,7 +145,7 @@ def test_under_autocast_windows_are_formed_in_its_dtype_and_nothing_else_changes
 
     narrow = outcome()
     assert set(seen) == {torch.bfloat16}
-    monkeypatch.setattr(encoder, "product_dtype", lambda x: x.dtype)
+    monkeypatch.setattr(encoder_module, "product_dtype", lambda x: x.dtype)
     assert all(torch.equal(one, other) for one, other in zip(narrow, outcome(), strict=True))
     assert torch.float32 in seen
 

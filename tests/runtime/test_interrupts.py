@@ -20,7 +20,7 @@ def wait():
 """
 WITH_RAY = """
 import functools, ray
-from neurostorm import session
+from neurostorm.runtime import session
 
 session.start_local = functools.partial(session.start_local, include_dashboard=False, num_cpus=1)  # sooner there
 

@@ -32,7 +32,7 @@ SHOWN = (
 )
 PRINTS = """
 import json, sys
-from neurostorm import ray_output
+from neurostorm.runtime import ray_output
 ray_output.configure()
 from ray._private import ray_logging, worker
 lines = json.load(sys.stdin)
@@ -66,7 +66,7 @@ def test_ray_prints_what_is_left_without_prefix_and_color() -> None:
 
 WRITES = """
 import os, sys
-from neurostorm import ray_output
+from neurostorm.runtime import ray_output
 ray_output.filter_stderr()
 print("first", file=sys.stderr)
 os.write(2, sys.argv[1].encode())

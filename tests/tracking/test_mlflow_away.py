@@ -316,7 +316,7 @@ def test_a_start_with_other_settings_forgets_what_the_other_one_did_not_send(fol
     tracker.metrics({"loss/train": 1.0}, 1)
     tracker.close("FAILED")
     monkeypatch.setattr(launch, "changed_settings", lambda config: ["train.lr: 1 -> 2"])
-    monkeypatch.setattr(launch.planned, "is_other", lambda folder, corpus: False)
+    monkeypatch.setattr(launch.pinned_manifest, "is_other", lambda folder, corpus: False)
     config = Config(run={"output": str(folder.parent), "name": "mine"})
     launch.forget_other_start(config, None)
     assert not (folder / unsent.FOLDER).exists()

@@ -16,9 +16,9 @@ from neurostorm.data.storage_wait import StorageAwayError
 from neurostorm.io.object_store import UnavailableError
 from neurostorm.store import StoreError
 from neurostorm.train.checkpoint.checkpoints import MARKER, CheckpointError
-from neurostorm.train.health.failure_policy import FailuresSinceCheckpoint
+from neurostorm.train.controller.failure_policy import FailuresSinceCheckpoint
+from neurostorm.train.controller.trainer import trainer_of
 from neurostorm.train.health.limits import NonFiniteError, UnreadableClipsError
-from neurostorm.train.trainer import trainer_of
 
 RETRY, RAISE = FailureDecision.RETRY, FailureDecision.RAISE
 
@@ -65,7 +65,7 @@ def test_checkpoints_that_cannot_be_listed_do_not_end_the_run(policy, monkeypatc
     def away(folder):
         raise UnavailableError("s3://bucket: 503")
 
-    monkeypatch.setattr("neurostorm.train.health.failure_policy.newest_committed", away)
+    monkeypatch.setattr("neurostorm.train.controller.failure_policy.newest_committed", away)
     assert decide(policy, RuntimeError("killed"), times=3) == [RETRY, RETRY, RAISE]
 
 

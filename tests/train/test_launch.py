@@ -15,12 +15,13 @@ from neurostorm.io.paths import replace
 from neurostorm.runtime import resources
 from neurostorm.runtime.run_folder import keep_config
 from neurostorm.store import GRIDS, StoreError, write_manifest
-from neurostorm.train import launch, trainer
-from neurostorm.train import trainer as trainer_module
+from neurostorm.train import launch
 from neurostorm.train.checkpoint import checkpoints
+from neurostorm.train.controller import feed
+from neurostorm.train.controller.feed import training_data
+from neurostorm.train.controller.trainer import trainer_of, worker_environment
 from neurostorm.train.launch import Plan, check
 from neurostorm.train.records import pinned_manifest
-from neurostorm.train.trainer import trainer_of, training_data, worker_environment
 
 STEPS = 12  # of one epoch of the ball store: 48 clips, four at a time
 
@@ -212,7 +213,7 @@ def asked(monkeypatch) -> list[tuple]:
         steps = {"first_step": first_step, "last_step": last_step, "workers": workers}
         calls.append((reader, plan, steps))
 
-    monkeypatch.setattr(trainer, "clip_dataset", record)
+    monkeypatch.setattr(feed, "clip_dataset", record)
     return calls
 
 
@@ -254,7 +255,7 @@ def test_the_trainer_may_shrink_to_the_fewest_workers_and_the_feed_follows(asked
     assert trainer.scaling_config.num_workers == (1, 2)
     given = []
     monkeypatch.setattr(
-        trainer_module.ray.train.DataConfig,
+        feed.ray.train.DataConfig,
         "configure",
         lambda self, datasets, workers, *rest, **named: given.append(workers),
     )

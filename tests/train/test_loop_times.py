@@ -45,7 +45,7 @@ def run(clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Callabl
     """Runs `Loop.run` on steps that take given seconds, without model or engine; its account and logged metrics."""
     monkeypatch.setattr(loop_module, "mean_over_ranks", lambda values: values.tolist())
     monkeypatch.setattr(loop_module, "clip_names", lambda batch, runs: [])
-    monkeypatch.setattr(loop_module.checkpoint, "save", lambda *place, **what: clock.turn(0.5))
+    monkeypatch.setattr(loop_module.checkpoints, "save", lambda *place, **what: clock.turn(0.5))
 
     def build(waits_s: list[float], steps_s: list[float], log_every: int) -> tuple[Account, list[dict]]:
         total, logged = len(steps_s), []

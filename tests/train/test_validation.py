@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neurostorm.data.plan.clip_plan import ROW
-from neurostorm.train.validation import held_out, shares
+from neurostorm.train.validation import shares
 
 
 def numbered(count):
@@ -40,37 +40,3 @@ def test_clips_that_fill_up_a_share_are_real_ones_that_do_not_count():
     ((taken, counts),) = shares(numbered(3), rank=1, workers=2, size=4)
     assert counts.tolist() == [True, False, False, False]
     assert set(taken["row"].tolist()) <= {0, 1, 2}
-
-
-def test_a_loss_below_the_baseline_says_by_how_much():
-    assert held_out(0.75, 1.0, normalise_targets=False) == [
-        "Held-out masked loss 0.7500: 25.0 % below the 1.0000 of predicting each voxel's mean over its run."
-    ]
-
-
-def test_normalised_targets_are_compared_with_each_patchs_mean():
-    (line,) = held_out(0.9, 1.0, normalise_targets=True)
-    assert line.endswith("10.0 % below the 1.0000 of predicting each patch's own mean (model.normalise_targets).")
-
-
-@pytest.mark.parametrize("loss", [1.0, 1.02])
-def test_a_loss_that_is_not_below_says_what_it_means_and_what_to_type(loss):
-    first, meaning, fix = held_out(loss, 1.0, normalise_targets=False)
-    assert "not below the 1.0000" in first and "NOT" not in first
-    assert "cannot fill in what is hidden yet" in meaning
-    assert all(option in fix for option in ("--train.epochs", "--train.lr", "--name"))
-
-
-def test_a_loss_that_is_no_number_is_a_run_that_diverged():
-    first, fix = held_out(math.nan, 1.0, normalise_targets=False)
-    assert "diverged" in first and "--train.lr" in fix
-
-
-def test_without_a_baseline_nothing_is_compared():
-    (line,) = held_out(0.0, 0.0, normalise_targets=False)
-    assert "nothing to compare" in line
-
-
-def test_a_run_without_held_out_subjects_says_so():
-    (line,) = held_out(None, None, normalise_targets=False)
-    assert line.startswith("Everybody who was held out withdrew") and "--name" in line

@@ -20,7 +20,7 @@ from neurostorm.io.paths import Place, replace
 from neurostorm.runtime.run_folder import MANIFEST, saved_store
 from neurostorm.store.manifest import check_paths, with_columns
 from neurostorm.train.checkpoint import checkpoints
-from neurostorm.train.validation import NOBODY_HELD_OUT
+from neurostorm.train.records.log_lines import NOBODY_HELD_OUT
 
 KEPT = MANIFEST
 logger = logging.getLogger(__name__)

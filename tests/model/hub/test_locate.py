@@ -58,7 +58,7 @@ def test_what_holds_no_model_says_what_to_give(saved, tmp_path, make_bucket):
     for address, words in (
         (empty, rf"no model in {empty}: neither {empty}/config\.json nor {empty}/model/config\.json is there"),
         (tmp_path / "run", "is a pretraining run that has not ended.*start it again"),
-        (folder / "model.safetensors", r"is a file: give the folder that holds .*neurostorm\.model\.reference"),
+        (folder / "model.safetensors", r"is a file: give the folder that holds .*neurostorm\.model\.hub\.reference"),
         (f"{bucket}/none", rf"no model in {bucket}/none: neither .* nor {bucket}/none/model/config\.json"),
         ("ftp://host/model", "'ftp://host/model' .*use a local path, s3://BUCKET/KEY or gs://BUCKET/KEY"),
     ):

@@ -180,7 +180,7 @@ def test_a_compiled_kernel_is_kept_and_a_cache_that_cannot_be_written_is_done_wi
 def test_bench_scan_compares_both_sides(tmp_path):
     result = tmp_path / "scan.json"
     command = [sys.executable, TOOL, "--shapes", "60x48x32", "--rounds", "1", "--threads", "1"]
-    environment = {**os.environ, "PYTHONPATH": str(TOOL.parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(TOOL.parents[2])}
     subprocess.run([*command, "--json", result], check=True, env=environment, capture_output=True, timeout=120)
     found = json.loads(result.read_text())
     (first,) = found["shapes"]

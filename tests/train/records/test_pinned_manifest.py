@@ -13,8 +13,8 @@ from neurostorm.io.paths import copy_files, files_below, place, replace
 from neurostorm.runtime.run_folder import keep_config
 from neurostorm.store import write_manifest
 from neurostorm.store.maintenance.care import withdraw
-from neurostorm.train import trainer
 from neurostorm.train.checkpoint import checkpoints
+from neurostorm.train.controller import feed
 from neurostorm.train.records import pinned_manifest
 from tests.faulty_s3 import bad_network
 
@@ -71,10 +71,8 @@ def test_an_ingest_meanwhile_changes_nothing_for_workers_feed_and_later_starts(c
     assert len(open_corpus(config).runs) == 6
     assert same(pinned_manifest.planned(config), first) and same(pinned_manifest.choose(config), first)
     fed = []
-    monkeypatch.setattr(
-        trainer, "clip_dataset", lambda reader, plan, **how: fed.append((*reader.runs, how["last_step"]))
-    )
-    trainer.training_data(config)
+    monkeypatch.setattr(feed, "clip_dataset", lambda reader, plan, **how: fed.append((*reader.runs, how["last_step"])))
+    feed.training_data(config)
     assert fed == [(*first.runs, first.plan.total_steps(config.train.epochs, None))]
 
 

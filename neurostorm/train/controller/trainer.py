@@ -10,11 +10,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from neurostorm.config import Config
 from neurostorm.data.corpus import Corpus
-from neurostorm.data.loader import clip_dataset, feed_options
 from neurostorm.io.paths import Place
-from neurostorm.train.checkpoint import checkpoints
-from neurostorm.train.health.failure_policy import FailuresSinceCheckpoint, FewerWarnings
-from neurostorm.train.records import pinned_manifest
+from neurostorm.train.controller.failure_policy import FailuresSinceCheckpoint, FewerWarnings
+from neurostorm.train.controller.feed import Feed
 from neurostorm.train.worker import train_worker
 
 
@@ -89,31 +87,3 @@ def worker_environment(config: Config) -> dict[str, str]:
         variables["DS_ACCELERATOR"] = "cpu"
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "neurostorm" / "torch_extensions"
     return variables | {"TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(cache))}
-
-
-class Feed(ray.train.DataConfig):
-    """The clips still to be trained on, planned whenever a group of workers starts, for as many as there are then."""
-
-    def __init__(self, config: Config, corpus: Corpus) -> None:
-        data = config.data
-        options = feed_options(corpus.reader, corpus.plan, read_in=data.read_in, steps_ahead=data.steps_ahead)
-        super().__init__(execution_options=options, enable_shard_locality=False)
-        self._config = config
-
-    def configure(self, datasets: dict[str, Any], world_size: int, *arguments: Any, **named: Any) -> Any:
-        """Ray Train's hook: a share of the dataset for each worker. What it was given of `datasets` is a stand-in."""
-        return super().configure(
-            {"train": training_data(self._config.for_workers(world_size))}, world_size, *arguments, **named
-        )
-
-
-def training_data(config: Config) -> Any:
-    """The clips from the newest checkpoint on."""
-    corpus = pinned_manifest.planned(config)
-    newest = checkpoints.newest(config.run.folder / "checkpoints")
-    total = corpus.plan.total_steps(config.train.epochs, config.train.max_steps)
-    first = min(newest.step if newest else 0, total - 1)
-    return clip_dataset(
-        corpus.reader, corpus.plan, first_step=first, last_step=total, workers=config.scale.workers,
-        read_in=config.data.read_in,
-    )  # fmt: skip

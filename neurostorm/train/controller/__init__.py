@@ -1,0 +1,1 @@
+"""Ray Train around the loop: the trainer, what feeds its workers, when it starts them again."""
