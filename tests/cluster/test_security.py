@@ -68,7 +68,7 @@ def test_servers_are_found_in_every_form() -> None:
 
 def test_pickle_stays_between_the_workers_of_one_ray() -> None:
     # Both hand objects from a driver to its own workers, in memory of a Ray that asked for the token.
-    assert names(UNPICKLES.pattern, CODE) == {"neurostorm/downstream/embed.py", "neurostorm/ingest/spread.py"}
+    assert names(UNPICKLES.pattern, CODE) == {"neurostorm/downstream/embed/job.py", "neurostorm/ingest/map_runs.py"}
 
 
 @pytest.mark.parametrize(
