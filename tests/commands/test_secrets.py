@@ -11,8 +11,8 @@ from neurostorm.config import Config, ConfigError
 from neurostorm.data.corpus import open_corpus
 from neurostorm.io.paths import no_secret, place
 from neurostorm.tracking.tracker import tracking_uri
-from neurostorm.train import launch
-from neurostorm.train.controller import trainer, worker
+from neurostorm.train import launch, worker
+from neurostorm.train.controller import trainer
 
 SECRET = "hunter2-8f31"
 HOLDING = [
