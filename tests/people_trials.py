@@ -9,9 +9,9 @@ import pytest
 
 from neurostorm.config import Config, EmbedConfig
 from neurostorm.downstream.embed import features
-from neurostorm.downstream.embed.embed_run import Embedder, Task
+from neurostorm.downstream.embed.embed_run import Embedder, EmbedTask
 from neurostorm.downstream.embed.features import compute_tokens
-from neurostorm.downstream.embed.parts import Run
+from neurostorm.downstream.embed.parts import RunToEmbed
 from neurostorm.downstream.embed.pretrained import open_pretrained
 from neurostorm.downstream.evaluation import Evaluation, open_evaluation, split_of
 from neurostorm.downstream.methods.backbone import Backbone, backbone_of
@@ -68,12 +68,12 @@ def make_trial(config: Config) -> Trial:
 def compute_here(backbone: Backbone, evaluation: Evaluation, config: Config) -> int:
     """`compute_tokens` in this process; how many runs had to be embedded."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features, "spread", _spread_here)
+        patch.setattr(features, "embed_runs", _spread_here)
         cache = config.run.output / "cache"
         return compute_tokens(backbone, evaluation.cohort, evaluation.examples, cache, config.adapt, workers=1)
 
 
-def _spread_here(runs: Sequence[Run], task: Task, settings: EmbedConfig) -> Iterator[int]:
+def _spread_here(runs: Sequence[RunToEmbed], task: EmbedTask, settings: EmbedConfig) -> Iterator[int]:
     failed = 0
     for run in runs:
         failed += any(clip.reason for clip in _embedder(task).embed(run))
@@ -81,5 +81,5 @@ def _spread_here(runs: Sequence[Run], task: Task, settings: EmbedConfig) -> Iter
 
 
 @lru_cache(maxsize=4)
-def _embedder(task: Task) -> Embedder:
+def _embedder(task: EmbedTask) -> Embedder:
     return Embedder(task)

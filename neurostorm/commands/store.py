@@ -30,11 +30,11 @@ import matplotlib.image
 import numpy as np
 
 from neurostorm.commands.store_options import parse
-from neurostorm.io.paths import replace
+from neurostorm.io.paths import atomic_write
 from neurostorm.runtime.progress import progress, tracked
 from neurostorm.store import FrameStore, StoreError
 from neurostorm.store.layout import RUNS
-from neurostorm.store.maintenance.care import Holding, find_subject, holding, readmit, repair, withdraw
+from neurostorm.store.maintenance.care import Holding, allow_removed, find_subject, holding, remove_subject, repair
 from neurostorm.store.maintenance.check_run import Problem
 from neurostorm.store.maintenance.export import nifti_zarr_name, write_nifti, write_nifti_zarr
 from neurostorm.store.maintenance.inventory import Advance, Progress, find_run
@@ -136,7 +136,7 @@ def show(options: argparse.Namespace) -> int:
     print(f"  clipped values    {found['clipped_fraction']:.4%} (|z| >= 7.9, of voxels with signal)")
     print(f"  quantisation      {noise}")
     if options.png:
-        replace(options.png, run_picture(store, run))
+        atomic_write(options.png, run_picture(store, run))
         print(f"\nwrote {options.png}")
     return 0
 
@@ -181,7 +181,7 @@ def remove_subjects(options: argparse.Namespace) -> int:
     people = [find_subject(options.store, name) for name in options.subject]
     if options.undo:
         for dataset, subject in people:
-            back = readmit(options.store, dataset, subject)
+            back = allow_removed(options.store, dataset, subject)
             print(f"{dataset}/{subject}: {'an ingest takes them again' if back else 'had not withdrawn'}")
         return 0
     for dataset, subject in people:
@@ -190,7 +190,7 @@ def remove_subjects(options: argparse.Namespace) -> int:
         print("nothing was deleted", file=sys.stderr)
         return 1
     for dataset, subject in people:
-        withdraw(options.store, dataset, subject)
+        remove_subject(options.store, dataset, subject)
         print(f"{dataset}/{subject} was removed; an ingest refuses them from now on")
     return 0
 
@@ -320,7 +320,7 @@ def progress_bar(title: str, unit: str) -> Progress:
 def write_json(file: Path | None, tree: dict[str, Any]) -> None:
     """The figures for a program, if asked for."""
     if file:
-        replace(file, (json.dumps(tree, indent=1) + "\n").encode())
+        atomic_write(file, (json.dumps(tree, indent=1) + "\n").encode())
 
 
 def readable_bytes(size_bytes: float) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from neurostorm.io.paths import place
+from neurostorm.io.paths import to_path
 from neurostorm.store.maintenance.inventory import OLDER_THAN_S
 
 RUN_HELP = "as `list` names it, <dataset>/<subject>/<entities>, or parts that only one run has: sub-001, sub-001_ses-2"
@@ -28,7 +28,7 @@ def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Names
 def add_command(commands: Any, name: str, text: str) -> Any:
     """A command with its STORE."""
     added = commands.add_parser(name, help=text, description=text)
-    added.add_argument("store", metavar="STORE", type=place, help="folder, s3://BUCKET/KEY or gs://BUCKET/KEY")
+    added.add_argument("store", metavar="STORE", type=to_path, help="folder, s3://BUCKET/KEY or gs://BUCKET/KEY")
     return added
 
 
@@ -129,7 +129,7 @@ def add_merge(commands: Any) -> None:
     )
     added = add_command(commands, "merge", text)
     added.add_argument(
-        "others", metavar="FROM", nargs="+", type=place, help="a store of the same grid, mask, TR and recipe"
+        "others", metavar="FROM", nargs="+", type=to_path, help="a store of the same grid, mask, TR and recipe"
     )
 
 
@@ -146,7 +146,7 @@ def add_export(commands: Any) -> None:
     added.add_argument(
         "--nifti-zarr",
         metavar="FOLDER",
-        type=place,
+        type=to_path,
         help="the same values as NIfTI-Zarr (OME-NGFF 0.5): RUN becomes this group, as in run.nii.zarr; all runs "
         "become FOLDER/<dataset>/<subject>/<entities>.nii.zarr, and those that are there are skipped",
     )

@@ -29,7 +29,7 @@ from neurostorm.config.base import (
     Weight,
 )
 from neurostorm.config.evaluation import AdaptConfig, ReportConfig, SplitConfig, SweepConfig, TaskConfig
-from neurostorm.io.paths import Place
+from neurostorm.io.paths import AnyPath
 
 __all__ = ["Config", "ConfigError", "Section"]
 
@@ -45,7 +45,7 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, description="seed of weights, clip order and masks")
 
     @property
-    def folder(self) -> Place:
+    def folder(self) -> AnyPath:
         """The run's own folder, OUTPUT/NAME."""
         return self.output / self.name
 

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializ
 
 from neurostorm.io.errors import UserError
 from neurostorm.io.object_store import ObjectPath
-from neurostorm.io.paths import Place, no_secret, one_step, place
+from neurostorm.io.paths import AnyPath, path_component, to_path, without_credentials
 
 SQLITE = "sqlite:///"
 Four = tuple[int, int, int, int]
@@ -17,15 +17,15 @@ Share = Annotated[float, Field(gt=0, le=1)]
 # Workers and trials run in folders of their own, where a relative path names something else. So a path becomes absolute
 # when a configuration is built, which the driver does in the directory where its command was typed.
 Location = Annotated[
-    Path | ObjectPath, PlainValidator(lambda value: absolute(place(value))), PlainSerializer(str, when_used="json")
+    Path | ObjectPath, PlainValidator(lambda value: absolute(to_path(value))), PlainSerializer(str, when_used="json")
 ]
 LocalPath = Annotated[Path, AfterValidator(lambda path: absolute(path.expanduser()))]
-Name = Annotated[str, AfterValidator(one_step)]  # of a folder
-Address = Annotated[str, AfterValidator(lambda uri: absolute_sqlite(no_secret(uri)))]  # logged with the run
+Name = Annotated[str, AfterValidator(path_component)]  # of a folder
+Address = Annotated[str, AfterValidator(lambda uri: absolute_sqlite(without_credentials(uri)))]  # logged with the run
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-def absolute(path: Place) -> Place:
+def absolute(path: AnyPath) -> AnyPath:
     """`path` against the working directory, without `..` where that names the same file, as it does without links."""
     whole = path.absolute()
     if isinstance(whole, Path) and ".." in whole.parts:

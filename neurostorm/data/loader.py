@@ -129,16 +129,18 @@ def clip_dataset(
     return dataset.repartition(target_num_rows_per_block=share).map_batches(read, batch_size=None, zero_copy_batch=True)
 
 
-def feed_options(reader: ClipReader, plan: ClipPlan, *, read_in: ReadIn, steps_ahead: int) -> ray.data.ExecutionOptions:
+def loader_options(
+    reader: ClipReader, plan: ClipPlan, *, read_in: ReadIn, steps_ahead: int
+) -> ray.data.ExecutionOptions:
     """What Ray Data needs to keep the order, and to bound what it holds of clips."""
     options = ray.data.ExecutionOptions(preserve_order=True)
     if read_in == "tasks":
-        held = feed_bytes(reader, plan.global_batch, steps_ahead)
+        held = loader_bytes(reader, plan.global_batch, steps_ahead)
         options.resource_limits = ray.data.ExecutionResources(object_store_memory=held)
     return options
 
 
-def feed_bytes(reader: ClipReader, global_batch: int, steps_ahead: int) -> int:
+def loader_bytes(reader: ClipReader, global_batch: int, steps_ahead: int) -> int:
     """What Ray's object store may hold of clips with read_in=tasks: blocks being made, waiting and in use."""
     return (2 * steps_ahead + 2) * global_batch * reader.clip_bytes
 

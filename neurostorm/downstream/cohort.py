@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from neurostorm.config import ConfigError
-from neurostorm.io.paths import Place
+from neurostorm.io.paths import AnyPath
 from neurostorm.store import FrameStore, read_manifest
 
 REST = "rest"
 
 
 @dataclass(frozen=True)
-class Run:
+class CohortRun:
     """One run: its path in the store, "dataset/subject", BIDS session and task label, frames, the source's sha256."""
 
     path: str
@@ -37,18 +37,18 @@ class Cohort:
     """Runs of one store, in the manifest's order."""
 
     store: FrameStore
-    runs: tuple[Run, ...]
+    runs: tuple[CohortRun, ...]
 
     @property
     def subjects(self) -> tuple[str, ...]:
         """Everybody with a run, sorted."""
         return tuple(sorted({run.subject for run in self.runs}))
 
-    def attributes(self, run: Run) -> dict[str, Any]:
+    def attributes(self, run: CohortRun) -> dict[str, Any]:
         """What the store keeps beside the frames of a run. StoreError if there is no such run."""
         return self.store.run_attributes(run.path)
 
-    def where(self, wanted: Callable[[Run], bool], what: str) -> "Cohort":
+    def where(self, wanted: Callable[[CohortRun], bool], what: str) -> "Cohort":
         """The runs that `wanted` is true for. ConfigError, which says `what` was looked for, if there are none."""
         chosen = tuple(run for run in self.runs if wanted(run))
         if not chosen:
@@ -68,7 +68,7 @@ class Cohort:
         return Counter(run.task for run in self.runs)
 
 
-def open_cohort(store: Place) -> Cohort:
+def open_cohort(store: AnyPath) -> Cohort:
     """All runs of a store. StoreError: no store, no manifest; ConfigError: it holds no run."""
     opened = FrameStore.open(store)
     rows = read_manifest(opened.path).to_pylist()
@@ -77,7 +77,7 @@ def open_cohort(store: Place) -> Cohort:
     return Cohort(
         opened,
         tuple(
-            Run(
+            CohortRun(
                 path=row["run"],
                 subject=f"{row['dataset']}/{row['subject']}",
                 session=row["session"] or "",

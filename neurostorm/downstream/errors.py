@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from neurostorm.io.errors import UserError
-from neurostorm.io.paths import Place, replace
+from neurostorm.io.paths import AnyPath, atomic_write
 
 ERRORS = "errors"  # folder of a run with the tracebacks of its trials
 
@@ -48,9 +48,9 @@ def count_alike(reasons: Iterable[str]) -> list[tuple[str, int]]:
     return [(first[kind], count) for kind, count in Counter(map(alike, given)).most_common()]
 
 
-def keep_traceback(folder: Place, key: str, text: str) -> Place:
+def keep_traceback(folder: AnyPath, key: str, text: str) -> AnyPath:
     """Write a traceback to FOLDER/errors/KEY.txt; the file."""
     file = folder / ERRORS / f"{key}.txt"
     file.parent.mkdir(parents=True, exist_ok=True)
-    replace(file, (text.rstrip() + "\n").encode())
+    atomic_write(file, (text.rstrip() + "\n").encode())
     return file

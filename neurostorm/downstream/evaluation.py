@@ -26,7 +26,7 @@ from neurostorm.downstream.splits import (
 )
 from neurostorm.downstream.tasks.examples import Examples
 from neurostorm.downstream.tasks.task import REGISTRY, Task, UnknownTask, find_task
-from neurostorm.io.paths import Place, place
+from neurostorm.io.paths import AnyPath, to_path
 
 CLIP_FRAMES = 20  # without a model that says
 
@@ -145,7 +145,7 @@ def _made(evaluation: Evaluation, settings: SplitConfig, seed: int, strata: Name
     return leave_one_out(subjects, columns=sites, value=site, validation=share, seed=seed, strata=strata, groups=groups)
 
 
-def _kept(evaluation: Evaluation, file: Place) -> Split:
+def _kept(evaluation: Evaluation, file: AnyPath) -> Split:
     """A split from its file, of it the subjects that the task has units of."""
     split, used = load_split(file, evaluation.cohort.subjects), set(evaluation.subjects)
     train, validation, test = (tuple(name for name in getattr(split, part) if name in used) for part in PARTS)
@@ -181,4 +181,4 @@ def _labels(task: Task, settings: TaskConfig, cohort: Cohort, columns: list[str]
 @functools.lru_cache(maxsize=4)
 def _cohort(store: str, runs: str) -> Cohort:
     """A process that runs many trials opens a store once."""
-    return open_cohort(place(store)).of_task(runs)
+    return open_cohort(to_path(store)).of_task(runs)

@@ -23,8 +23,8 @@ from neurostorm.downstream.record import record_end, record_epoch, record_start,
 from neurostorm.downstream.statistics.metrics import chance_text
 from neurostorm.downstream.trial import PREDICTIONS, Outcome, Trial, test_trial, train_trial
 from neurostorm.io.errors import UserError, reason_of
-from neurostorm.io.paths import Place, replace
-from neurostorm.runtime.lease import held
+from neurostorm.io.paths import AnyPath, atomic_write
+from neurostorm.runtime.lease import hold_lease
 from neurostorm.runtime.run_folder import keep_config, refuse_other
 from neurostorm.tracking.tracker import closing_words
 
@@ -44,7 +44,7 @@ class Finetuned:
     `subjects` are the numbers of those who trained, validated and tested; `not_logged` says what MLflow did not take.
     """
 
-    folder: Place
+    folder: AnyPath
     metric: str
     unit: str
     outcome: Outcome
@@ -82,7 +82,7 @@ def finetune(config: Config) -> Finetuned:
         TrialsFailed: training or testing failed, with the reason and the file of its traceback.
         Others as `prepare.prepare`, and what the trial's data do not allow.
     """
-    with held(config.run.folder):
+    with hold_lease(config.run.folder):
         return _finetune(config)
 
 
@@ -115,7 +115,7 @@ def _finetune(config: Config) -> Finetuned:
         tuple(closing_words(tracker.facts())),
     )  # fmt: skip
     facts = {**asdict(outcome), "test": tested, "trial": str(trial.folder), **tracker.facts()}
-    replace(config.run.folder / SUMMARY, (json.dumps(facts, indent=1) + "\n").encode())
+    atomic_write(config.run.folder / SUMMARY, (json.dumps(facts, indent=1) + "\n").encode())
     return done
 
 

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from neurostorm.ingest.layouts.layout import safe_label, slug
 from neurostorm.io.errors import UserError
-from neurostorm.io.paths import Place
+from neurostorm.io.paths import AnyPath
 from neurostorm.io.tsv import Row, number, read_tsv
 from neurostorm.store import StoreError, read_participants
 from neurostorm.store.layout import PARTICIPANTS
@@ -116,11 +116,11 @@ class _Table:
 
 
 def read_labels(
-    store: Place,
+    store: AnyPath,
     subjects: Sequence[str],
     target: str,
     *,
-    file: Place | None = None,
+    file: AnyPath | None = None,
     id_column: str = PARTICIPANT,
     columns: Sequence[str] = (),
     numeric: bool | None = None,
@@ -165,13 +165,13 @@ def read_labels(
     return Labels(target, table.where, values, further, report)
 
 
-def column_names(store: Place, file: Place | None = None) -> tuple[str, ...]:
+def column_names(store: AnyPath, file: AnyPath | None = None) -> tuple[str, ...]:
     """The columns that can be labels: of `file`, or else of the store's participants; () if neither can be read."""
     table = _any_table(store, file, set())
     return tuple(name for name in table.names if name not in (DATASET, PARTICIPANT))
 
 
-def is_numeric(store: Place, file: Place | None, column: str) -> bool:
+def is_numeric(store: AnyPath, file: AnyPath | None, column: str) -> bool:
     """Whether all values of a column that are there are numbers."""
     try:
         for text in _any_table(store, file, {column}).cells[column]:
@@ -181,7 +181,7 @@ def is_numeric(store: Place, file: Place | None, column: str) -> bool:
     return True
 
 
-def _any_table(store: Place, file: Place | None, wanted: set[str]) -> _Table:
+def _any_table(store: AnyPath, file: AnyPath | None, wanted: set[str]) -> _Table:
     """`file`, or the store's participants; without columns if it cannot be read."""
     try:
         return _participants(store, wanted) if file is None else _read(file, wanted)
@@ -264,7 +264,7 @@ def _require(table: _Table, column: str, what: str) -> None:
         raise LabelError(f"{table.where}: has no column {column} ({what}).{guess} Its columns: {names}{more}")
 
 
-def _participants(store: Place, wanted: set[str]) -> _Table:
+def _participants(store: AnyPath, wanted: set[str]) -> _Table:
     """The store's own table; without any column when no dataset came with one."""
     table, where = read_participants(store), str(store / PARTICIPANTS)
     if table is None:
@@ -272,7 +272,7 @@ def _participants(store: Place, wanted: set[str]) -> _Table:
     return _from_arrow(where, table.column_names, table.select([name for name in table.column_names if name in wanted]))
 
 
-def _read(file: Place, wanted: set[str]) -> _Table:
+def _read(file: AnyPath, wanted: set[str]) -> _Table:
     """The columns `wanted`, as far as the file has them; what is read is chosen by its ending."""
     ending = file.suffix.lower()
     if ending != ".parquet" and ending not in _DELIMITERS:

@@ -22,7 +22,7 @@ from neurostorm.downstream.methods.parcels import Parcels
 from neurostorm.downstream.splits import Split, save_split
 from neurostorm.downstream.tasks.task import Task
 from neurostorm.downstream.trial import Trial, file_name
-from neurostorm.io.paths import Place, replace
+from neurostorm.io.paths import AnyPath, atomic_write
 from neurostorm.runtime.capacity import Demand
 from neurostorm.runtime.progress import progress
 from neurostorm.runtime.resources import require
@@ -52,7 +52,7 @@ class Prepared:
     """Trials in the order that they were wanted, and the file that says what matched of their labels, for people."""
 
     trials: list[Trial]
-    labels: Place
+    labels: AnyPath
 
 
 def prepare(config: Config, wanted: Sequence[Wanted], say: Say = logger.info) -> Prepared:
@@ -144,7 +144,7 @@ def _config_of(config: Config, want: Wanted, clip_frames: int) -> Config:
     return config.model_copy(update={"adapt": want.adapt, "run": run, "task": task})
 
 
-def cache_of(config: Config) -> Place:
+def cache_of(config: Config) -> AnyPath:
     """Where frozen features and series lie: adapt.cache, or OUTPUT/cache, which runs of one output share."""
     return config.adapt.cache or config.run.output / "cache"
 
@@ -165,7 +165,7 @@ def _classes(evaluation: Evaluation) -> tuple[str, ...]:
     return evaluation.examples.classes if evaluation.task.kind == "classification" else ()
 
 
-def _say_labels(home: Place, evaluations: dict[str, Evaluation], say: Say) -> Place:
+def _say_labels(home: AnyPath, evaluations: dict[str, Evaluation], say: Say) -> AnyPath:
     """Say, and keep, what each task has to work with and what did not match of its labels."""
     lines = []
     for label, evaluation in evaluations.items():
@@ -177,11 +177,11 @@ def _say_labels(home: Place, evaluations: dict[str, Evaluation], say: Say) -> Pl
     for line in lines:
         say(line)
     home.mkdir(parents=True, exist_ok=True)
-    replace(home / LABELS, ("\n".join(lines) + "\n").encode())
+    atomic_write(home / LABELS, ("\n".join(lines) + "\n").encode())
     return home / LABELS
 
 
-def _keep_split(home: Place, where: tuple[str, int, float], split: Split) -> None:
+def _keep_split(home: AnyPath, where: tuple[str, int, float], split: Split) -> None:
     label, seed, fraction = where
     folder = home / "splits"
     folder.mkdir(parents=True, exist_ok=True)
@@ -189,7 +189,7 @@ def _keep_split(home: Place, where: tuple[str, int, float], split: Split) -> Non
 
 
 def _backbone(
-    config: Config, method: Method, found: Pretrained | None, evaluation: Evaluation, cache: Place, say: Say
+    config: Config, method: Method, found: Pretrained | None, evaluation: Evaluation, cache: AnyPath, say: Say
 ) -> Backbone | None:
     """The network under a method; random weights are drawn from run.seed, once for all replicates, as features are."""
     if not method.needs_model:
@@ -215,7 +215,7 @@ def _share(
     trials: Sequence[Trial],
     evaluations: dict[str, Evaluation],
     parcels: dict[str, Parcels],
-    cache: Place,
+    cache: AnyPath,
     say: Say,
 ) -> None:
     """Compute what probes and connectivity read, for all trials at once.
@@ -246,7 +246,7 @@ def _share(
 
 
 def _compute_series(
-    evaluation: Evaluation, parcels: Parcels, settings: AdaptConfig, cache: Place, at_once: int
+    evaluation: Evaluation, parcels: Parcels, settings: AdaptConfig, cache: AnyPath, at_once: int
 ) -> None:
     """Compute the region series that are missing, on `at_once` processes, under a progress bar over runs."""
     store, examples = evaluation.cohort.store, evaluation.examples

@@ -23,7 +23,7 @@ from scipy.stats import rankdata
 
 from neurostorm.io import paths
 from neurostorm.io.errors import UserError
-from neurostorm.io.paths import Place
+from neurostorm.io.paths import AnyPath
 
 JSON = str | int | float | bool | None | Sequence["JSON"] | Mapping[str, "JSON"]
 Names = Mapping[str, str] | None  # subject -> class or group
@@ -108,14 +108,14 @@ class Split:
         return split
 
 
-def save_split(file: Place, split: Split) -> None:
+def save_split(file: AnyPath, split: Split) -> None:
     """Check a split and write its file in one step, with the folders above it. OSError when it cannot be written."""
     split.check()
     file.parent.mkdir(parents=True, exist_ok=True)
-    paths.replace(file, split.to_json().encode())
+    paths.atomic_write(file, split.to_json().encode())
 
 
-def load_split(file: Place, subjects: Collection[str]) -> Split:
+def load_split(file: AnyPath, subjects: Collection[str]) -> Split:
     """Read a split's file for a store of `subjects`; the store may have more.
 
     SplitError: no such file, not the file of a split, edited, or an id that is not in the store.

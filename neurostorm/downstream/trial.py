@@ -26,7 +26,7 @@ from neurostorm.config import Config, ConfigError
 from neurostorm.downstream.evaluation import Evaluation, open_evaluation
 from neurostorm.downstream.methods import fitting
 from neurostorm.downstream.methods.backbone import Backbone
-from neurostorm.downstream.methods.fitting import Chosen, Problem
+from neurostorm.downstream.methods.fitting import Chosen, FitData
 from neurostorm.downstream.methods.inputs import Index
 from neurostorm.downstream.methods.method import Method, find_method
 from neurostorm.downstream.methods.objective import objective_of
@@ -35,9 +35,9 @@ from neurostorm.downstream.splits import Split
 from neurostorm.downstream.statistics.reid import same_scan_released
 from neurostorm.downstream.tasks.examples import Examples
 from neurostorm.downstream.tasks.task import Task
-from neurostorm.io.local_copies import fetched, outgoing
-from neurostorm.io.paths import Place, create
-from neurostorm.io.paths import replace as put
+from neurostorm.io.local_copies import local_copy, upload_folder
+from neurostorm.io.paths import AnyPath, put_if_absent
+from neurostorm.io.paths import atomic_write as put
 from neurostorm.train.schedule import seed_for
 
 RESULT, TEST, TRAINED, PREDICTIONS, SPLIT = (
@@ -63,8 +63,8 @@ class Trial:
     task: Task
     split: Split
     backbone: Backbone | None
-    cache: Place
-    home: Place
+    cache: AnyPath
+    home: AnyPath
     data: str
     classes: tuple[str, ...] = ()
 
@@ -102,7 +102,7 @@ class Trial:
         return f"{file_name(label)}_{method}_{fraction:g}_s{seed}_{digest}"
 
     @property
-    def folder(self) -> Place:
+    def folder(self) -> AnyPath:
         return self.home / self.key
 
 
@@ -172,7 +172,7 @@ def test_trial(trial: Trial) -> dict[str, float]:
     problem, train, _, test = _problem(trial, with_test=True)
     state: State = {}
     if trial.method.by_gradient:
-        with fetched(trial.folder / TRAINED) as local:
+        with local_copy(trial.folder / TRAINED) as local:
             state = load_file(local)
     predictions = fitting.predict(problem, train, test, outcome.chosen, state)
     units = problem.examples.take(test)
@@ -182,7 +182,7 @@ def test_trial(trial: Trial) -> dict[str, float]:
     sink = pa.BufferOutputStream()
     pq.write_table(predictions_table(units, predictions, trial.task.kind), sink)
     put(trial.folder / PREDICTIONS, sink.getvalue().to_pybytes())
-    create(file, json.dumps(measured, indent=1).encode())
+    put_if_absent(file, json.dumps(measured, indent=1).encode())
     return measured
 
 
@@ -231,7 +231,7 @@ def predictions_table(units: Examples, predictions: np.ndarray, kind: str) -> pa
     )
 
 
-def _problem(trial: Trial, *, with_test: bool) -> tuple[Problem, Index, Index, Index]:
+def _problem(trial: Trial, *, with_test: bool) -> tuple[FitData, Index, Index, Index]:
     """The trial's problem and the units that train, validate and test; without the last no test clip is in it."""
     config, frames = trial.config, trial.backbone.clip_frames if trial.backbone else None
     evaluation = _evaluation(trial.task, config, frames)
@@ -250,7 +250,7 @@ def _problem(trial: Trial, *, with_test: bool) -> tuple[Problem, Index, Index, I
         trial.task.kind, examples.take(train), embedding=settings.embedding, temperature=settings.temperature,
         gallery=config.task.gallery, repeats=config.task.gallery_repeats, seed=trial.seed,
     )  # fmt: skip
-    problem = Problem(
+    problem = FitData(
         method=trial.method,
         settings=settings,
         metric=trial.task.metric,
@@ -265,7 +265,7 @@ def _problem(trial: Trial, *, with_test: bool) -> tuple[Problem, Index, Index, I
     return problem, train, validation, test
 
 
-def _as_released(problem: Problem, train: Index, test: Index, state: State) -> dict[str, float]:
+def _as_released(problem: FitData, train: Index, test: Index, state: State) -> dict[str, float]:
     """The released protocol, whose gallery holds clips of the query's own scan, under a name of its own."""
     found = fitting.clip_vectors(problem, train, test, state)
     if found is None:
@@ -299,7 +299,7 @@ def _kept(trial: Trial) -> dict[str, Any] | None:
 def _keep(trial: Trial, chosen: Chosen, seconds: float, *, done: bool = False) -> Outcome:
     outcome = Outcome(_plain(chosen.validation), chosen.setting, chosen.parameters, seconds)
     if chosen.state:
-        with outgoing(trial.folder) as folder:
+        with upload_folder(trial.folder) as folder:
             save_file(chosen.state, folder / TRAINED)
     put(trial.folder / RESULT, json.dumps(vars(outcome) | {"done": done}, indent=1).encode())
     return outcome

@@ -20,7 +20,7 @@ from neurostorm.ingest.layouts.discover import EMPTY, Source
 from neurostorm.ingest.layouts.layout import applying, is_events, raw_folders
 from neurostorm.ingest.nifti import RunError
 from neurostorm.ingest.stream import read_small
-from neurostorm.io.paths import Place
+from neurostorm.io.paths import AnyPath
 from neurostorm.io.tsv import number, read_tsv
 from neurostorm.store.events import EVENTS, Event, events_attribute
 from neurostorm.store.motion import DIGITS, PARAMETERS, framewise_displacement, motion_facts
@@ -63,7 +63,7 @@ def annotations(source: Source, frames: int) -> dict[str, Any]:
     return facts
 
 
-def events_table(source: Source) -> Place | None:
+def events_table(source: Source) -> AnyPath | None:
     """The `_events.tsv` that holds for a run, or None.
 
     fMRIPrep leaves the events in the raw dataset, so a table in the derivative is the nearest, then comes one in the
@@ -122,7 +122,7 @@ def _motion(displacement_mm: NDArray[np.float64], frames: int) -> dict[str, floa
     return motion_facts(displacement_mm)
 
 
-def _usable(table: Place, source: Source, parse: Callable[[bytes], T]) -> T | None:
+def _usable(table: AnyPath, source: Source, parse: Callable[[bytes], T]) -> T | None:
     """A table's content, or None with a warning. RunError as `annotations`."""
     try:
         return parse(_read(table))
@@ -133,7 +133,7 @@ def _usable(table: Place, source: Source, parse: Callable[[bytes], T]) -> T | No
         return None
 
 
-def _read(table: Place) -> bytes:
+def _read(table: AnyPath) -> bytes:
     try:
         return read_small(table)
     except _NOT_THERE:
@@ -142,7 +142,7 @@ def _read(table: Place) -> bytes:
         raise RunError(f"has a table beside it that cannot be read, {table}: {error.strerror or error}") from error
 
 
-def _names_in(folder: Place) -> list[str]:
+def _names_in(folder: AnyPath) -> list[str]:
     try:
         return [entry.name for entry in folder.iterdir()]
     except _NOT_THERE:

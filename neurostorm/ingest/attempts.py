@@ -9,7 +9,7 @@ import ray
 
 
 @ray.remote(num_cpus=0)
-class Tries:
+class Attempts:
     """Counts the beginnings of each run, by the path of its file."""
 
     def __init__(self) -> None:

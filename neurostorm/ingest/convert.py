@@ -18,11 +18,11 @@ from typing import Any, Literal
 
 from neurostorm.ingest.annotations import annotations
 from neurostorm.ingest.layouts.discover import Source
-from neurostorm.ingest.nifti import RunError, file_sha256, open_run
+from neurostorm.ingest.nifti import RunError, file_sha256, open_nifti
 from neurostorm.ingest.resample.standardize import SpatialPlan, Standardised, TemporalPlan
 from neurostorm.ingest.resample.target import Target, bring_to_target
 from neurostorm.io.object_store import UnavailableError
-from neurostorm.io.paths import Place, files_below
+from neurostorm.io.paths import AnyPath, list_files
 from neurostorm.store import FORMAT, FrameStore, StoreError, write_run
 from neurostorm.store.files import is_node
 from neurostorm.store.layout import METADATA
@@ -51,7 +51,7 @@ class StoreWriteError(StoreError):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunOutcome:
     """What became of one source.
 
     Attributes:
@@ -82,8 +82,8 @@ class Outcome:
 
 
 def attempt(
-    source: Source, store: Place, *, chunk_frames: int | None = None, compression: str = "none", threads: int = 1
-) -> Outcome:
+    source: Source, store: AnyPath, *, chunk_frames: int | None = None, compression: str = "none", threads: int = 1
+) -> RunOutcome:
     """`ingest_run`, with every failure of this one file turned into a "quarantined" outcome.
 
     Trouble with the store becomes an "unwritten" one.
@@ -102,12 +102,12 @@ def attempt(
     except Exception as error:  # the border between runs: a defect met by one file must not cost the other files
         logger.exception("unexpected error in %s", source.path)
         reason = f"unexpected {type(error).__name__}: {error}"
-    return Outcome(str(source.path), source.run, status, reason, again, seconds=time.monotonic() - started)
+    return RunOutcome(str(source.path), source.run, status, reason, again, seconds=time.monotonic() - started)
 
 
 def ingest_run(
-    source: Source, store: Place, *, chunk_frames: int | None = None, compression: str = "none", threads: int = 1
-) -> Outcome:
+    source: Source, store: AnyPath, *, chunk_frames: int | None = None, compression: str = "none", threads: int = 1
+) -> RunOutcome:
     """Bring one run into the store, whole, unless it is there already.
 
     Args:
@@ -127,7 +127,7 @@ def ingest_run(
     opened = _open_store(store)
     if is_node(store / source.run):
         return outcome_of(source, store, opened.run_attributes(source.run))
-    header = open_run(source.path)
+    header = open_nifti(source.path)
     size, mtime_ns = size_and_time(source.path)
     digest = hashlib.sha256()
     target = Target(opened.grid.affine, opened.mask, opened.tr_s, opened.codec)
@@ -144,13 +144,13 @@ def ingest_run(
     }
     if not _write(store, source.run, result, facts, chunk_frames=chunk_frames, compression=compression):
         return outcome_of(source, store, opened.run_attributes(source.run))  # another ingest came first
-    return Outcome(
+    return RunOutcome(
         source=str(source.path),
         run=source.run,
         status="ingested",
         frames=len(result.frames),
         tr_s=target.tr_s,
-        size_bytes=sum(size for _, size in files_below(store / source.run)),
+        size_bytes=sum(size for _, size in list_files(store / source.run)),
         coverage=result.coverage,
         tsnr_median=result.tsnr_median,
         quantisation_db=result.quantisation_db,
@@ -158,7 +158,7 @@ def ingest_run(
     )
 
 
-def outcome_of(source: Source, store: Place, facts: Mapping[str, Any]) -> Outcome:
+def outcome_of(source: Source, store: AnyPath, facts: Mapping[str, Any]) -> RunOutcome:
     """The outcome of a source whose run is complete: "complete", or "changed" when the file is another one now.
 
     Size and time of the file settle it when they are as they were, another size too; otherwise its sha256 does.
@@ -175,7 +175,7 @@ def outcome_of(source: Source, store: Place, facts: Mapping[str, Any]) -> Outcom
     )
 
 
-def outcome_at_a_glance(source: Source, store: Place, facts: Mapping[str, Any]) -> Outcome | None:
+def outcome_at_a_glance(source: Source, store: AnyPath, facts: Mapping[str, Any]) -> RunOutcome | None:
     """`outcome_of` without reading the file; None when that would be needed to tell."""
     size, mtime_ns = size_and_time(source.path)
     if size != facts.get("source_size_bytes"):
@@ -183,7 +183,7 @@ def outcome_at_a_glance(source: Source, store: Place, facts: Mapping[str, Any]) 
     return _outcome(source, store, facts, same=True) if mtime_ns == facts.get("source_mtime_ns") else None
 
 
-def size_and_time(path: Place) -> tuple[int, int]:
+def size_and_time(path: AnyPath) -> tuple[int, int]:
     """Bytes of a file, and the time of its last change in nanoseconds. RunError when it cannot be read."""
     try:
         status = path.stat()
@@ -192,7 +192,7 @@ def size_and_time(path: Place) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _open_store(path: Place) -> FrameStore:
+def _open_store(path: AnyPath) -> FrameStore:
     """A worker ingests many runs: the store's mask is read once per process, and again if the store was made anew."""
     try:
         made_ns = (path / METADATA).stat().st_mtime_ns
@@ -202,11 +202,11 @@ def _open_store(path: Place) -> FrameStore:
 
 
 @lru_cache(maxsize=4)
-def _open_this_store(path: Place, made_ns: int) -> FrameStore:
+def _open_this_store(path: AnyPath, made_ns: int) -> FrameStore:
     return FrameStore.open(path)
 
 
-def _write(store: Place, run: str, result: Standardised, facts: dict[str, Any], **options: Any) -> bool:
+def _write(store: AnyPath, run: str, result: Standardised, facts: dict[str, Any], **options: Any) -> bool:
     """`write_run`, with what the file system or the object store refuses as StoreWriteError."""
     try:
         return write_run(
@@ -219,20 +219,20 @@ def _write(store: Place, run: str, result: Standardised, facts: dict[str, Any], 
         raise StoreWriteError(str(error)) from error
 
 
-def _sha256(path: Place) -> str:
+def _sha256(path: AnyPath) -> str:
     try:
         return file_sha256(path)
     except OSError as error:
         raise RunError(f"cannot be read: {error.strerror or error}") from error
 
 
-def _outcome(source: Source, store: Place, facts: Mapping[str, Any], *, same: bool) -> Outcome:
+def _outcome(source: Source, store: AnyPath, facts: Mapping[str, Any], *, same: bool) -> RunOutcome:
     figures = ("frames", "tr_s", "coverage", "tsnr_median", "quantisation_db")
     quality = {name: facts[name] for name in figures if facts.get(name) is not None}
     if same:
-        return Outcome(str(source.path), source.run, "complete", **quality)
+        return RunOutcome(str(source.path), source.run, "complete", **quality)
     reason = f"is not the file that was ingested; {store / source.run} was left, delete that folder to ingest it anew"
-    return Outcome(str(source.path), source.run, "changed", reason, **quality)
+    return RunOutcome(str(source.path), source.run, "changed", reason, **quality)
 
 
 def _names(source: Source) -> dict[str, Any]:

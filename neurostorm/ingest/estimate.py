@@ -18,15 +18,15 @@ from pathlib import Path
 import ray
 
 from neurostorm.config import Config
-from neurostorm.ingest.convert import RECIPE, RECIPE_VERSION, Outcome
+from neurostorm.ingest.convert import RECIPE, RECIPE_VERSION, RunOutcome
 from neurostorm.ingest.layouts.discover import Source
-from neurostorm.ingest.nifti import RunError, open_run, repetition_time_s
+from neurostorm.ingest.nifti import RunError, open_nifti, repetition_time_s
 from neurostorm.ingest.report import listed, with_reasons, withdrawn_lines
 from neurostorm.ingest.resample.standardize import plan_temporal
 from neurostorm.ingest.resample.target import check_size, sidecar_tr_s
 from neurostorm.ingest.resample.template import brain_mask
 from neurostorm.ingest.survey import STAT_THREADS, Survey, survey
-from neurostorm.io.paths import Place
+from neurostorm.io.paths import AnyPath
 from neurostorm.runtime.session import ensure_ray
 from neurostorm.store import GRIDS, create_store, run_bytes, run_files
 from neurostorm.store.files import is_node
@@ -75,12 +75,12 @@ class Estimate:
     """
 
     survey: Survey
-    refused: tuple[Outcome, ...]
+    refused: tuple[RunOutcome, ...]
     waiting: list[tuple[Source, Size]]
     cores: int
     files: int
     free_bytes: int | None
-    store: Place
+    store: AnyPath
 
     @property
     def stored_bytes(self) -> int:
@@ -113,7 +113,7 @@ class Estimate:
         lines += with_reasons("refused, would be quarantined", self.refused)
         return lines + self._sums()
 
-    def _having(self, *status: str) -> list[Outcome]:
+    def _having(self, *status: str) -> list[RunOutcome]:
         """Outcomes of one status or several that need no task."""
         return [outcome for outcome in self.survey.known.values() if outcome.status in status]
 
@@ -158,7 +158,7 @@ def dry_run(config: Config) -> Estimate:
     to_ingest = [source for source in found.waiting if source not in unsure]
     for source, size in measure(to_ingest, settings.tr_s, int(mask.sum()), settings.chunk_frames):
         if isinstance(size, str):
-            refused.append(Outcome(str(source.path), source.run, "quarantined", size))
+            refused.append(RunOutcome(str(source.path), source.run, "quarantined", size))
         else:
             waiting.append((source, size))
     groups = {step for source, _ in waiting for step in _groups(source) if not (store / step).is_dir()}
@@ -195,7 +195,7 @@ def sampled_growth(sources: Sequence[Source], tr_s: float, voxels: int) -> int:
     return round(stored * len(sources) / len(sample))
 
 
-def free_bytes(store: Place) -> int | None:
+def free_bytes(store: AnyPath) -> int | None:
     """Bytes that may still be written at a local path, which need not exist; None for an object store."""
     if not isinstance(store, Path):
         return None
@@ -206,7 +206,7 @@ def free_bytes(store: Place) -> int | None:
 def _size(source: Source, tr_s: float, voxels: int, chunk_frames: int | None) -> Size:
     if source.refused:
         raise RunError(source.refused)
-    header = open_run(source.path)
+    header = open_nifti(source.path)
     source_tr_s = repetition_time_s(header, sidecar_tr_s(source.sidecars))
     check_size(header.frames, source_tr_s, tr_s, voxels)
     frames = plan_temporal(header.frames, source_tr_s, tr_s).frames

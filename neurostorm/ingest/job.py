@@ -17,20 +17,20 @@ from dataclasses import replace
 from functools import partial
 
 from neurostorm.config import Config
-from neurostorm.ingest.convert import RECIPE, RECIPE_VERSION, Outcome, attempt
+from neurostorm.ingest.convert import RECIPE, RECIPE_VERSION, RunOutcome, attempt
 from neurostorm.ingest.estimate import free_bytes, sampled_growth
 from neurostorm.ingest.layouts.discover import Source
-from neurostorm.ingest.map_runs import spread
+from neurostorm.ingest.map_runs import map_runs
 from neurostorm.ingest.report import IngestReport
 from neurostorm.ingest.resample.template import brain_mask
 from neurostorm.ingest.survey import Survey, survey
 from neurostorm.ingest.tables import Tables, store_participants
-from neurostorm.io.paths import Place
+from neurostorm.io.paths import AnyPath
 from neurostorm.runtime.capacity import Demand
 from neurostorm.runtime.progress import progress
 from neurostorm.runtime.resources import require
 from neurostorm.store import GRIDS, StoreError, create_store, remove_partials, withdrawn_subjects
-from neurostorm.store.maintenance.care import readmit
+from neurostorm.store.maintenance.care import allow_removed
 
 FAILED_WRITES = 20  # in a row, each tried for minutes: the store is not busy, it cannot be written
 PAUSE_S = 30.0  # before the writes that failed are tried again
@@ -65,7 +65,7 @@ def ingest(config: Config) -> IngestReport:
         create_store(store, grid=grid, mask=mask, tr_s=settings.tr_s, recipe=RECIPE, recipe_version=RECIPE_VERSION)
         remove_partials(store)
         for dataset, subject in found.readmitted:
-            readmit(store, dataset, subject)
+            allow_removed(store, dataset, subject)
         participants, notes = store_participants(store, found.sources)
     notes += [f"ingest.readmit: nobody called {entry} withdrew from this store" for entry in found.strangers]
     _warn_of_space(found, store, settings.tr_s, int(mask.sum()))
@@ -93,8 +93,8 @@ def ingest(config: Config) -> IngestReport:
 
 
 def _spread_twice(
-    sources: Sequence[Source], work: Callable[[Source], Outcome], cpus_per_run: float
-) -> Iterator[Outcome]:
+    sources: Sequence[Source], work: Callable[[Source], RunOutcome], cpus_per_run: float
+) -> Iterator[RunOutcome]:
     """The outcome of each source; those whose write failed are tried once more, after all others and a pause.
 
     When many writes in a row fail, the last of them has `again=False`: the store cannot be written.
@@ -102,7 +102,7 @@ def _spread_twice(
     left: dict[str, Source] = {str(source.path): source for source in sources}
     for last_round in (False, True):
         failed_in_a_row = 0
-        with contextlib.closing(spread(list(left.values()), work, cpus_per_run)) as coming:
+        with contextlib.closing(map_runs(list(left.values()), work, cpus_per_run)) as coming:
             for outcome in _with_progress(coming, len(left)):
                 if outcome.status != "unwritten" or last_round:
                     left.pop(outcome.source)
@@ -121,7 +121,7 @@ def _spread_twice(
 
 
 @contextlib.contextmanager
-def _store_trouble(store: Place) -> Iterator[None]:
+def _store_trouble(store: AnyPath) -> Iterator[None]:
     """An OSError inside comes from writing the store: it becomes one StoreError that says where and what to do."""
     try:
         yield
@@ -146,7 +146,7 @@ def _kept_up(tables: Tables) -> Iterator[None]:
         raise
 
 
-def _with_progress(outcomes: Iterable[Outcome], total: int) -> Iterator[Outcome]:
+def _with_progress(outcomes: Iterable[RunOutcome], total: int) -> Iterator[RunOutcome]:
     """The same outcomes under a progress bar; in a log file it writes a line every ten seconds at most."""
     bad = 0
     with progress(total, "ingest", "run") as bar:
@@ -157,7 +157,7 @@ def _with_progress(outcomes: Iterable[Outcome], total: int) -> Iterator[Outcome]
             bar.update()
 
 
-def _warn_of_space(found: Survey, store: Place, tr_s: float, voxels: int) -> None:
+def _warn_of_space(found: Survey, store: AnyPath, tr_s: float, voxels: int) -> None:
     free = free_bytes(store)
     if free is None or not found.waiting:
         return
@@ -170,7 +170,7 @@ def _warn_of_space(found: Survey, store: Place, tr_s: float, voxels: int) -> Non
         )  # fmt: skip
 
 
-def _withdrew_meanwhile(outcomes: Iterable[Outcome], store: Place) -> list[str]:
+def _withdrew_meanwhile(outcomes: Iterable[RunOutcome], store: AnyPath) -> list[str]:
     """Notes on participants whose withdrawal was entered while their runs were on the way into the store."""
     gone = {f"{dataset}/{subject}" for dataset, subject in withdrawn_subjects(store)}
     late = {"/".join(outcome.run.split("/")[1:3]) for outcome in outcomes if outcome.status == "ingested"} & gone

@@ -15,20 +15,20 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from neurostorm.ingest.attempts import Tries
-from neurostorm.ingest.convert import Outcome
+from neurostorm.ingest.attempts import Attempts
+from neurostorm.ingest.convert import RunOutcome
 from neurostorm.ingest.layouts.discover import Source
 from neurostorm.runtime.session import ensure_ray
 
 # Runs handed to Ray Data at a time bound what the driver holds for a corpus of 66,000; between two waves cores idle
 # until the last run of the first is done, so a wave is long for every core.
 WAVE_RUNS, WAVE_RUNS_PER_CORE = 2000, 40
-TRIES = 3  # of a run whose process dies
+ATTEMPTS = 3  # of a run whose process dies
 
 
-def spread(
-    sources: Sequence[Source], work: Callable[[Source], Outcome], cpus_per_run: float
-) -> Generator[Outcome, None, None]:
+def map_runs(
+    sources: Sequence[Source], work: Callable[[Source], RunOutcome], cpus_per_run: float
+) -> Generator[RunOutcome, None, None]:
     """`work` on every source as Ray Data tasks, one each; outcomes as they come, in no order.
 
     A source whose task died on every try gets a "quarantined" outcome: exactly one outcome comes per source. When the
@@ -38,7 +38,7 @@ def spread(
         return
     ensure_ray()
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    tries = Tries.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]  # made by ray.remote
+    tries = Attempts.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]  # made by ray.remote
     wave_runs = max(WAVE_RUNS, round(WAVE_RUNS_PER_CORE * ray.cluster_resources().get("CPU", 0.0)))
     for first in range(0, len(sources), wave_runs):
         wave = sources[first : first + wave_runs]
@@ -49,18 +49,18 @@ def spread(
         dataset.context.enable_progress_bars = False
         unanswered = {str(source.path): source for source in wave}
         for row in dataset.iter_rows():
-            outcome: Outcome = pickle.loads(row["outcome"])
+            outcome: RunOutcome = pickle.loads(row["outcome"])
             del unanswered[outcome.source]
             yield outcome
         for source in unanswered.values():
             reason = "its task could not be run on the cluster; Ray's log says why"
-            yield Outcome(str(source.path), source.run, "quarantined", reason)
+            yield RunOutcome(str(source.path), source.run, "quarantined", reason)
 
 
-def _task(row: dict[str, Any], work: Callable[[Source], Outcome], tries: Any) -> dict[str, Any]:
+def _task(row: dict[str, Any], work: Callable[[Source], RunOutcome], tries: Any) -> dict[str, Any]:
     """One run inside a Ray worker; sources and outcomes travel pickled, as Arrow wants one type for all entities."""
     source: Source = pickle.loads(row["source"])
-    if ray.get(tries.begin.remote(str(source.path))) > TRIES:
-        reason = f"its task died {TRIES} times; if memory ran out, a higher ingest.cpus_per_run helps"
-        return {"outcome": pickle.dumps(Outcome(str(source.path), source.run, "quarantined", reason))}
+    if ray.get(tries.begin.remote(str(source.path))) > ATTEMPTS:
+        reason = f"its task died {ATTEMPTS} times; if memory ran out, a higher ingest.cpus_per_run helps"
+        return {"outcome": pickle.dumps(RunOutcome(str(source.path), source.run, "quarantined", reason))}
     return {"outcome": pickle.dumps(work(source))}

@@ -22,7 +22,7 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from neurostorm.ingest.stream import DAMAGE, Digest, Stream, open_head, open_stream, read_ahead
-from neurostorm.io.paths import Place
+from neurostorm.io.paths import AnyPath
 
 MIN_TR_S, MAX_TR_S = 0.05, 30.0
 MAX_VOXELS = 1 << 28  # of a frame; 0.7 mm over the whole head are 2^25
@@ -58,7 +58,7 @@ class RunHeader:
         data_offset: byte of the (decompressed) file where the first frame begins.
     """
 
-    path: Place
+    path: AnyPath
     shape: tuple[int, int, int]
     frames: int
     affine: NDArray[np.float64]
@@ -79,7 +79,7 @@ class RunHeader:
         return self.voxels * self.dtype.itemsize
 
 
-def open_run(path: Place) -> RunHeader:
+def open_nifti(path: AnyPath) -> RunHeader:
     """The checked header of a 4D file.
 
     RunError: empty, truncated or not a NIfTI; 3D or one frame; no usable affine; no real numbers.
@@ -91,13 +91,13 @@ def open_run(path: Place) -> RunHeader:
     return header
 
 
-def read_volume(path: Place) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+def read_volume(path: AnyPath) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """The first volume of a file, (X, Y, Z) float32, and its (4, 4) affine. RunError as `open_volume`, and damage."""
     header = open_volume(path)
     return first_volume(header), header.affine
 
 
-def open_volume(path: Place) -> RunHeader:
+def open_volume(path: AnyPath) -> RunHeader:
     """The checked header of a mask; 3D, or the first frame counts. RunError as `open_run`, or for too many voxels."""
     header = _read_header(path)
     if header.voxels > MAX_MASK_VOXELS:
@@ -174,7 +174,7 @@ def repetition_time_s(header: RunHeader, sidecar_tr_s: float | None) -> float:
     return tr_s
 
 
-def file_sha256(path: Place) -> str:
+def file_sha256(path: AnyPath) -> str:
     """sha256 in hex of a file's bytes on disk. OSError when it cannot be read."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -211,7 +211,7 @@ def _read_to_end(stream: Stream) -> None:
             )
 
 
-def _read_header(path: Place) -> RunHeader:
+def _read_header(path: AnyPath) -> RunHeader:
     """Header of a single-file NIfTI-1 or -2. `frames` is 0 for a 3D file."""
     block, compressed = _first_bytes(path, 540)
     size = next((size for size in _HEADERS for order in ("little", "big") if _leading_int(block, order) == size), None)
@@ -240,7 +240,7 @@ def _read_header(path: Place) -> RunHeader:
     return checked
 
 
-def _first_bytes(path: Place, count: int) -> tuple[bytes, bool]:
+def _first_bytes(path: AnyPath, count: int) -> tuple[bytes, bool]:
     """The beginning of the decompressed file, and whether it is compressed."""
     try:
         size = path.stat().st_size

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from neurostorm.ingest.convert import Outcome
-from neurostorm.io.paths import Place
+from neurostorm.ingest.convert import RunOutcome
+from neurostorm.io.paths import AnyPath
 
 LISTED = 20
 
@@ -25,14 +25,14 @@ class IngestReport:
         manifest: all runs of the store, after this ingest.
     """
 
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[RunOutcome, ...]
     notes: tuple[str, ...]
     participants: int
     seconds: float
-    store: Place
+    store: AnyPath
     manifest: pa.Table
 
-    def having(self, *status: str) -> list[Outcome]:
+    def having(self, *status: str) -> list[RunOutcome]:
         """The outcomes of one status or several."""
         return [outcome for outcome in self.outcomes if outcome.status in status]
 
@@ -73,12 +73,12 @@ class IngestReport:
         return lines
 
 
-def with_reasons(title: str, outcomes: Sequence[Outcome]) -> list[str]:
+def with_reasons(title: str, outcomes: Sequence[RunOutcome]) -> list[str]:
     """A title and the first outcomes below it, each with its reason; nothing for none."""
     return listed(title, [f"{outcome.source}: {outcome.reason}" for outcome in outcomes])
 
 
-def withdrawn_lines(outcomes: Sequence[Outcome]) -> list[str]:
+def withdrawn_lines(outcomes: Sequence[RunOutcome]) -> list[str]:
     """Who withdrew, with how many runs each."""
     people = Counter("/".join(outcome.run.split("/")[1:3]) for outcome in outcomes)
     title = f"left out, {len(people)} participant(s) withdrew (--ingest.readmit names who may come back)"
@@ -97,6 +97,6 @@ def listed(title: str, entries: Sequence[str]) -> list[str]:
     ]
 
 
-def _median(outcomes: Sequence[Outcome], name: str) -> float:
+def _median(outcomes: Sequence[RunOutcome], name: str) -> float:
     values = sorted(getattr(outcome, name) for outcome in outcomes)
     return float(values[len(values) // 2])

@@ -21,7 +21,7 @@ from typing import IO, Protocol, TypeVar, cast
 from isal import igzip, isal_zlib
 
 from neurostorm.io.object_store import ObjectPath
-from neurostorm.io.paths import Place
+from neurostorm.io.paths import AnyPath
 
 GZIP_MAGIC = b"\x1f\x8b"
 # What reading a stream raises when the file is cut off or damaged; an OSError means that it cannot be read at all.
@@ -46,7 +46,7 @@ class TooLarge(ValueError):
     """A file that is no table or sidecar: it is too large to be read whole."""
 
 
-def read_small(path: Place, most_bytes: int = MAX_SMALL_BYTES) -> bytes:
+def read_small(path: AnyPath, most_bytes: int = MAX_SMALL_BYTES) -> bytes:
     """A table or sidecar beside a run, whole.
 
     Raises:
@@ -61,7 +61,7 @@ def read_small(path: Place, most_bytes: int = MAX_SMALL_BYTES) -> bytes:
     return path.read_bytes()
 
 
-def open_stream(path: Place, digest: Digest | None = None) -> tuple[Stream, bool]:
+def open_stream(path: AnyPath, digest: Digest | None = None) -> tuple[Stream, bool]:
     """The file's decompressed bytes, to be read forwards, and whether it is compressed; its bytes say so, not its name.
 
     Args:
@@ -76,7 +76,7 @@ def open_stream(path: Place, digest: Digest | None = None) -> tuple[Stream, bool
     return (_OwningGzip(tapped) if compressed else tapped), compressed
 
 
-def open_head(path: Place) -> tuple[Stream, bool]:
+def open_head(path: AnyPath) -> tuple[Stream, bool]:
     """`open_stream` for who wants a header only: of an object just its first 64 kB are fetched."""
     if not isinstance(path, ObjectPath):
         return open_stream(path)

@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from neurostorm.config import ConfigError, IngestConfig
-from neurostorm.ingest.convert import Outcome, outcome_at_a_glance
+from neurostorm.ingest.convert import RunOutcome, outcome_at_a_glance
 from neurostorm.ingest.layouts.discover import Source, discover
 from neurostorm.ingest.nifti import RunError
-from neurostorm.io.paths import Place
+from neurostorm.io.paths import AnyPath
 from neurostorm.store import withdrawn_subjects
 from neurostorm.store.files import find_runs, is_node, read_attributes
 
@@ -36,7 +36,7 @@ class Survey:
     """
 
     sources: tuple[Source, ...]
-    known: dict[str, Outcome]
+    known: dict[str, RunOutcome]
     unsure: tuple[Source, ...]
     readmitted: tuple[tuple[str, str], ...]
     strangers: tuple[str, ...]
@@ -47,7 +47,7 @@ class Survey:
         return [source for source in self.sources if str(source.path) not in self.known]
 
 
-def survey(settings: IngestConfig, store: Place) -> Survey:
+def survey(settings: IngestConfig, store: AnyPath) -> Survey:
     """Look at the source and at the store, which may not be there yet.
 
     Raises:
@@ -65,7 +65,7 @@ def survey(settings: IngestConfig, store: Place) -> Survey:
     back = {person for person in gone for entry in settings.readmit if _names(entry, person)}
     strangers = tuple(entry for entry in settings.readmit if not any(_names(entry, person) for person in gone))
     known = {
-        str(source.path): Outcome(str(source.path), source.run, "withdrawn", "its participant withdrew")
+        str(source.path): RunOutcome(str(source.path), source.run, "withdrawn", "its participant withdrew")
         for source in sources
         if (source.dataset, source.subject) in gone - back
     }
@@ -78,14 +78,14 @@ def _names(entry: str, person: tuple[str, str]) -> bool:
     return entry in (person[1], "/".join(person))
 
 
-def _complete(sources: Sequence[Source], store: Place) -> tuple[dict[str, Outcome], tuple[Source, ...]]:
+def _complete(sources: Sequence[Source], store: AnyPath) -> tuple[dict[str, RunOutcome], tuple[Source, ...]]:
     """Outcomes of the sources whose run is complete, and those that the file's size and time do not settle."""
 
-    def look(source: Source) -> Outcome | None:
+    def look(source: Source) -> RunOutcome | None:
         try:
             return outcome_at_a_glance(source, store, read_attributes(store / source.run))
         except RunError as error:
-            return Outcome(str(source.path), source.run, "quarantined", str(error))
+            return RunOutcome(str(source.path), source.run, "quarantined", str(error))
 
     there = set(find_runs(store))
     candidates = [source for source in sources if source.run in there and not source.refused]

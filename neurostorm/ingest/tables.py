@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from neurostorm.ingest.convert import Outcome
+from neurostorm.ingest.convert import RunOutcome
 from neurostorm.ingest.layouts.discover import DiscoverError, Source, read_participants
-from neurostorm.io.paths import Place
+from neurostorm.io.paths import AnyPath
 from neurostorm.store import add_quarantine, clear_quarantine, read_quarantine, write_manifest, write_participants
 
 QUARANTINE_EVERY_S = 20.0
@@ -26,7 +26,7 @@ MANIFEST_SHARE = 0.05  # of the time, at most, that rebuilding may take while th
 class Tables:
     """Quarantine and manifest of a store, kept up with the outcomes that come in. OSError when they cannot be."""
 
-    def __init__(self, store: Place) -> None:
+    def __init__(self, store: AnyPath) -> None:
         self._store = store
         self._quarantined = set(read_quarantine(store).column("source").to_pylist())
         self._bad: list[dict[str, str]] = []
@@ -34,7 +34,7 @@ class Tables:
         self._flushed_s = self._built_s = time.monotonic()
         self._build_took_s = 0.0
 
-    def take(self, outcome: Outcome) -> None:
+    def take(self, outcome: RunOutcome) -> None:
         """Take note of one outcome; writes what is due."""
         if outcome.status == "quarantined":
             self._bad.append({"source": outcome.source, "reason": outcome.reason})
@@ -64,7 +64,7 @@ class Tables:
         return table
 
 
-def store_participants(store: Place, sources: Sequence[Source]) -> tuple[int, list[str]]:
+def store_participants(store: AnyPath, sources: Sequence[Source]) -> tuple[int, list[str]]:
     """Write every dataset's participants.tsv to the store; how many rows they have, and what failed."""
     rows, notes = 0, []
     tables = {(source.dataset, str(source.participants)): source.participants for source in sources}

@@ -15,13 +15,13 @@ from pathlib import Path
 from stat import S_IMODE, S_IXUSR
 from tempfile import TemporaryDirectory
 
-from neurostorm.io.paths import Place, copy_files, files_below, make_folder, sync
+from neurostorm.io.paths import AnyPath, copy_files, fsync, list_files, make_folder
 
 _PREFIX = "neurostorm-"
 
 
 @contextmanager
-def outgoing(target: Place) -> Iterator[Path]:
+def upload_folder(target: AnyPath) -> Iterator[Path]:
     """An empty local folder; the files that are in it at the end then lie below `target`.
 
     Nothing appears when the `with` ends by an error. Several processes may have a folder for the same target.
@@ -32,18 +32,18 @@ def outgoing(target: Place) -> Iterator[Path]:
     if not isinstance(target, Path):
         with TemporaryDirectory(prefix=_PREFIX) as folder:
             yield Path(folder)
-            copy_files(Path(folder), target, [name for name, _ in files_below(Path(folder))])
+            copy_files(Path(folder), target, [name for name, _ in list_files(Path(folder))])
         return
     make_folder(target)
     with TemporaryDirectory(prefix=".", suffix=".partial", dir=target, ignore_cleanup_errors=True) as folder:
         yield Path(folder)
-        names = sorted(name for name, _ in files_below(Path(folder)))
+        names = sorted(name for name, _ in list_files(Path(folder)))
         follow_umask(*(Path(folder, name) for name in names))
         for name in names:
-            sync(Path(folder, name))
+            fsync(Path(folder, name))
             make_folder((target / name).parent)
             os.replace(Path(folder, name), target / name)
-            sync((target / name).parent)
+            fsync((target / name).parent)
 
 
 def follow_umask(*files: Path) -> None:
@@ -70,12 +70,12 @@ def follow_umask(*files: Path) -> None:
 
 
 @contextmanager
-def fetched(source: Place, names: Iterable[str] | None = None) -> Iterator[Path]:
+def local_copy(source: AnyPath, names: Iterable[str] | None = None) -> Iterator[Path]:
     """A file, or a folder (of it only the files `names`, if given), as a local path.
 
     Raises:
         FileNotFoundError: one of `names` is not there.
-        PlaceError: an object store does not answer.
+        ObjectStoreError: an object store does not answer.
     """
     if isinstance(source, Path):
         yield source
@@ -86,5 +86,5 @@ def fetched(source: Place, names: Iterable[str] | None = None) -> Iterator[Path]
             copy_files(source.parent, local.parent, [source.name])
         else:
             local.mkdir(exist_ok=True)
-            copy_files(source, local, [name for name, _ in files_below(source)] if names is None else names)
+            copy_files(source, local, [name for name, _ in list_files(source)] if names is None else names)
         yield local

@@ -1,7 +1,7 @@
 """Requests to an object store: one client for each bucket, retries for five minutes, errors as those of files.
 
     request(where, call) -> obstore's own retries (no answer, 5xx, 429) -> ours (what it does not try again)
-                         -> FileNotFoundError, FileExistsError, UnavailableError, PlaceError
+                         -> FileNotFoundError, FileExistsError, UnavailableError, ObjectStoreError
 
 Credentials, region and endpoint come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL,
 GOOGLE_APPLICATION_CREDENTIALS, ...) or the role of the machine, not from files such as ~/.aws.
@@ -57,13 +57,13 @@ class Address(Protocol):
         """Name of the bucket."""
 
 
-class PlaceError(UserError, OSError):
+class ObjectStoreError(UserError, OSError):
     """An object store refused or did not answer, after all retries; the message names the place."""
 
     retry = True
 
 
-class UnavailableError(PlaceError):
+class UnavailableError(ObjectStoreError):
     """An object store does not answer or does not let us in now: a later request may succeed."""
 
 
@@ -77,7 +77,7 @@ def request(where: Address, call: Callable[[], T]) -> T:
         FileNotFoundError: there is no such object.
         FileExistsError: a condition of the request does not hold.
         UnavailableError: no answer came in time, or access is refused now.
-        PlaceError: the store refuses the request for good.
+        ObjectStoreError: the store refuses the request for good.
     """
     began_s, pause_s = time.monotonic(), _SHORTEST_PAUSE_S
     while True:
@@ -133,12 +133,13 @@ class _Watch:
 def client(scheme: str, bucket: str) -> Any:
     """The client of a bucket, one per process; it keeps connections open and tries failed requests again.
 
-    PlaceError in a process that was forked from one with a client: its threads are gone, so a request would never end.
+    ObjectStoreError in a process that was forked from one with a client: its threads are gone, so a request would never
+    end.
     """
     mine = (os.getpid(), scheme, bucket)
     if mine not in _clients:
         if any(process != mine[0] for process, *_ in list(_clients)):
-            raise PlaceError(
+            raise ObjectStoreError(
                 f"{scheme}://{bucket}: this process was forked from one that had used an object store already; "
                 "start it with multiprocessing's `spawn` or `forkserver`"
             )
@@ -170,7 +171,7 @@ def _new_client(scheme: str, bucket: str) -> Any:
 
 @contextlib.contextmanager
 def errors(where: Address) -> Iterator[None]:
-    """The client's errors as those of a file: FileNotFoundError, FileExistsError (a condition failed), PlaceError."""
+    """The client's errors as those of a file: FileNotFoundError, FileExistsError (a condition failed), or our own."""
     try:
         with _watch().over(where):
             yield
@@ -185,13 +186,13 @@ def errors(where: Address) -> Iterator[None]:
 
 
 def fail(where: Address, error: Exception) -> NoReturn:
-    """PlaceError with what the client and the server say; the rest of the client's text is its inner state."""
+    """ObjectStoreError with what the client and the server say; the rest of the client's text is its inner state."""
     text = str(error).split("\n\nDebug source")[0]
     answer = _ANSWER.search(text)
     if answer is not None and answer[1] == "NoSuchBucket":
-        raise PlaceError(f"{where}: there is no bucket {where.bucket!r}: mend the address, or make it") from error
+        raise ObjectStoreError(f"{where}: there is no bucket {where.bucket!r}: mend the address, or make it") from error
     first = (text.strip().splitlines() or [type(error).__name__])[0].partition("<")[0].rstrip(": ")
-    kind = UnavailableError if _may_pass(error, text) else PlaceError
+    kind = UnavailableError if _may_pass(error, text) else ObjectStoreError
     raise kind(f"{where}: {first}" + (f": {answer[1]}, {answer[2]}" if answer else "")) from error
 
 

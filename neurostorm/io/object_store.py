@@ -16,9 +16,18 @@ from typing import Any
 
 import obstore
 
-from neurostorm.io.object_requests import PlaceError, UnavailableError, client, errors, fail, request
+from neurostorm.io.object_requests import ObjectStoreError, UnavailableError, client, errors, fail, request
 
-__all__ = ["SCHEMES", "STREAM_BYTES", "ObjectPath", "ObjectStat", "PlaceError", "UnavailableError", "errors", "request"]
+__all__ = [
+    "SCHEMES",
+    "STREAM_BYTES",
+    "ObjectPath",
+    "ObjectStat",
+    "ObjectStoreError",
+    "UnavailableError",
+    "errors",
+    "request",
+]
 
 SCHEMES = ("s3", "gs")
 STREAM_BYTES = 8 << 20
@@ -52,7 +61,7 @@ class ObjectPath:
 
     @property
     def client(self) -> Any:
-        """The client of its bucket. PlaceError in a process that cannot have one, see `client`."""
+        """The client of its bucket. ObjectStoreError in a process that cannot have one, see `client`."""
         return client(self.scheme, self.bucket)
 
     @property
@@ -113,7 +122,7 @@ class ObjectPath:
         return here.relative_to(there)
 
     def read_bytes(self) -> bytes:
-        """The whole object. FileNotFoundError, or PlaceError after all retries."""
+        """The whole object. FileNotFoundError, or ObjectStoreError after all retries."""
         return request(self, lambda: bytes(obstore.get(self.client, self.object_key).bytes()))
 
     def read_text(self, encoding: str = "utf-8") -> str:
@@ -128,7 +137,7 @@ class ObjectPath:
             return memoryview(
                 request(self, lambda: obstore.get_range(self.client, self.object_key, start=offset, length=size))
             )
-        except PlaceError:
+        except ObjectStoreError:
             if offset >= self.stat().st_size:  # servers refuse a range that begins behind the end
                 return memoryview(b"")
             raise
@@ -136,7 +145,7 @@ class ObjectPath:
     def write_bytes(self, data: bytes | memoryview | Iterable[bytes]) -> int:
         """Put the object, whole or not at all, and return its size; large ones, and pieces, go up in several parts.
 
-        PlaceError after all retries. What raises while pieces are made leaves no object.
+        ObjectStoreError after all retries. What raises while pieces are made leaves no object.
         """
         if isinstance(data, bytes | memoryview):
             request(self, lambda: obstore.put(self.client, self.object_key, data))
@@ -151,14 +160,14 @@ class ObjectPath:
         return self.write_bytes(text.encode(encoding))
 
     def open(self, mode: str = "rb") -> io.BufferedReader:
-        """A stream from the front, fetched in pieces of 8 MB. FileNotFoundError, or PlaceError after all retries."""
+        """A stream from the front, fetched in pieces of 8 MB. FileNotFoundError; ObjectStoreError after all retries."""
         if mode != "rb":
             raise ValueError(f"{self}: an object is read with open('rb') and put whole with write_bytes, not {mode!r}")
         reader = request(self, lambda: obstore.open_reader(self.client, self.object_key, buffer_size=STREAM_BYTES))
         return io.BufferedReader(_Stream(self, reader), STREAM_BYTES)
 
     def stat(self) -> ObjectStat:
-        """Size and time of the object. FileNotFoundError, or PlaceError after all retries."""
+        """Size and time of the object. FileNotFoundError, or ObjectStoreError after all retries."""
         found = request(self, lambda: obstore.head(self.client, self.object_key))
         return ObjectStat(found["size"], int(found["last_modified"].timestamp() * 1e9), found["e_tag"])
 
@@ -171,7 +180,7 @@ class ObjectPath:
         return True
 
     def is_dir(self) -> bool:
-        """Whether any object lies below, or this is a bucket. PlaceError when the bucket is not there."""
+        """Whether any object lies below, or this is a bucket. ObjectStoreError when the bucket is not there."""
         prefix = f"{self.key}/" if self.key else None
         return request(self, lambda: any(obstore.list(self.client, prefix, chunk_size=1))) or not self.key
 

@@ -1,7 +1,7 @@
 """Places: local paths as they are, and the same few operations on what lies in an object store.
 
     place("stores/hcp") -> pathlib.Path          place("s3://bucket/stores/hcp") -> ObjectPath   (gs:// likewise)
-                 └─── files_below, copy_files, remove_tree ; replace, create, update in one step ───┘
+                 └─── list_files, copy_files, remove_tree ; replace, create, update in one step ───┘
 
 An object store has no rename, no append and no lock, but a put is seen whole or not at all, and may be made to depend
 on what is there. All that must be safe with several writers is built here on either kind's own means, so that the rest
@@ -25,7 +25,7 @@ from urllib.parse import parse_qsl, urlsplit
 import obstore
 
 from neurostorm.io.locks import locked, open_locked, temporary_name
-from neurostorm.io.object_store import SCHEMES, STREAM_BYTES, ObjectPath, PlaceError, UnavailableError, request
+from neurostorm.io.object_store import SCHEMES, STREAM_BYTES, ObjectPath, ObjectStoreError, UnavailableError, request
 
 COPY_BYTES = 1 << 30  # the largest object that is copied in one request, which has to answer in time
 TRANSFERS = 8  # files moved at once between a folder and an object store
@@ -41,11 +41,11 @@ _UNAVAILABLE = {
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _SECRET = re.compile(r"(?i)pass(word|wd)?$|secret|token|signature|credential|(access|api)[-_]?key")  # in a URL's query
 
-Place = Path | ObjectPath
+AnyPath = Path | ObjectPath
 
 
-def place(address: str | os.PathLike[str] | ObjectPath) -> Place:
-    """A local path or an object store's address as a Place.
+def to_path(address: str | os.PathLike[str] | ObjectPath) -> AnyPath:
+    """A local path or an object store's address as a AnyPath.
 
     Raises:
         ValueError: an address of another kind, or one without a bucket, with what is understood; one with a secret.
@@ -64,7 +64,7 @@ def place(address: str | os.PathLike[str] | ObjectPath) -> Place:
         return Path(text).expanduser()  # no shell does it behind `--data.store=`
     scheme, rest = matched[1].lower(), matched[2]
     if scheme in SCHEMES:
-        no_secret(text)
+        without_credentials(text)
     if scheme == "file":
         return Path("/" + rest.lstrip("/"))
     bucket, _, key = rest.partition("/")
@@ -88,13 +88,13 @@ def is_unavailable(error: BaseException) -> bool:
     while found is not None:
         if isinstance(found, UnavailableError | TimeoutError | ConnectionError):
             return True
-        if isinstance(found, OSError) and not isinstance(found, PlaceError) and found.errno in _UNAVAILABLE:
+        if isinstance(found, OSError) and not isinstance(found, ObjectStoreError) and found.errno in _UNAVAILABLE:
             return True
         found = found.__cause__
     return False
 
 
-def no_secret(address: str) -> str:
+def without_credentials(address: str) -> str:
     """`address`, unless it is a URL that holds credentials, which would be logged with it.
 
     ValueError for a user or password before the host, or a password, token, key or signature in the query. It says
@@ -116,22 +116,22 @@ def no_secret(address: str) -> str:
     return address
 
 
-def inside(name: str) -> str:
+def relative_path(name: str) -> str:
     """`name`, if it is a path relative to a folder that stays below it; else ValueError naming it."""
     if not isinstance(name, str) or "\0" in name or {"", ".", ".."} & set(name.split("/")):
         raise ValueError(f"{name!r} leads out of its folder: expected a relative path without `.` and `..`")
     return name
 
 
-def one_step(name: str) -> str:
+def path_component(name: str) -> str:
     """`name`, if it can name one file or folder; else ValueError naming it."""
-    inside(name)
+    relative_path(name)
     if "/" in name or "\\" in name or not name.isprintable():
         raise ValueError(f"{name!r} cannot name a file or folder: use no slashes and no control characters")
     return name
 
 
-def files_below(folder: Place) -> Iterator[tuple[str, int]]:
+def list_files(folder: AnyPath) -> Iterator[tuple[str, int]]:
     """(path relative to `folder`, size in bytes) of every file below it, in no order; nothing if there is no folder.
 
     OSError when a folder cannot be listed. A file that goes away meanwhile is left out.
@@ -146,19 +146,19 @@ def files_below(folder: Place) -> Iterator[tuple[str, int]]:
     yield from folder.listed()
 
 
-def remove_tree(folder: Place) -> None:
+def remove_tree(folder: AnyPath) -> None:
     """Delete a folder or prefix with all it holds; nothing if it is not there. OSError for what cannot be deleted."""
     if isinstance(folder, Path):
         if folder.is_dir():
             shutil.rmtree(folder)
         return
-    keys = [(folder / name).key for name, _ in files_below(folder)]
+    keys = [(folder / name).key for name, _ in list_files(folder)]
     for first in range(0, len(keys), 1000):
         part = keys[first : first + 1000]
         request(folder, functools.partial(obstore.delete, folder.client, part))
 
 
-def copy_files(source: Place, target: Place, names: Iterable[str]) -> None:
+def copy_files(source: AnyPath, target: AnyPath, names: Iterable[str]) -> None:
     """Copy the files `names`, relative to both folders, several at a time; each is there whole or not at all.
 
     What stays within a bucket is copied there, and does not pass through here. OSError names the first that failed;
@@ -167,13 +167,13 @@ def copy_files(source: Place, target: Place, names: Iterable[str]) -> None:
 
     def copy(name: str) -> None:
         try:
-            inside(name)  # lists of names come from files, and an object's key may hold anything
+            relative_path(name)  # lists of names come from files, and an object's key may hold anything
         except ValueError as error:
-            raise PlaceError(f"{source}: {error}") from error
+            raise ObjectStoreError(f"{source}: {error}") from error
         here, there = source / name, target / name
         if isinstance(here, ObjectPath) and isinstance(there, ObjectPath) and _copied_within(here, there):
             return
-        with naming(here, there):
+        with name_errors(here, there):
             if isinstance(there, ObjectPath):
                 request(there, lambda: _stream(here, there.write_bytes))
             else:
@@ -185,7 +185,7 @@ def copy_files(source: Place, target: Place, names: Iterable[str]) -> None:
             pass
 
 
-def _stream(source: Place, write: Callable[[Iterator[bytes]], object]) -> None:
+def _stream(source: AnyPath, write: Callable[[Iterator[bytes]], object]) -> None:
     """Has the pieces of a file written."""
     with source.open("rb") as reader:
         write(iter(lambda: reader.read(STREAM_BYTES), b""))
@@ -197,47 +197,47 @@ def _copied_within(here: ObjectPath, there: ObjectPath) -> bool:
         return False
     try:
         request(here, lambda: obstore.copy(here.client, here.object_key, there.object_key))
-    except PlaceError:  # it may still let us read and write
+    except ObjectStoreError:  # it may still let us read and write
         return False
     return True
 
 
 @contextlib.contextmanager
-def naming(*files: Place) -> Iterator[None]:
+def name_errors(*files: AnyPath) -> Iterator[None]:
     """Puts the names of one or two files into an OSError that has none, as those of writing to a full disk."""
     try:
         yield
     except OSError as error:
-        if isinstance(error, PlaceError) or error.filename is not None:
+        if isinstance(error, ObjectStoreError) or error.filename is not None:
             raise
         one, *other = map(str, files)
         raise OSError(error.errno, error.strerror or str(error), one, None, *other) from error
 
 
-def replace(target: Place, data: bytes) -> None:
+def atomic_write(target: AnyPath, data: bytes) -> None:
     """Make `data` the content of `target` in one step, flushed to disk: readers see the old content or the new."""
     if isinstance(target, ObjectPath):
         target.write_bytes(data)
     else:
-        with naming(target):
+        with name_errors(target):
             _replace(target, [data])
 
 
-def create(target: Place, data: bytes) -> bool:
+def put_if_absent(target: AnyPath, data: bytes) -> bool:
     """Make `target` with `data`, unless it is there: False then, and it stays as it is."""
     try:
         if isinstance(target, ObjectPath):
             request(target, lambda: obstore.put(target.client, target.object_key, data, mode="create"))
         else:
-            with naming(target), _beside(target, [data]) as partial:
+            with name_errors(target), _beside(target, [data]) as partial:
                 _link(partial, target)
-                sync(target.parent)
+                fsync(target.parent)
     except FileExistsError:
         return False
     return True
 
 
-def take_place(uploaded: ObjectPath, target: ObjectPath) -> bool:
+def copy_if_absent(uploaded: ObjectPath, target: ObjectPath) -> bool:
     """Copy an object to `target` in its own bucket, unless one is there: False then. The `create` of what is large.
 
     OSError when the store refuses; on S3 and its like this is a multipart copy whose completion bears the condition.
@@ -249,7 +249,7 @@ def take_place(uploaded: ObjectPath, target: ObjectPath) -> bool:
     return True
 
 
-def update(target: Place, change: Callable[[bytes | None], bytes | None]) -> None:
+def atomic_update(target: AnyPath, change: Callable[[bytes | None], bytes | None]) -> None:
     """Read `target` (None: not there), `change` it, write it back; what others change at the same time is not lost.
 
     `change` may be called several times, and on its own result when an answer was lost; what it returns is written,
@@ -260,7 +260,7 @@ def update(target: Place, change: Callable[[bytes | None], bytes | None]) -> Non
             before = target.read_bytes() if target.is_file() else None
             after = change(before)
             if after is not None and after != before:
-                replace(target, after)
+                atomic_write(target, after)
         return
     for _ in range(_UPDATES):
         before, version = _read_versioned(target)
@@ -274,10 +274,10 @@ def update(target: Place, change: Callable[[bytes | None], bytes | None]) -> Non
             return
         except (FileExistsError, FileNotFoundError):  # it changed, or went
             time.sleep(random.uniform(0.01, 0.2))  # those who collide wait differently long
-    raise PlaceError(f"{target}: others changed it {_UPDATES} times in a row while this process tried to")
+    raise ObjectStoreError(f"{target}: others changed it {_UPDATES} times in a row while this process tried to")
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Force a local file or folder to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -291,13 +291,13 @@ def make_folder(path: Path) -> None:
     missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
-        sync(folder.parent)
+        fsync(folder.parent)
 
 
 def _replace(target: Path, pieces: Iterable[bytes]) -> None:
     with _beside(target, pieces) as partial:
         os.replace(partial, target)
-        sync(target.parent)
+        fsync(target.parent)
 
 
 @contextlib.contextmanager

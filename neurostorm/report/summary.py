@@ -13,8 +13,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from neurostorm.io.local_copies import fetched, outgoing
-from neurostorm.io.paths import Place
+from neurostorm.io.local_copies import local_copy, upload_folder
+from neurostorm.io.paths import AnyPath
 from neurostorm.report.collect import collect
 from neurostorm.report.compare import DRAWS, comparisons
 from neurostorm.report.figures import all_figures
@@ -43,7 +43,7 @@ class ReportResult:
         single: tasks with one replicate.
     """
 
-    html: Place
+    html: AnyPath
     files: tuple[str, ...]
     trials: int
     tested: int
@@ -60,7 +60,7 @@ class ReportResult:
         ]
 
 
-def write_report(uri: str, parent_run_id: str, out: Place, *, draws: int = DRAWS) -> ReportResult:
+def write_report(uri: str, parent_run_id: str, out: AnyPath, *, draws: int = DRAWS) -> ReportResult:
     """Report the sweep `parent_run_id` of the MLflow at `uri` into the folder `out`, and log it to that run.
 
     Args:
@@ -79,7 +79,7 @@ def write_report(uri: str, parent_run_id: str, out: Place, *, draws: int = DRAWS
         return _write_report(uri, parent_run_id, out, draws)
 
 
-def _write_report(uri: str, parent_run_id: str, out: Place, draws: int) -> ReportResult:
+def _write_report(uri: str, parent_run_id: str, out: AnyPath, draws: int) -> ReportResult:
     old = _files_of_the_last(out)
     logger.info("report: reading the sweep from MLflow")
     results = collect(uri, parent_run_id)
@@ -87,7 +87,7 @@ def _write_report(uri: str, parent_run_id: str, out: Place, draws: int) -> Repor
     contents = _contents(results, draws)
     files = tuple(sorted([*contents, RECORD]))
     record = {"parent_run_id": parent_run_id, "uri": results.uri, "files": files}
-    with outgoing(out) as folder:
+    with upload_folder(out) as folder:
         for name, data in (contents | {RECORD: json.dumps(record, indent=1).encode()}).items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(data)
@@ -121,7 +121,7 @@ def _contents(results: Results, draws: int) -> dict[str, bytes]:
     return contents
 
 
-def _files_of_the_last(out: Place) -> set[str]:
+def _files_of_the_last(out: AnyPath) -> set[str]:
     """Names of the files that an earlier report put into `out`."""
     record = out / RECORD
     if not record.is_file():
@@ -133,13 +133,13 @@ def _files_of_the_last(out: Place) -> set[str]:
         raise ReportError(f"{record} is not that of a report ({error!r}): give another folder, or delete it") from error
 
 
-def _log(uri: str, run_id: str, out: Place, files: Collection[str]) -> None:
+def _log(uri: str, run_id: str, out: AnyPath, files: Collection[str]) -> None:
     """Log the files to the run and take away what an earlier report logged and this one does not have."""
     from mlflow import MlflowClient
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     client = MlflowClient(tracking_uri=uri)
-    with fetched(out, files) as folder:
+    with local_copy(out, files) as folder:
         for name in tracked(files, len(files), "report: copy to MLflow", "file"):
             below = name.rpartition("/")[0]
             client.log_artifact(run_id, str(folder / name), f"{ARTIFACTS}/{below}".rstrip("/"))

@@ -25,7 +25,7 @@ from typing import Any
 
 from neurostorm.config.base import ConfigError
 from neurostorm.io.errors import UserError
-from neurostorm.io.paths import Place, create, update
+from neurostorm.io.paths import AnyPath, atomic_update, put_if_absent
 from neurostorm.io.processes import is_alive, this_process
 from neurostorm.runtime.interrupts import end_with
 from neurostorm.runtime.run_folder import require_writable
@@ -43,7 +43,7 @@ class LeaseLostError(UserError, RuntimeError):
 
 
 @contextmanager
-def held(folder: Place, *, renew_s: float = RENEW_S, stale_s: float = STALE_S) -> Iterator[None]:
+def hold_lease(folder: AnyPath, *, renew_s: float = RENEW_S, stale_s: float = STALE_S) -> Iterator[None]:
     """Holds the lease of a run's folder inside; makes the folder, and removes it when nothing came into it.
 
     Args:
@@ -75,7 +75,7 @@ def held(folder: Place, *, renew_s: float = RENEW_S, stale_s: float = STALE_S) -
 class _Lease:
     """The lease file, as this process may own it."""
 
-    def __init__(self, file: Place) -> None:
+    def __init__(self, file: AnyPath) -> None:
         self._file = file
         self._mine = {
             "token": uuid.uuid4().hex, **this_process(), "user": _user(),
@@ -86,7 +86,7 @@ class _Lease:
 
     def take(self, stale_s: float) -> None:
         """Makes the lease this process's own. ConfigError when it is another living driver's."""
-        while not create(self._file, _encode(self._mine)):
+        while not put_if_absent(self._file, _encode(self._mine)):
             owner = self._read()
             if owner is None or owner.get("token") == self._mine["token"]:
                 if owner is None:
@@ -152,7 +152,7 @@ class _Lease:
             done = found.get("token") in (owner.get("token"), content["token"])
             return _encode(content) if done else None
 
-        update(self._file, change)
+        atomic_update(self._file, change)
         return done
 
     def _is_renewed(self, owner: dict[str, Any], stale_s: float) -> bool:
@@ -178,7 +178,7 @@ class _Lease:
         )
 
 
-def _make(folder: Place) -> list[Path]:
+def _make(folder: AnyPath) -> list[Path]:
     """Makes a local folder; which ones had to be made, the deepest first."""
     if not isinstance(folder, Path):
         return []

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from neurostorm.config import AugmentConfig, Config, ConfigError
-from neurostorm.io.paths import Place, replace
+from neurostorm.io.paths import AnyPath, atomic_write
 from neurostorm.tracking.tracker import RUN_FILE
 
 CONFIG_FILE = "config.yaml"
@@ -71,7 +71,7 @@ def refuse_other(config: Config, job: str, sections: tuple[str, ...], may_change
         )
 
 
-def saved_store(folder: Place) -> str | None:
+def saved_store(folder: AnyPath) -> str | None:
     """The `data.store` in the folder's config.yaml; None without a readable one."""
     try:
         return str(yaml.safe_load((folder / CONFIG_FILE).read_text())["data"]["store"])
@@ -91,10 +91,10 @@ def changed_settings(config: Config) -> list[str]:
 def keep_config(config: Config, job: str) -> None:
     """Write config.yaml, which says what the folder holds from now on."""
     config.run.folder.mkdir(parents=True, exist_ok=True)
-    replace(config.run.folder / CONFIG_FILE, f"{_HEADER}{job}.py\n{config.to_yaml()}".encode())
+    atomic_write(config.run.folder / CONFIG_FILE, f"{_HEADER}{job}.py\n{config.to_yaml()}".encode())
 
 
-def require_writable(folder: Place, setting: str) -> None:
+def require_writable(folder: AnyPath, setting: str) -> None:
     """Check that files can be created in a local `folder`, or where it will be made; leaves nothing behind.
 
     Raises:
@@ -129,7 +129,7 @@ def differing_keys(saved: dict[str, Any], current: Config) -> list[str]:
     ]
 
 
-def _job_of(folder: Place) -> str | None:
+def _job_of(folder: AnyPath) -> str | None:
     """The job that a folder holds a run of: "pretrain", "finetune", "sweep"; None if it holds none."""
     if (folder / CHECKPOINTS).is_dir() or (folder / MANIFEST).is_file():
         return "pretrain"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from neurostorm.io.object_store import ObjectPath
-from neurostorm.io.paths import Place, files_below, is_unavailable, place
+from neurostorm.io.paths import AnyPath, is_unavailable, list_files, to_path
 from neurostorm.store.layout import FORMAT, METADATA, RUNS, StoreError, StoreUnavailableError
 
 StorePath = str | os.PathLike[str] | ObjectPath
@@ -25,15 +25,15 @@ class MissingNodeError(StoreError):
     """There is no Zarr node where one was asked for."""
 
 
-def store_place(path: StorePath) -> Place:
-    """`path` as a Place. StoreError for an address that is not understood."""
+def store_place(path: StorePath) -> AnyPath:
+    """`path` as a AnyPath. StoreError for an address that is not understood."""
     try:
-        return place(path)
+        return to_path(path)
     except ValueError as error:
         raise StoreError(str(error)) from error
 
 
-def is_node(folder: Place) -> bool:
+def is_node(folder: AnyPath) -> bool:
     """Whether a Zarr v3 node stands at `folder`; for a run this means that it is complete."""
     return (folder / METADATA).is_file()
 
@@ -59,7 +59,7 @@ def read_header(path: StorePath) -> dict[str, Any]:
     return attributes
 
 
-def read_metadata(node: Place) -> dict[str, Any]:
+def read_metadata(node: AnyPath) -> dict[str, Any]:
     """The zarr.json of a group or an array.
 
     MissingNodeError, StoreUnavailableError when storage is away, else StoreError when it cannot be read as one.
@@ -83,12 +83,12 @@ def unreadable(message: str, error: OSError) -> StoreError:
     return (StoreUnavailableError if is_unavailable(error) else StoreError)(message)
 
 
-def read_attributes(node: Place) -> dict[str, Any]:
+def read_attributes(node: AnyPath) -> dict[str, Any]:
     """The attributes of a group or an array. StoreError as `read_metadata`."""
     return dict(read_metadata(node).get("attributes", {}))
 
 
-def read_many(root: Place, runs: Iterable[str]) -> Iterator[dict[str, Any]]:
+def read_many(root: AnyPath, runs: Iterable[str]) -> Iterator[dict[str, Any]]:
     """The zarr.json of `runs`, in their order, several read at a time. StoreError as `read_metadata`."""
     with ThreadPoolExecutor(READ_THREADS) as pool:
         yield from pool.map(lambda run: read_metadata(root / run), runs)
@@ -100,7 +100,7 @@ def find_runs(path: StorePath) -> list[str]:
     if isinstance(root, Path):
         return [folder.relative_to(root).as_posix() for folder in run_folders(root) if is_node(folder)]
     depth = len(f"{RUNS}/dataset/subject/entities/{METADATA}".split("/"))
-    names = (f"{RUNS}/{name}" for name, _ in files_below(root / RUNS) if name.endswith(f"/{METADATA}"))
+    names = (f"{RUNS}/{name}" for name, _ in list_files(root / RUNS) if name.endswith(f"/{METADATA}"))
     return [name.removesuffix(f"/{METADATA}") for name in names if name.count("/") + 1 == depth]
 
 

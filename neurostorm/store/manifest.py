@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from neurostorm.io.paths import Place, one_step, update
+from neurostorm.io.paths import AnyPath, atomic_update, path_component
 from neurostorm.store.files import StorePath, find_runs, read_header, read_many, store_place, unreadable
 from neurostorm.store.layout import (
     MANIFEST,
@@ -81,7 +81,7 @@ def write_manifest(path: StorePath) -> pa.Table:
         held[:] = [build_manifest(path)]
         return _parquet(held[0])
 
-    update(store_place(path) / MANIFEST, rebuild)
+    atomic_update(store_place(path) / MANIFEST, rebuild)
     return held[0]
 
 
@@ -113,7 +113,7 @@ def with_columns(table: pa.Table, names: Sequence[str]) -> pa.Table:
     return table.select(schema.names).cast(schema)
 
 
-def check_paths(table: pa.Table, file: Place) -> pa.Table:
+def check_paths(table: pa.Table, file: AnyPath) -> pa.Table:
     """A manifest, read from `file`, whose runs all lie inside the store; else StoreError with the first that does not.
 
     Others make paths of their own from a run's, so one from elsewhere that reads `runs/../../x` ends here.
@@ -148,7 +148,7 @@ def write_participants(path: StorePath, table: pa.Table) -> pa.Table:
     for key in keys:
         for column, value in zip(_PARTICIPANT_KEY, key, strict=True):
             try:
-                one_step(value)
+                path_component(value)
             except ValueError as error:
                 raise ValueError(f"participants: {column}: {error}") from error
     read_header(path)
@@ -255,7 +255,7 @@ def drop_rows(path: StorePath, name: str, drop: Callable[[dict[str, Any]], bool]
     return dropped
 
 
-def manifest_row(root: Place, run: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+def manifest_row(root: AnyPath, run: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The row of the manifest for a run's zarr.json, each value of its column's kind.
 
     StoreError names a field of another kind.
@@ -327,7 +327,7 @@ def _with_old_times(fresh: pa.Table, old: pa.Table) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=QUARANTINE_SCHEMA)
 
 
-def _change(file: Place, change: Callable[[pa.Table | None], pa.Table | None]) -> pa.Table:
+def _change(file: AnyPath, change: Callable[[pa.Table | None], pa.Table | None]) -> pa.Table:
     """The table after `change` of what it was (None: not there); None leaves it. StoreError when it is unreadable."""
     held: list[pa.Table | None] = [None]
 
@@ -339,7 +339,7 @@ def _change(file: Place, change: Callable[[pa.Table | None], pa.Table | None]) -
             return None
         return _parquet(held[0])
 
-    update(file, change_bytes)
+    atomic_update(file, change_bytes)
     return held[0]
 
 
@@ -349,7 +349,7 @@ def _parquet(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def _read(file: Place, columns: Sequence[str] | None = None) -> pa.Table | None:
+def _read(file: AnyPath, columns: Sequence[str] | None = None) -> pa.Table | None:
     try:
         return _parse(file, file.read_bytes(), columns)
     except FileNotFoundError:
@@ -358,7 +358,7 @@ def _read(file: Place, columns: Sequence[str] | None = None) -> pa.Table | None:
         raise unreadable(f"{file} cannot be read: {error}", error) from error
 
 
-def _parse(file: Place, data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
+def _parse(file: AnyPath, data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
     """A table, or those of `columns` that it has."""
     try:
         opened = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)

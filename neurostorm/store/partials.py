@@ -16,7 +16,7 @@ from pathlib import Path
 
 from neurostorm.io.locks import STALE_S, orphaned, remove_if_orphaned
 from neurostorm.io.object_store import ObjectPath
-from neurostorm.io.paths import Place, files_below
+from neurostorm.io.paths import AnyPath, list_files
 from neurostorm.store.files import StorePath, store_place
 from neurostorm.store.layout import PARTIAL, RUNS
 from neurostorm.store.shard import SHARD_FILE
@@ -34,11 +34,11 @@ def remove_partials(path: StorePath) -> int:
     return removed
 
 
-def find_partials(path: StorePath) -> Sequence[Place]:
+def find_partials(path: StorePath) -> Sequence[AnyPath]:
     """Folders of unfinished runs, temporary files and uploads, whose writers are gone."""
     root = store_place(path)
     if isinstance(root, ObjectPath):
-        uploads = [root / PARTIAL / name for name, _ in files_below(root / PARTIAL)]
+        uploads = [root / PARTIAL / name for name, _ in list_files(root / PARTIAL)]
         return [upload for upload in uploads if _is_stale(upload)]
     homes = (root, *root.glob(f"{RUNS}/*/"), *root.glob(f"{RUNS}/*/*/"))
     files = [file for home in homes for file in home.glob(f".*{PARTIAL}") if orphaned(file)]
@@ -60,7 +60,7 @@ def _abandoned(entry: Path) -> bool:
         return False
 
 
-def _remove(entry: Place) -> bool:
+def _remove(entry: AnyPath) -> bool:
     """Delete it, a file while its lock is held; a writer that came between stays."""
     if isinstance(entry, ObjectPath):
         entry.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ import zarr
 from numpy.typing import NDArray
 
 from neurostorm.io.object_store import ObjectPath, errors
-from neurostorm.io.paths import Place
+from neurostorm.io.paths import AnyPath
 from neurostorm.store.codec import FRAME_CODECS, INT8_16, FrameCodec
 from neurostorm.store.files import (
     MissingNodeError,
@@ -246,7 +246,7 @@ class FrameStore:
         facts = {"grid": self.grid.describe(), "mask_sha256": self.mask_sha256, "tr_s": self.tr_s, "runs": rows}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
-    def _run_folder(self, run: str) -> Place:
+    def _run_folder(self, run: str) -> AnyPath:
         try:
             split_run(run)
         except ValueError as error:
@@ -350,7 +350,7 @@ class FrameStore:
             raise unreadable(f"{folder / METADATA} cannot be read: {error}", error) from error
 
 
-def _read_array(node: Place) -> NDArray[Any]:
+def _read_array(node: AnyPath) -> NDArray[Any]:
     """A whole Zarr array."""
     if not isinstance(node, ObjectPath):
         return np.asarray(zarr.open_array(node, mode="r", zarr_format=3)[...])

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neurostorm.io.object_store import ObjectPath
-from neurostorm.io.paths import Place
+from neurostorm.io.paths import AnyPath
 from neurostorm.store.shard import RunLayout, ShardError, check, decode_chunk, read_index
 
 _IOV_MAX = 1024  # buffers in one call of preadv
@@ -32,7 +32,7 @@ class RunFile:
 
     __slots__ = ("_index", "_whole", "layout", "shard", "stated")
 
-    def __init__(self, layout: RunLayout, shard: Place, *, stated: bool = False) -> None:
+    def __init__(self, layout: RunLayout, shard: AnyPath, *, stated: bool = False) -> None:
         self.layout, self.shard, self.stated = layout, shard, stated
         self._index: NDArray[np.uint64] | None = None  # of a compressed run, 16 bytes a chunk
         self._whole = 0  # bit i: chunk i; an array would be seven times as large
@@ -106,7 +106,7 @@ class RunFile:
             _place(out, values, number * self.layout.chunk_frames - first)
 
 
-def read_range(file: Place, offset: int, size: int) -> memoryview:
+def read_range(file: AnyPath, offset: int, size: int) -> memoryview:
     """`size` bytes of a file from `offset` on. ShardError when it ends before, OSError when it cannot be read."""
     if isinstance(file, ObjectPath):
         data = file.read_range(offset, size)

@@ -24,8 +24,8 @@ import zarr
 from numpy.typing import NDArray
 
 from neurostorm.io.locks import open_locked, temporary_name
-from neurostorm.io.object_store import ObjectPath, PlaceError
-from neurostorm.io.paths import Place, create, files_below, sync, take_place
+from neurostorm.io.object_store import ObjectPath, ObjectStoreError
+from neurostorm.io.paths import AnyPath, copy_if_absent, fsync, list_files, put_if_absent
 from neurostorm.store.codec import INT8_16, FrameCodec
 from neurostorm.store.files import StorePath, is_node, read_header, store_place
 from neurostorm.store.layout import (
@@ -167,13 +167,13 @@ def publish(path: StorePath, run: str, metadata: bytes, shard: Iterable[bytes | 
     return _publish_object(root, root / run, metadata, shard)
 
 
-def make_groups(root: Place, run: str) -> None:
+def make_groups(root: AnyPath, run: str) -> None:
     """Give the groups between the root and a run their metadata, so that any Zarr reader can walk down."""
     target = root / run
     target.parent.mkdir(parents=True, exist_ok=True)
     for group in (target.parents[1], target.parents[0]):  # dataset, subject
-        if not is_node(group) and create(group / METADATA, _json(_GROUP)) and isinstance(group, Path):
-            sync(group.parent)
+        if not is_node(group) and put_if_absent(group / METADATA, _json(_GROUP)) and isinstance(group, Path):
+            fsync(group.parent)
 
 
 def _publish_local(root: Path, target: Path, metadata: bytes, shard: Iterable[bytes | memoryview]) -> bool:
@@ -201,7 +201,7 @@ def _publish_object(root: ObjectPath, target: ObjectPath, metadata: bytes, shard
     place = target / SHARD_FILE
     try:
         upload.write_bytes(bytes(piece) for piece in shard)
-        if not take_place(upload, place):
+        if not copy_if_absent(upload, place):
             if is_node(target):
                 return False
             if not _same(upload, place):
@@ -209,9 +209,11 @@ def _publish_object(root: ObjectPath, target: ObjectPath, metadata: bytes, shard
                     f"{place} is another run's, of a source file that differs and is being written just now, or was "
                     f"when its writer was killed: wait for it, or clear up with tools/store.py repair {root}"
                 )
-        return create(target / METADATA, metadata)
+        return put_if_absent(target / METADATA, metadata)
     finally:
-        with contextlib.suppress(PlaceError):  # what made the upload fail is said already; `remove_partials` sweeps
+        with contextlib.suppress(
+            ObjectStoreError
+        ):  # what made the upload fail is said already; `remove_partials` sweeps
             upload.unlink(missing_ok=True)
 
 
@@ -241,13 +243,13 @@ def _empty_store(header: dict[str, Any], inside: NDArray[np.bool_]) -> dict[str,
     return files | {f"{RUNS}/{METADATA}": _json(_GROUP), METADATA: _json(_GROUP | {"attributes": _plain(header)})}
 
 
-def _publish_store(target: Place, files: dict[str, bytes]) -> None:
+def _publish_store(target: AnyPath, files: dict[str, bytes]) -> None:
     """Put the empty store in place in one step; one that came first is left as it is."""
     if _occupied(target, files) and not is_node(target):  # asked last: another process may have published just now
         raise StoreError(f"{target} exists and is not a frame store: choose another path, or an empty folder")
     if isinstance(target, ObjectPath):
         for name, data in files.items():
-            if not create(target / name, data) and name != METADATA and (target / name).read_bytes() != data:
+            if not put_if_absent(target / name, data) and name != METADATA and (target / name).read_bytes() != data:
                 raise StoreError(
                     f"{target / name} is left from another attempt, with another mask, or one is being made just now: "
                     f"delete {target} if that has failed, or choose another path"
@@ -264,17 +266,17 @@ def _publish_store(target: Place, files: dict[str, bytes]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _occupied(target: Place, files: dict[str, bytes]) -> bool:
+def _occupied(target: AnyPath, files: dict[str, bytes]) -> bool:
     """Whether something else lies at `target`; what an interrupted creation left in an object store is no harm."""
     if isinstance(target, Path):
         return target.exists() and (not target.is_dir() or any(target.iterdir()))
-    return any(name not in files for name, _ in itertools.islice(files_below(target), 100))
+    return any(name not in files for name, _ in itertools.islice(list_files(target), 100))
 
 
 def _rename(partial: Path, target: Path) -> bool:
     """Flush a finished folder to disk and rename it to its place; False when somebody else's is there already."""
     for item in (*partial.rglob("*"), partial):  # the rename must not outlive the data in a power cut
-        sync(item)
+        fsync(item)
     try:
         os.replace(partial, target)
     except OSError:
@@ -283,11 +285,11 @@ def _rename(partial: Path, target: Path) -> bool:
         if target.is_dir() and any(target.iterdir()):
             raise StoreError(f"{target} holds something else, what is left of a deleted run maybe: delete it") from None
         raise
-    sync(target.parent)
+    fsync(target.parent)
     return True
 
 
-def _check_same(target: Place, wanted: dict[str, Any]) -> None:
+def _check_same(target: AnyPath, wanted: dict[str, Any]) -> None:
     """StoreError naming every property in which the store differs from what the caller wants to put in."""
     found = {"frame_codec": INT8_16.name, **read_header(target)}  # earlier versions had one and did not name it
     differing = [

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neurostorm.synthetic.people import Subject, centres_mm, stream
-from neurostorm.synthetic.signal import Event, Recording
+from neurostorm.synthetic.signal import Recording, TaskEvent
 from neurostorm.synthetic.sites import SIGNAL, Anatomy, Site, anatomy
 
 Float32 = NDArray[np.float32]
@@ -77,7 +77,7 @@ class SyntheticRun:
         return _stored(self.anatomy.mask, self.site)
 
     @property
-    def events(self) -> tuple[Event, ...]:
+    def events(self) -> tuple[TaskEvent, ...]:
         """The block design of a task run; empty at rest."""
         return self.recording.events
 

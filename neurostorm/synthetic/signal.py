@@ -81,7 +81,7 @@ class Oscillations:
 
 
 @dataclass(frozen=True)
-class Event:
+class TaskEvent:
     """One line of an `_events.tsv`: seconds from the first frame."""
 
     onset_s: float
@@ -110,7 +110,7 @@ class Recording:
         return stream(self.subject.seed, what, self.subject.index, self.session, self.task)
 
     @cached_property
-    def events(self) -> tuple[Event, ...]:
+    def events(self) -> tuple[TaskEvent, ...]:
         """The block design: all five states in every cycle, in random order, each followed by rest; () at rest."""
         if self.task == "rest":
             return ()
@@ -119,7 +119,7 @@ class Recording:
         slot_s = self.duration_s / (cycles * len(STATES))
         order = [state for _ in range(cycles) for state in rng.permutation(list(STATES))]
         length_s = round(slot_s * (1 - REST_SHARE), 2)
-        return tuple(Event(round(i * slot_s, 2), length_s, str(state)) for i, state in enumerate(order))
+        return tuple(TaskEvent(round(i * slot_s, 2), length_s, str(state)) for i, state in enumerate(order))
 
     def network_courses(self, times_s: Float64) -> Float64:
         """Time courses (K, T) of the networks, unit variance at rest times each network's amplitude."""
@@ -165,7 +165,7 @@ class Recording:
         return motion, pulses_mm.sum(axis=0)
 
 
-def task_response(events: list[Event], times_s: Float64) -> Float64:
+def task_response(events: list[TaskEvent], times_s: Float64) -> Float64:
     """Blood-oxygen response (T) to blocks of activity: boxcars convolved with the double-gamma response, exactly.
 
     The response function is SPM's canonical one (spm_hrf.m, Friston et al. 1998): a gamma density of shape 6 minus

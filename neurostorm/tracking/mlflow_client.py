@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from neurostorm.config.base import SQLITE
-from neurostorm.io.paths import Place
+from neurostorm.io.paths import AnyPath
 
 # A call to a server that is away fails within seconds; MLflow's own settings retry for four minutes.
 _HTTP = {
@@ -33,7 +33,7 @@ def unhurried(retries: bool = True) -> Iterator[None]:
         os.environ.update(before)
 
 
-def artifact_root(artifacts: Place, uri: str) -> str | None:
+def artifact_root(artifacts: AnyPath, uri: str) -> str | None:
     """The URI at which a new experiment keeps its artifacts; None where an HTTP server knows a place.
 
     `artifacts`, or beside an SQLite file whose run is in an object store.

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from neurostorm.io.local_copies import fetched
-from neurostorm.io.paths import Place, place, replace
+from neurostorm.io.local_copies import local_copy
+from neurostorm.io.paths import AnyPath, atomic_write, to_path
 from neurostorm.tracking import unsent
 from neurostorm.tracking.async_logger import Verdict
 from neurostorm.tracking.mlflow_client import make_database, unhurried
@@ -60,7 +60,7 @@ class MlflowRun:
         resumed: whether a job goes on with the run, so that it is running and an earlier process did not end it.
     """
 
-    folder: Place
+    folder: AnyPath
     uri: str
     experiment: str
     name: str
@@ -81,7 +81,7 @@ class MlflowRun:
     _replaced: str = ""  # the id of a deleted run whose children have yet to be taken over
 
     @classmethod
-    def of_folder(cls, folder: Place, uri: str | None = None) -> "MlflowRun":
+    def of_folder(cls, folder: AnyPath, uri: str | None = None) -> "MlflowRun":
         """The run that the entries in `folder`/unsent belong to, as its run.json says.
 
         Args:
@@ -95,7 +95,7 @@ class MlflowRun:
         known = ("experiment", "name", "parameters", "tags", "artifact_root")
         parent = None
         if facts["parent"] is not None:
-            above = place(facts["parent"])
+            above = to_path(facts["parent"])
             kept = json.loads((above / RUN_FILE).read_text()) if (above / RUN_FILE).is_file() else {"run_id": ""}
             parent = cls(above, uri or facts["uri"], "", "", {}, {}, None, run_id=kept["run_id"])
             parent._open = bool(parent.run_id)
@@ -215,10 +215,10 @@ class MlflowRun:
     def _store(self, path: str, folder: str | None) -> None:
         """Stores a file or folder, whose path is absolute or relative to the run's folder."""
         relative = not ("://" in path or path.startswith("/"))
-        source = self.folder / path if relative else place(path)
+        source = self.folder / path if relative else to_path(path)
         if isinstance(source, Path) and not source.exists():
             raise _Missing(f"{source} is not there")
-        with fetched(source) as local, unhurried(retries=False):
+        with local_copy(source) as local, unhurried(retries=False):
             if local.is_dir():
                 self._client.log_artifacts(self.run_id, str(local), folder)
             else:
@@ -313,7 +313,7 @@ class MlflowRun:
         if self._noted == self.run_id:
             return
         try:
-            replace(self.folder / RUN_FILE, json.dumps({"uri": self.uri, "run_id": self.run_id}).encode())
+            atomic_write(self.folder / RUN_FILE, json.dumps({"uri": self.uri, "run_id": self.run_id}).encode())
             self._noted = self.run_id
         except OSError as error:
             logger.warning("%s cannot be written: %s", self.folder / RUN_FILE, error)

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neurostorm.config.base import SQLITE
-from neurostorm.io.paths import Place, no_secret
+from neurostorm.io.paths import AnyPath, without_credentials
 from neurostorm.tracking import unsent
 from neurostorm.tracking.async_logger import AsyncLogger
 from neurostorm.tracking.mlflow_client import artifact_root
@@ -40,7 +40,7 @@ os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # not each table that 
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 
-def tracking_uri(uri: str | None, output: Place) -> str:
+def tracking_uri(uri: str | None, output: AnyPath) -> str:
     """The MLflow URI to use: `uri`, or an SQLite file in the output folder.
 
     Raises ValueError for an output in an object store, where no database can lie, without a URI; and for a URI that
@@ -48,7 +48,7 @@ def tracking_uri(uri: str | None, output: Place) -> str:
     """
     if uri:
         try:
-            return no_secret(uri)
+            return without_credentials(uri)
         except ValueError as error:
             raise ValueError(f"tracking.uri: {error}") from None
     if not isinstance(output, Path):
@@ -128,7 +128,7 @@ class Tracker:
         """Logs an RGB picture (H, W, 3) under `key`; the dashboard shows all steps of a key with a slider."""
         self._put(IMAGE, {"key": key, "step": step, "time_ms": _now_ms()}, picture)
 
-    def artifact(self, place: Place, folder: str | None = None) -> None:
+    def artifact(self, place: AnyPath, folder: str | None = None) -> None:
         """Stores a file, or a folder with all it holds, with the run. It must stay as it is until it is sent."""
         if self._run is not None:
             home: Any = self._run.folder
@@ -198,14 +198,14 @@ def closing_words(facts: Mapping[str, Any]) -> list[str]:
 
 
 def open_run(
-    folder: Place,
+    folder: AnyPath,
     *,
     uri: str,
     experiment: str,
     name: str,
     parameters: dict[str, Any],
     tags: dict[str, str],
-    artifacts: Place,
+    artifacts: AnyPath,
     parent: Tracker | None = None,
 ) -> Tracker:
     """The MLflow run of the run folder `folder`: the one it began earlier, or a new one. Does not wait for the server.

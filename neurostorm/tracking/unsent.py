@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from neurostorm.io.paths import Place, files_below, remove_tree, replace
+from neurostorm.io.paths import AnyPath, atomic_write, list_files, remove_tree
 
 FOLDER, RUN = "unsent", "run.json"
 METRICS, IMAGE, ARTIFACT, TAG, END = "metrics", "image", "artifact", "tag", "end"
@@ -62,13 +62,13 @@ class Part:
         return f"part-{self.number:06d}-{self.count:05d}.jsonl"
 
 
-def parts_in(folder: Place) -> list[Part]:
+def parts_in(folder: AnyPath) -> list[Part]:
     """The parts of the run folder `folder`, oldest first. OSError when it cannot be listed."""
-    found = (_PART.fullmatch(name) for name, _ in files_below(folder / FOLDER))
+    found = (_PART.fullmatch(name) for name, _ in list_files(folder / FOLDER))
     return sorted((Part(int(each[1]), int(each[2])) for each in found if each), key=lambda part: part.number)
 
 
-def write_part(folder: Place, number: int, entries: Sequence[Entry], run: dict[str, Any]) -> Part:
+def write_part(folder: AnyPath, number: int, entries: Sequence[Entry], run: dict[str, Any]) -> Part:
     """Writes `entries` as a part, and `run` as run.json. OSError when they cannot be written."""
     home = folder / FOLDER
     if isinstance(home, Path):
@@ -78,15 +78,15 @@ def write_part(folder: Place, number: int, entries: Sequence[Entry], run: dict[s
         facts = {"kind": entry.kind, **entry.facts}
         if entry.picture is not None:
             facts["file"] = f"picture-{uuid.uuid4().hex}.png"
-            replace(home / facts["file"], _png(entry.picture))
+            atomic_write(home / facts["file"], _png(entry.picture))
         lines.append(json.dumps(facts) + "\n")
-    replace(home / RUN, json.dumps(run, indent=1).encode())
+    atomic_write(home / RUN, json.dumps(run, indent=1).encode())
     part = Part(number, len(lines))
-    replace(home / part.name, "".join(lines).encode())
+    atomic_write(home / part.name, "".join(lines).encode())
     return part
 
 
-def read_part(folder: Place, part: Part) -> list[Entry]:
+def read_part(folder: AnyPath, part: Part) -> list[Entry]:
     """The entries of a part; without pictures whose file is gone, because they were sent before.
 
     Raises:
@@ -107,19 +107,19 @@ def read_part(folder: Place, part: Part) -> list[Entry]:
     return entries
 
 
-def read_run(folder: Place) -> dict[str, Any]:
+def read_run(folder: AnyPath) -> dict[str, Any]:
     """run.json of the run folder `folder`. OSError or ValueError when it cannot be read."""
     found: dict[str, Any] = json.loads((folder / FOLDER / RUN).read_text())
     return found
 
 
-def remove_picture(folder: Place, entry: Entry) -> None:
+def remove_picture(folder: AnyPath, entry: Entry) -> None:
     """Deletes the file of a picture that is sent, so that it is not sent twice."""
     if (file := entry.facts.get("file")) is not None:
         (folder / FOLDER / file).unlink(missing_ok=True)
 
 
-def remove_part(folder: Place, part: Part) -> None:
+def remove_part(folder: AnyPath, part: Part) -> None:
     """Deletes a part that is sent, and RUN/unsent with the last one."""
     (folder / FOLDER / part.name).unlink(missing_ok=True)
     if not parts_in(folder):

@@ -12,7 +12,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from neurostorm.io.paths import Place, files_below, place, replace
+from neurostorm.io.paths import AnyPath, atomic_write, list_files, to_path
 from neurostorm.tracking import unsent
 from neurostorm.tracking.async_logger import AsyncLogger
 from neurostorm.tracking.mlflow_run import MlflowRun
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None, patience_s: float = _PATIENCE_S) -> 
     parser.add_argument("run_folder", help="the folder OUTPUT/NAME of the run, local or in an object store")
     parser.add_argument("--uri", help="MLflow's address, if it is another one now; default: that of the run")
     options = parser.parse_args(argv)
-    folder = place(options.run_folder)
+    folder = to_path(options.run_folder)
     try:
         folders = waiting(folder)
         if not folders and not folder.is_dir():
@@ -48,14 +48,14 @@ def main(argv: Sequence[str] | None = None, patience_s: float = _PATIENCE_S) -> 
     return 0
 
 
-def waiting(folder: Place) -> list[Place]:
+def waiting(folder: AnyPath) -> list[AnyPath]:
     """The run folder and those below it that have unsent entries, a sweep before its trials."""
     found = {name.removesuffix(f"{unsent.FOLDER}/{unsent.RUN}").rstrip("/")
-             for name, _ in files_below(folder) if f"/{name}".endswith(f"/{unsent.FOLDER}/{unsent.RUN}")}  # fmt: skip
+             for name, _ in list_files(folder) if f"/{name}".endswith(f"/{unsent.FOLDER}/{unsent.RUN}")}  # fmt: skip
     return [folder / name if name else folder for name in sorted(found, key=lambda name: (name.count("/"), name))]
 
 
-def upload(folder: Place, log: AsyncLogger, uri: str | None = None) -> int:
+def upload(folder: AnyPath, log: AsyncLogger, uri: str | None = None) -> int:
     """Sends the entries of one run folder.
 
     Args:
@@ -82,7 +82,7 @@ def upload(folder: Place, log: AsyncLogger, uri: str | None = None) -> int:
     return left
 
 
-def _update_summary(folder: Place, run: MlflowRun) -> bool:
+def _update_summary(folder: AnyPath, run: MlflowRun) -> bool:
     """Writes into the run's summary.json that its entries are sent; False without one, or with entries left."""
     if unsent.parts_in(folder) or not (folder / SUMMARY).is_file():
         return False
@@ -91,7 +91,7 @@ def _update_summary(folder: Place, run: MlflowRun) -> bool:
         return False
     summary |= {"mlflow_run_id": run.run_id, "mlflow_unsent": 0}
     summary.pop("mlflow_upload", None)
-    replace(folder / SUMMARY, json.dumps(summary, indent=1).encode())
+    atomic_write(folder / SUMMARY, json.dumps(summary, indent=1).encode())
     return True
 
 

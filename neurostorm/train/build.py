@@ -17,9 +17,9 @@ from neurostorm.data.corpus import Corpus
 from neurostorm.data.plan.split import subject_hash
 from neurostorm.data.unpack import ClipUnpacker, unpacker_for
 from neurostorm.data.views import ViewUnpacker
-from neurostorm.io.local_copies import outgoing
+from neurostorm.io.local_copies import upload_folder
 from neurostorm.io.object_requests import RETRY_S
-from neurostorm.io.paths import Place
+from neurostorm.io.paths import AnyPath
 from neurostorm.model.autoencoder import MaskedAutoencoder
 from neurostorm.model.config import SwinConfig
 from neurostorm.model.cost import clip_cost
@@ -37,7 +37,7 @@ from neurostorm.train.health.collectives import gather, set_collective_timeout
 from neurostorm.train.health.timeouts import CollectiveTimeouts
 from neurostorm.train.loop import Loop
 from neurostorm.train.records.log_lines import line
-from neurostorm.train.records.time_account import Account
+from neurostorm.train.records.time_account import TimeAccount
 from neurostorm.train.records.withdrawn_clips import removed
 from neurostorm.train.validation import Validation
 
@@ -111,7 +111,7 @@ def assemble(
     config: Config,
     corpus: Corpus,
     tracker: Tracker,
-    account: Account,
+    account: TimeAccount,
     feed: Callable[..., BatchStream],
     *,
     rank: int,
@@ -191,7 +191,7 @@ def resume(found: checkpoints.Checkpoint, engine: Engine, rank: int, zero_stage:
     return found.step
 
 
-def export(loop: Loop, corpus: Corpus, folder: Place) -> None:
+def export(loop: Loop, corpus: Corpus, folder: AnyPath) -> None:
     """Writes `model.safetensors` and `config.json` to `folder` on rank 0; a collective call."""
     weights = loop.engine.full_weights()
     if loop.rank != 0:
@@ -207,7 +207,7 @@ def export(loop: Loop, corpus: Corpus, folder: Place) -> None:
         "subjects_sha256": trained_subjects(corpus),
         "withdrawn": removed(corpus, loop.config.run.folder),
     }
-    with outgoing(folder) as local:
+    with upload_folder(folder) as local:
         save_pretrained(loop.model, local, extra=extra, state_dict=weights)
 
 

@@ -23,7 +23,7 @@ from neurostorm.data.corpus import Corpus
 from neurostorm.io.paths import remove_tree
 from neurostorm.model.cost import clip_cost, measured_peak
 from neurostorm.runtime.capacity import training_demand
-from neurostorm.runtime.lease import held
+from neurostorm.runtime.lease import hold_lease
 from neurostorm.runtime.resources import require
 from neurostorm.runtime.run_folder import (
     changed_settings,
@@ -116,12 +116,12 @@ def pretrain(config: Config) -> dict[str, Any]:
     says so and nothing starts.
 
     Raises RunStopped when it was asked to stop and has saved; ConfigError (also when the cluster is too small, or
-    another driver is at work on the run), StoreError or PlaceError before anything starts; and Ray Train's error when
-    the run fails for good.
+    another driver is at work on the run), StoreError or ObjectStoreError before anything starts; and Ray Train's
+    error when the run fails for good.
     """
     started_ns = now_ns()
     check_folder(config)
-    with held(config.run.folder):
+    with hold_lease(config.run.folder):
         return _pretrain(config, started_ns)
 
 

@@ -34,7 +34,7 @@ from neurostorm.train.health.limits import DamagedClips, SkipGuard, clip_names
 from neurostorm.train.health.timeouts import CollectiveTimeouts
 from neurostorm.train.records.jsonl import Journal
 from neurostorm.train.records.log_lines import TimeLeft, line, percent
-from neurostorm.train.records.time_account import Account
+from neurostorm.train.records.time_account import TimeAccount
 from neurostorm.train.records.withdrawn_clips import LeftOut
 from neurostorm.train.schedule import DROPOUT, MASK, draw_masks, draw_views, learning_rate, seed_for
 from neurostorm.train.validation import Validation
@@ -120,7 +120,7 @@ class Loop:
     timeouts: CollectiveTimeouts
     validation: Validation
     tracker: Tracker
-    account: Account
+    account: TimeAccount
     notice: Callable[[], bool]
     runs: Sequence[str]
     trainer: dict[str, Any]

@@ -19,14 +19,14 @@ from neurostorm.config import Config
 from neurostorm.data.corpus import Corpus
 from neurostorm.data.loader import batches
 from neurostorm.data.pinned import Cuda, DeviceCopies
-from neurostorm.io.paths import replace
+from neurostorm.io.paths import atomic_write
 from neurostorm.tracking.tracker import Tracker, code_revision, open_run, tracking_uri
 from neurostorm.train.build import assemble, export
 from neurostorm.train.checkpoint import checkpoints
 from neurostorm.train.health.stop import StopWatch
 from neurostorm.train.records.gauges import Gauges
 from neurostorm.train.records.pinned_manifest import planned
-from neurostorm.train.records.time_account import Account
+from neurostorm.train.records.time_account import TimeAccount
 from neurostorm.train.validation import CLIPS
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     context = ray.train.get_context()
     config = Config.model_validate(settings["config"]).for_workers(context.get_world_size())
     rank, device = context.get_world_rank(), ray.train.torch.get_device()
-    account = Account(config.run.folder if rank == 0 else None, settings["started_ns"])
+    account = TimeAccount(config.run.folder if rank == 0 else None, settings["started_ns"])
     torch.set_num_threads(config.scale.threads_per_worker)
     corpus = planned(config)
     tracker = open_tracker(config, corpus) if rank == 0 else Tracker()
@@ -106,7 +106,7 @@ def open_tracker(config: Config, corpus: Corpus) -> Tracker:
 
 
 def finish(
-    config: Config, corpus: Corpus, tracker: Tracker, account: Account, final: dict[str, float], steps: int
+    config: Config, corpus: Corpus, tracker: Tracker, account: TimeAccount, final: dict[str, float], steps: int
 ) -> None:
     """Stores the exported model and the last checkpoint with the MLflow run, closes the account, writes the summary.
 
@@ -132,8 +132,8 @@ def finish(
         "model": str(folder / "model"),
     }
     logged = tracker.facts()
-    replace(folder / SUMMARY, json.dumps(summary | logged, indent=1).encode())
+    atomic_write(folder / SUMMARY, json.dumps(summary | logged, indent=1).encode())
     tracker.artifact(folder / SUMMARY)
     tracker.close()
     if tracker.facts() != logged:
-        replace(folder / SUMMARY, json.dumps(summary | tracker.facts(), indent=1).encode())
+        atomic_write(folder / SUMMARY, json.dumps(summary | tracker.facts(), indent=1).encode())

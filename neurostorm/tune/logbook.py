@@ -18,7 +18,7 @@ from ray.tune import Callback, Stopper
 from neurostorm.downstream.errors import alike, keep_traceback, reason_in
 from neurostorm.downstream.record import record_end, record_epoch, record_start
 from neurostorm.downstream.trial import Trial, read_outcome, settle_trial
-from neurostorm.io.paths import Place
+from neurostorm.io.paths import AnyPath
 from neurostorm.runtime.progress import Bar, progress
 from neurostorm.tracking.tracker import Tracker
 from neurostorm.tune.scheduler import EPOCH, SCORE
@@ -48,7 +48,7 @@ class Logbook(Callback):
         self,
         trials: Sequence[Trial],
         parent: Tracker,
-        folder: Place,
+        folder: AnyPath,
         *,
         give_up_after: int = 0,
         succeeded: bool = False,
@@ -59,7 +59,7 @@ class Logbook(Callback):
         self._open: set[int] = set()
         self._bar: Bar | None = None
         self.errors: dict[int, str] = {}
-        self.tracebacks: dict[int, Place] = {}
+        self.tracebacks: dict[int, AnyPath] = {}
         self.gave_up = False
 
     @contextlib.contextmanager

@@ -30,8 +30,8 @@ from neurostorm.downstream.record import KIND, SELECTED, record_test, uri_of
 from neurostorm.downstream.statistics.metrics import higher_is_better
 from neurostorm.downstream.trial import TEST, Trial, read_outcome, test_trial, train_trial
 from neurostorm.io.errors import UserError
-from neurostorm.io.paths import Place, replace
-from neurostorm.runtime.lease import held
+from neurostorm.io.paths import AnyPath, atomic_write
+from neurostorm.runtime.lease import hold_lease
 from neurostorm.runtime.progress import progress
 from neurostorm.runtime.run_folder import CONFIG_FILE, PLACED, keep_config, refuse_other
 from neurostorm.tracking.tracker import Tracker, closing_words, code_revision, open_run
@@ -66,7 +66,7 @@ class Swept:
         mlflow_unsent, mlflow_refused, mlflow_lost, mlflow_upload: as `Tracker.facts`, of the parent and all trials.
     """
 
-    folder: Place
+    folder: AnyPath
     trials: int
     already_there: int
     cells: int
@@ -91,7 +91,7 @@ class Swept:
         return [*lines, *closing_words(vars(self))]
 
 
-def reasons(failed: Mapping[str, str], folder: Place) -> list[str]:
+def reasons(failed: Mapping[str, str], folder: AnyPath) -> list[str]:
     """Each distinct reason of `failed` (trial -> reason) once, with how many trials had it and one of their files."""
     lines = []
     for reason, count in count_alike(failed.values()):
@@ -108,7 +108,7 @@ def sweep(config: Config) -> Swept:
         TrialsFailed: no trial gave a result, or the first ones all failed alike; the message has the reasons.
         Others as `prepare.prepare`, before any trial has started. A trial that fails among others raises nothing.
     """
-    with held(config.run.folder):
+    with hold_lease(config.run.folder):
         return _sweep(config)
 
 
@@ -174,7 +174,7 @@ def _swept(config: Config, trials: Sequence[Trial], done: Sequence[int], parent:
 
 def _write_summary(result: Swept) -> None:
     facts = {name: value for name, value in vars(result).items() if name != "folder"}
-    replace(result.folder / SUMMARY, (json.dumps(facts, indent=1) + "\n").encode())
+    atomic_write(result.folder / SUMMARY, (json.dumps(facts, indent=1) + "\n").encode())
 
 
 def _nothing_tested(result: Swept, wanted: int, gave_up: bool) -> str:

@@ -9,7 +9,7 @@ import pytest
 from neurostorm.commands.options import build
 from neurostorm.config import Config, ConfigError
 from neurostorm.data.corpus import open_corpus
-from neurostorm.io.paths import no_secret, place
+from neurostorm.io.paths import to_path, without_credentials
 from neurostorm.tracking.tracker import tracking_uri
 from neurostorm.train import launch, worker
 from neurostorm.train.controller import trainer
@@ -68,9 +68,9 @@ def test_whoever_asks_for_the_server_is_refused_too(value: str, tmp_path: Path) 
     ],
 )
 def test_other_addresses_stay_as_they_are(value: str) -> None:
-    assert no_secret(value) == value
+    assert without_credentials(value) == value
     if value.startswith("s3"):
-        assert str(place(value)) == value
+        assert str(to_path(value)) == value
 
 
 def test_nothing_of_the_environment_reaches_mlflow_the_run_folder_or_the_log(

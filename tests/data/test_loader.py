@@ -19,7 +19,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from neurostorm.data import batch_stream, loader
 from neurostorm.data.batch_stream import BatchTimeout
 from neurostorm.data.clips import ClipReader
-from neurostorm.data.loader import OrderSource, batches, clip_dataset, feed_bytes, feed_options
+from neurostorm.data.loader import OrderSource, batches, clip_dataset, loader_bytes, loader_options
 from neurostorm.data.plan.clip_plan import ClipPlan
 from neurostorm.data.plan.split import Segments
 from neurostorm.store.shard import SHARD_FILE
@@ -61,7 +61,7 @@ def late_first_reader(uneven):
 def feed(reader, plan, first_step, read_in):
     """What each of two workers gets from `first_step` on, taken at the same time as in training; by rank."""
     dataset = clip_dataset(reader, plan, first_step=first_step, last_step=STEPS, workers=WORKERS, read_in=read_in)
-    options = feed_options(reader, plan, read_in=read_in, steps_ahead=2)
+    options = loader_options(reader, plan, read_in=read_in, steps_ahead=2)
     shards = ray.train.DataConfig(execution_options=options).configure({"train": dataset}, WORKERS, None, None)
     taken = [[] for _ in shards]
 
@@ -157,10 +157,10 @@ def test_a_long_plan_is_few_tasks_of_true_size(per_rank, parts, uneven, plan, mo
 
 def test_what_ray_may_hold_of_clips_is_bounded_where_it_holds_any(uneven, plan):
     reader = uneven.reader()
-    assert feed_options(reader, plan, read_in="worker", steps_ahead=2).preserve_order
-    limited = feed_options(reader, plan, read_in="tasks", steps_ahead=2).resource_limits.object_store_memory
+    assert loader_options(reader, plan, read_in="worker", steps_ahead=2).preserve_order
+    limited = loader_options(reader, plan, read_in="tasks", steps_ahead=2).resource_limits.object_store_memory
     block = reader.batch(plan.step_rows(0, 0, 1)).frames.nbytes
-    assert limited == feed_bytes(reader, plan.global_batch, 2) == 6 * block
+    assert limited == loader_bytes(reader, plan.global_batch, 2) == 6 * block
 
 
 class Stuck:

@@ -8,9 +8,9 @@ import pytest
 from neurostorm.data import withdrawals as withdrawals_module
 from neurostorm.data.clips import ClipReader
 from neurostorm.data.withdrawals import Withdrawals, subject_of
-from neurostorm.io.paths import copy_files, files_below, place
+from neurostorm.io.paths import copy_files, list_files, to_path
 from neurostorm.store import FrameStore, StoreError, read_manifest
-from neurostorm.store.maintenance.care import withdraw
+from neurostorm.store.maintenance.care import remove_subject
 from neurostorm.store.run_index import RunIndex
 from neurostorm.store.shard import SHARD_FILE
 
@@ -22,9 +22,9 @@ PLACES = [(2, 0), (2, 6), (0, 3), (3, 1), (8, 4)]  # runs 2 and 3 are theirs
 def path(request, uneven, tmp_path, make_bucket):
     """A copy of the uneven store, to be changed."""
     if request.param == "local":
-        return place(shutil.copytree(uneven.path, tmp_path / "store.zarr"))
-    far = place(make_bucket()) / "store.zarr"
-    copy_files(uneven.path, far, [name for name, _ in files_below(uneven.path) if not name.endswith(".lock")])
+        return to_path(shutil.copytree(uneven.path, tmp_path / "store.zarr"))
+    far = to_path(make_bucket()) / "store.zarr"
+    copy_files(uneven.path, far, [name for name, _ in list_files(uneven.path) if not name.endswith(".lock")])
     return far
 
 
@@ -39,7 +39,7 @@ def test_clips_of_a_subject_who_withdraws_meanwhile_are_left_out(path, normalise
     reader, rows = reader_of(path, normalise), rows_of(PLACES)
     before = reader.read(rows)
     assert not before["withdrawn"].any() and not before["bad"].any()
-    withdraw(path, *GONE.split("/"))
+    remove_subject(path, *GONE.split("/"))
     for _ in range(2):
         found = reader.read(rows)
         assert found["withdrawn"].tolist() == [True, True, False, True, False] and not found["bad"].any()
@@ -51,9 +51,9 @@ def test_clips_of_a_subject_who_withdraws_meanwhile_are_left_out(path, normalise
 
 
 def test_a_start_after_the_withdrawal_asks_for_none_of_their_files(uneven, rows_of, tmp_path, monkeypatch):
-    path = place(shutil.copytree(uneven.path, tmp_path / "store.zarr"))
+    path = to_path(shutil.copytree(uneven.path, tmp_path / "store.zarr"))
     manifest = read_manifest(path)
-    withdraw(path, *GONE.split("/"))
+    remove_subject(path, *GONE.split("/"))
     store = FrameStore.open(path)
     reader = ClipReader(store, RunIndex(manifest), 6, "voxel", withdrawals=Withdrawals.read(path))
     frames, asked = store.frames, []
@@ -63,12 +63,12 @@ def test_a_start_after_the_withdrawal_asks_for_none_of_their_files(uneven, rows_
 
 
 def test_reading_ahead_overwrites_the_memory_of_a_clip_that_is_left_out(uneven, rows_of, tmp_path):
-    path = place(shutil.copytree(uneven.path, tmp_path / "store.zarr"))
+    path = to_path(shutil.copytree(uneven.path, tmp_path / "store.zarr"))
     reader, rows = reader_of(path), rows_of([(2, 0), (0, 0)])
     orders = ((rows, [uneven.runs[run] for run in rows["run"]]) for _ in range(8))
     for nth, columns in enumerate(reader.read_ahead(orders, threads=2, ahead=1)):
         if nth == 1:
-            withdraw(path, *GONE.split("/"))
+            remove_subject(path, *GONE.split("/"))
         if nth >= 4:
             assert columns["withdrawn"].tolist() == [True, False]
             assert not columns["frames"][0].any() and columns["frames"][1].any()
@@ -79,7 +79,7 @@ def test_a_run_that_is_gone_for_another_reason_is_damage(path, rows_of, uneven):
     for name in (SHARD_FILE, "zarr.json"):
         (path / uneven.runs[2] / name).unlink()
     (path / uneven.runs[8] / SHARD_FILE).unlink()
-    withdraw(path, "made", "sub-0")
+    remove_subject(path, "made", "sub-0")
     found = reader.read(rows_of(PLACES))
     assert found["bad"].tolist() == [True, True, False, False, True]
     assert found["withdrawn"].tolist() == [False, False, True, False, False]
@@ -88,7 +88,7 @@ def test_a_run_that_is_gone_for_another_reason_is_damage(path, rows_of, uneven):
 def test_the_table_is_read_once_for_each_subject_who_withdrew(path, rows_of, uneven, monkeypatch):
     reader, looks, read = reader_of(path), [], withdrawals_module.read_withdrawn
     monkeypatch.setattr(withdrawals_module, "read_withdrawn", lambda where: looks.append(where) or read(where))
-    withdraw(path, *GONE.split("/"))
+    remove_subject(path, *GONE.split("/"))
     for _ in range(3):
         reader.read(rows_of(PLACES))
     assert len(looks) == 1
@@ -96,7 +96,7 @@ def test_the_table_is_read_once_for_each_subject_who_withdrew(path, rows_of, une
 
 def test_without_withdrawals_a_run_that_is_gone_is_bad(path, rows_of, uneven):
     reader = ClipReader(FrameStore.open(path), uneven.runs, 6, "voxel")
-    withdraw(path, *GONE.split("/"))
+    remove_subject(path, *GONE.split("/"))
     found = reader.read(rows_of(PLACES))
     assert found["bad"].tolist() == [True, True, False, True, False] and not found["withdrawn"].any()
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from neurostorm.config import EmbedConfig
-from neurostorm.downstream.cohort import Run
+from neurostorm.downstream.cohort import CohortRun
 from neurostorm.downstream.embed.embed_run import Embedder
 from neurostorm.downstream.embed.inputs import open_input, remember
 from neurostorm.downstream.embed.job import task_of
 from neurostorm.downstream.embed.parts import Assembled, assemble, unfinished
-from neurostorm.downstream.tasks.examples import Examples, collect
+from neurostorm.downstream.tasks.examples import Examples, build_examples
 from neurostorm.ingest.convert import ingest_run
 from neurostorm.ingest.layouts.discover import discover
 from neurostorm.model.autoencoder import MaskedAutoencoder
@@ -94,24 +94,24 @@ def here() -> Callable[..., Assembled]:
 def subjects_of(targets: Sequence[float], *, clips: int = 3, classes: tuple[str, ...] = ()) -> Examples:
     """Examples whose units are subjects: one for each target, with one run and so many clips of 5 frames."""
     people = [f"d/sub-{number:03d}" for number in range(len(targets))]
-    runs = [Run(f"runs/{name}/rest", name, "", "rest", 5 * clips, f"sha of {name}") for name in people]
+    runs = [CohortRun(f"runs/{name}/rest", name, "", "rest", 5 * clips, f"sha of {name}") for name in people]
     cut = [(number, 5 * clip, name) for number, name in enumerate(people) for clip in range(clips)]
     same = dict(zip(people, people, strict=True))
-    return collect(runs, 5, cut, same, dict(zip(people, targets, strict=True)), classes)
+    return build_examples(runs, 5, cut, same, dict(zip(people, targets, strict=True)), classes)
 
 
 def runs_of(people: int, *, sessions: int = 2, clips: int = 3) -> Examples:
     """Examples whose units are runs: one of each session of each of the people, who are to be told apart."""
     names = [f"d/sub-{number:03d}" for number in range(people)]
     runs = [
-        Run(f"runs/{name}/ses-{session}", name, str(session), "rest", 5 * clips, f"sha of {name} {session}")
+        CohortRun(f"runs/{name}/ses-{session}", name, str(session), "rest", 5 * clips, f"sha of {name} {session}")
         for name in names
         for session in range(sessions)
     ]
     cut = [(number, 5 * clip, run.path) for number, run in enumerate(runs) for clip in range(clips)]
     subject_of = {run.path: run.subject for run in runs}
     target_of = {run.path: float(names.index(run.subject)) for run in runs}
-    return collect(runs, 5, cut, subject_of, target_of, tuple(names))
+    return build_examples(runs, 5, cut, subject_of, target_of, tuple(names))
 
 
 @pytest.fixture(scope="session")

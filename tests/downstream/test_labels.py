@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from neurostorm.downstream.labels import LabelError, MatchReport, read_labels
 from neurostorm.ingest.layouts.discover import read_participants
 from neurostorm.ingest.layouts.layout import safe_label
-from neurostorm.io.paths import place
+from neurostorm.io.paths import to_path
 from neurostorm.store import Grid, create_store, write_participants
 
 SUBJECTS = ("abcd/sub-001", "abcd/sub-002", "hcp/sub-100307")
@@ -91,7 +91,7 @@ def test_a_bom_quotes_and_blank_lines_are_understood(store: Path, tmp_path: Path
 
 
 def test_an_object_store_serves_as_well(store: Path, make_bucket) -> None:
-    file = place(f"{make_bucket()}/tables/labels.tsv")
+    file = to_path(f"{make_bucket()}/tables/labels.tsv")
     file.write_bytes(b"participant_id\tsex\n001\tF\n")
     assert read_labels(store, SUBJECTS, "sex", file=file).values == {"abcd/sub-001": "F"}
 

@@ -23,7 +23,7 @@ from neurostorm.downstream.splits import (
     save_split,
     strata_of,
 )
-from neurostorm.io.paths import place
+from neurostorm.io.paths import to_path
 
 CASES = settings(deadline=None, max_examples=35)
 SMALL = Split(("d/sub-3", "d/sub-1"), ("d/sub-2",), ("d/sub-4",), {"scheme": "made"})
@@ -252,7 +252,7 @@ def test_a_file_gives_the_split_back_and_shows_what_was_edited(tmp_path: Path) -
 
 
 def test_a_split_lies_in_an_object_store_as_well(make_bucket) -> None:
-    file = place(f"{make_bucket()}/runs/split.json")
+    file = to_path(f"{make_bucket()}/runs/split.json")
     save_split(file, SMALL)
     assert load_split(file, everybody(SMALL)) == SMALL
 

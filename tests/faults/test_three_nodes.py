@@ -31,8 +31,8 @@ from chaos.scene import Setting
 
 from neurostorm.config import Config
 from neurostorm.data.corpus import open_corpus
-from neurostorm.io.local_copies import fetched
-from neurostorm.io.paths import Place, copy_files, files_below, place
+from neurostorm.io.local_copies import local_copy
+from neurostorm.io.paths import AnyPath, copy_files, list_files, to_path
 from neurostorm.model.hub.pretrained import load_pretrained
 from neurostorm.train.records.time_account import ACCOUNT
 from tests.faulty_s3 import Network
@@ -72,8 +72,8 @@ def scene(
 ) -> Iterator[NodesScene]:
     """The victim, not started, and three nodes; all that it reads and writes is in a bucket."""
     folder = Path(tempfile.mkdtemp(prefix="rn-"))  # for Ray's files: short, as sockets lie below it
-    bucket = place(make_bucket())
-    copy_files(ball_store, bucket / "store", [name for name, _ in files_below(ball_store)])
+    bucket = to_path(make_bucket())
+    copy_files(ball_store, bucket / "store", [name for name, _ in list_files(ball_store)])
     tracking = {"clip_ledger": True, "pictures": False, "uri": f"sqlite:///{tmp_path / 'mlflow.db'}"}
     config = ball_config(
         run={"name": "victim", "output": bucket / "runs"}, data={"store": bucket / "store"}, tracking=tracking,
@@ -101,8 +101,8 @@ def start_and_kill(config: Config) -> None:
             time.sleep(0.02)
 
 
-def weights(folder: Place) -> dict[str, torch.Tensor]:
-    with fetched(folder) as local:
+def weights(folder: AnyPath) -> dict[str, torch.Tensor]:
+    with local_copy(folder) as local:
         return load_pretrained(local).state_dict()
 
 
@@ -166,7 +166,7 @@ def check_learning(config: Config, losses: list[float]) -> None:
     """It learned, on the same clips in the first epoch and the last; what it saved is what was asked for."""
     epoch = CLIPS // 2
     assert sum(losses[-epoch:]) < 0.95 * sum(losses[:epoch]), losses
-    with fetched(config.run.folder / "model") as folder:
+    with local_copy(config.run.folder / "model") as folder:
         saved = load_pretrained(folder)
     assert (saved.config.mixer, saved.config.tokens, saved.decoder) == ("mamba", "brain", "light")
     assert saved.strd_config.rate == 0.1 and saved.mask_config.kind == "window-tube"

@@ -17,7 +17,7 @@ from neurostorm.ingest.annotations import annotations, confounds_displacement, h
 from neurostorm.ingest.convert import attempt, ingest_run
 from neurostorm.ingest.layouts.discover import Source, discover
 from neurostorm.ingest.nifti import RunError
-from neurostorm.io.paths import Place, place
+from neurostorm.io.paths import AnyPath, to_path
 from neurostorm.store import FrameStore, create_store
 from neurostorm.store.events import Event, run_events
 from neurostorm.store.motion import framewise_displacement, motion_facts
@@ -37,7 +37,7 @@ def events_tsv(*names: str) -> bytes:
     return "".join(["onset\tduration\ttrial_type\n", *rows]).encode()
 
 
-def fill(root: Place, files: dict[str, bytes]) -> None:
+def fill(root: AnyPath, files: dict[str, bytes]) -> None:
     for name, data in files.items():
         if isinstance(root, Path):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +155,7 @@ def test_a_raw_dataset_around_its_derivative_gives_the_events(
 
 def test_tables_are_read_from_a_bucket_as_from_a_folder(make_bucket: Callable[[], str], tmp_path: Path) -> None:
     files = {f"{DERIVATIVE}/{RUN}": b"", f"{DERIVATIVE}/{CONFOUNDS}": b"framewise_displacement\nn/a\n0.5\n"}
-    far = place(make_bucket()) / "study"
+    far = to_path(make_bucket()) / "study"
     assert not isinstance(far, Path)
     for root in (far, tmp_path / "study"):
         fill(root, files | {f"{STEM}_events.tsv": events_tsv("near"), "events.tsv": events_tsv("far")})

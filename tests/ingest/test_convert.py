@@ -17,7 +17,7 @@ import pytest
 
 from neurostorm.ingest.convert import RECIPE, attempt, ingest_run
 from neurostorm.ingest.layouts.discover import Source, discover
-from neurostorm.ingest.nifti import RunError, open_run, read_frames
+from neurostorm.ingest.nifti import RunError, open_nifti, read_frames
 from neurostorm.ingest.resample.standardize import plan_spatial, plan_temporal
 from neurostorm.ingest.resample.target import bring_to_target, check_size
 from neurostorm.ingest.resample.template import brain_mask
@@ -381,7 +381,7 @@ def test_a_real_run_keeps_32_db(real_store: Path) -> None:
     (source,) = discover(FEEDS)
     outcome = ingest_run(source, real_store)
     opened = FrameStore.open(real_store)
-    header = open_run(source.path)
+    header = open_nifti(source.path)
     spatial = plan_spatial(header.shape, header.affine, opened.grid.affine, opened.mask)
     temporal = plan_temporal(header.frames, 3.0, opened.tr_s)
     packed = temporal.matrix @ np.stack([spatial.matrix @ frame for frame in read_frames(header)])

@@ -20,7 +20,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from neurostorm.ingest.convert import Outcome, attempt
+from neurostorm.ingest.convert import RunOutcome, attempt
 from neurostorm.ingest.layouts.discover import Source
 from neurostorm.store import FrameStore
 
@@ -173,7 +173,7 @@ def test_each_spoilt_file_is_quarantined_in_words_or_ingested(
     tmp_path: Path, good: bytes, store: Path, source_of: Callable[..., Source], alarm: None
 ) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    outcomes: list[tuple[str, Outcome]] = []
+    outcomes: list[tuple[str, RunOutcome]] = []
     for position, (name, data) in enumerate(cases(good, seed=4)):
         path = tmp_path / f"{position}{'.nii.gz' if position % 3 else '.nii'}"
         path.write_bytes(data)

@@ -13,10 +13,10 @@ import pytest
 
 from neurostorm.config import Config, ConfigError
 from neurostorm.ingest import map_runs as spreading
-from neurostorm.ingest.convert import Outcome
+from neurostorm.ingest.convert import RunOutcome
 from neurostorm.ingest.job import ingest
 from neurostorm.ingest.layouts.discover import Source
-from neurostorm.ingest.map_runs import spread
+from neurostorm.ingest.map_runs import map_runs
 from neurostorm.store import FrameStore, read_manifest, read_participants, read_quarantine
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("local_ray")]
@@ -162,14 +162,14 @@ def test_a_dying_task_costs_its_own_run(tmp_path: Path, monkeypatch: pytest.Monk
     sources = [Source(tmp_path / f"{n}.nii", "test", f"sub-{n}", "", "", "", "run", "plain") for n in range(5)]
     ledger = tmp_path / "ledger"
 
-    def work(source: Source) -> Outcome:
+    def work(source: Source) -> RunOutcome:
         if source.subject == "sub-1":
             with ledger.open("a") as file:
                 file.write("x")
             os.kill(os.getpid(), signal.SIGKILL)
-        return Outcome(str(source.path), source.run, "ingested", frames=7)
+        return RunOutcome(str(source.path), source.run, "ingested", frames=7)
 
-    outcomes = {outcome.run: outcome for outcome in spread(sources, work, 1.0)}
+    outcomes = {outcome.run: outcome for outcome in map_runs(sources, work, 1.0)}
     assert len(outcomes) == 5
     assert [outcomes[source.run].status == "ingested" for source in sources] == [True, False, True, True, True]
     assert "died 3 times" in outcomes[sources[1].run].reason

@@ -10,7 +10,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from neurostorm.ingest.nifti import RunError, open_run, read_frames, read_stored, read_volume, repetition_time_s
+from neurostorm.ingest.nifti import RunError, open_nifti, read_frames, read_stored, read_volume, repetition_time_s
 
 AFFINE = np.diag([-4.0, 4.0, 4.0, 1.0])
 SHAPE = (6, 7, 5)
@@ -22,7 +22,7 @@ def data() -> np.ndarray:
 
 
 def read(path: Path) -> np.ndarray:
-    header = open_run(path)
+    header = open_nifti(path)
     return np.stack([frame.reshape(header.shape, order="F") for frame in read_frames(header)], axis=-1)
 
 
@@ -46,7 +46,7 @@ def put(offset: int, number: Any) -> Any:
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
 def test_frames_are_those_of_nibabel(tmp_path: Path, kit: Any, data: np.ndarray, ending: str) -> None:
     path = kit.save(tmp_path / f"run{ending}", data, AFFINE, tr_s=0.72)
-    header = open_run(path)
+    header = open_nifti(path)
     assert (header.shape, header.frames, header.tr_s) == (SHAPE, 9, 0.72)
     np.testing.assert_array_equal(header.affine, AFFINE)
     np.testing.assert_array_equal(read(path), data)
@@ -61,7 +61,7 @@ def test_scaled_integers_and_foreign_byte_order(tmp_path: Path, kit: Any, data: 
     swapped = nibabel.Nifti1Image(stored, AFFINE, nibabel.Nifti1Header(endianness=">"))
     swapped.header.set_data_dtype(np.int16)
     nibabel.save(swapped, tmp_path / "swapped.nii.gz")
-    assert open_run(tmp_path / "swapped.nii.gz").dtype.byteorder == ">"
+    assert open_nifti(tmp_path / "swapped.nii.gz").dtype.byteorder == ">"
     np.testing.assert_array_equal(read(tmp_path / "swapped.nii.gz"), stored)
 
 
@@ -79,7 +79,7 @@ def test_one_pass_gives_the_hash_of_the_file(tmp_path: Path, kit: Any, data: np.
     for name in ("run.nii", "run.nii.gz"):
         path = kit.save(tmp_path / name, data, AFFINE)
         digest = hashlib.sha256()
-        assert sum(1 for _ in read_frames(open_run(path), digest)) == 9
+        assert sum(1 for _ in read_frames(open_nifti(path), digest)) == 9
         assert digest.hexdigest() == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -87,7 +87,7 @@ def test_frames_are_read_one_by_one(tmp_path: Path, kit: Any, data: np.ndarray) 
     """The first frames of a truncated file are delivered before the error: nothing is read ahead."""
     path = kit.save(tmp_path / "run.nii.gz", data, AFFINE)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    frames = read_frames(open_run(path))
+    frames = read_frames(open_nifti(path))
     np.testing.assert_array_equal(next(frames), data[..., 0].ravel(order="F"))
     with pytest.raises(RunError, match=r"truncated: the data end in frame [3-7] of 9"):
         list(frames)
@@ -95,7 +95,7 @@ def test_frames_are_read_one_by_one(tmp_path: Path, kit: Any, data: np.ndarray) 
 
 def test_what_a_thread_reads_ahead_is_the_same(tmp_path: Path, kit: Any, data: np.ndarray) -> None:
     for name in ("run.nii", "run.nii.gz"):
-        header = open_run(kit.save(tmp_path / name, data, AFFINE))
+        header = open_nifti(kit.save(tmp_path / name, data, AFFINE))
         digests = hashlib.sha256(), hashlib.sha256()
         alone, ahead = (list(read_stored(header, d, threads=n)) for n, d in enumerate(digests, start=1))
         np.testing.assert_array_equal(ahead, alone)
@@ -105,7 +105,7 @@ def test_what_a_thread_reads_ahead_is_the_same(tmp_path: Path, kit: Any, data: n
 def test_damage_in_the_thread_is_the_same_error(tmp_path: Path, kit: Any, data: np.ndarray) -> None:
     path = kit.save(tmp_path / "run.nii.gz", data, AFFINE)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    header, counts, reasons = open_run(path), [], []
+    header, counts, reasons = open_nifti(path), [], []
     for threads in (1, 2):
         frames, taken = read_stored(header, threads=threads), 0
         with pytest.raises(RunError) as error:
@@ -124,7 +124,7 @@ def readers() -> list[str]:
 
 @pytest.mark.parametrize("taken", [1, 3, 9])
 def test_the_thread_ends_when_nobody_reads_on(tmp_path: Path, kit: Any, data: np.ndarray, taken: int) -> None:
-    header = open_run(kit.save(tmp_path / "run.nii.gz", np.repeat(data, 9, axis=3), AFFINE))
+    header = open_nifti(kit.save(tmp_path / "run.nii.gz", np.repeat(data, 9, axis=3), AFFINE))
     frames = read_stored(header, threads=2)
     for _ in range(taken):
         next(frames)
@@ -151,10 +151,10 @@ def test_frames_that_cannot_be_there_are_refused_at_once(tmp_path: Path, kit: An
     path = kit.save(tmp_path / "run.nii.gz", data, AFFINE)
     rewrite(path, put(48, np.int16(32767)))  # dim[4]
     with pytest.raises(RunError, match=r"truncated: [\d,]+ compressed bytes"):
-        open_run(path)
+        open_nifti(path)
     rewrite(path, put(42, np.full(3, 30000, np.int16)))  # dim[1..3]
     with pytest.raises(RunError, match="voxels in a frame"):
-        open_run(path)
+        open_nifti(path)
 
 
 def test_volume_of_three_dimensions(tmp_path: Path, kit: Any, data: np.ndarray) -> None:
@@ -165,10 +165,10 @@ def test_volume_of_three_dimensions(tmp_path: Path, kit: Any, data: np.ndarray) 
 
 
 def test_sform_goes_before_qform_and_qform_does_alone(tmp_path: Path, kit: Any, data: np.ndarray) -> None:
-    assert open_run(kit.save(tmp_path / "q.nii.gz", data, AFFINE, codes=(0, 1))).affine[0, 0] == pytest.approx(-4)
+    assert open_nifti(kit.save(tmp_path / "q.nii.gz", data, AFFINE, codes=(0, 1))).affine[0, 0] == pytest.approx(-4)
     both = kit.save(tmp_path / "both.nii.gz", data, AFFINE)
     rewrite(both, put(280, np.float32(-3)))  # srow_x[0]
-    assert open_run(both).affine[0, 0] == -3
+    assert open_nifti(both).affine[0, 0] == -3
 
 
 @pytest.mark.parametrize(
@@ -191,13 +191,13 @@ def test_defects_of_the_header(
     path = kit.save(tmp_path / "run.nii.gz", data, AFFINE, codes=(4, 0))
     rewrite(path, put(offset, value))
     with pytest.raises(RunError, match=reason):
-        open_run(path)
+        open_nifti(path)
 
 
 def test_five_dimensions_are_refused(tmp_path: Path, data: np.ndarray) -> None:
     nibabel.save(nibabel.Nifti1Image(np.stack([data, data], axis=-1), AFFINE), tmp_path / "five.nii.gz")
     with pytest.raises(RunError, match="more than four axes"):
-        open_run(tmp_path / "five.nii.gz")
+        open_nifti(tmp_path / "five.nii.gz")
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_no_affine_is_guessed(
     path = kit.save(tmp_path / "run.nii.gz", data, AFFINE, codes=codes)
     rewrite(path, put(280, np.asarray(affine[:3], np.float32)))
     with pytest.raises(RunError, match=f"no usable affine.*{reason}"):
-        open_run(path)
+        open_nifti(path)
 
 
 def test_files_that_are_no_images(tmp_path: Path, kit: Any, data: np.ndarray) -> None:
@@ -227,9 +227,9 @@ def test_files_that_are_no_images(tmp_path: Path, kit: Any, data: np.ndarray) ->
     for name, (content, reason) in cases.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(RunError, match=reason):
-            open_run(tmp_path / name)
+            open_nifti(tmp_path / name)
     with pytest.raises(RunError, match="cannot be read: No such file"):
-        open_run(tmp_path / "absent.nii.gz")
+        open_nifti(tmp_path / "absent.nii.gz")
 
 
 def test_damaged_compression_is_found_while_reading(tmp_path: Path, kit: Any, data: np.ndarray) -> None:
@@ -241,7 +241,7 @@ def test_damaged_compression_is_found_while_reading(tmp_path: Path, kit: Any, da
     for content in (bytes(flipped), good[:-4], good[:-8] + b"\0\0\0\0" + good[-4:]):
         path.write_bytes(content)
         with pytest.raises(RunError, match=r"damaged gzip|truncated"):
-            list(read_frames(open_run(path)))
+            list(read_frames(open_nifti(path)))
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_units_of_the_repetition_time(
     tmp_path: Path, kit: Any, data: np.ndarray, value: float, unit: str, seconds: float | None
 ) -> None:
     path = kit.save(tmp_path / "run.nii.gz", data, AFFINE, tr_s=value, units=("mm", unit))
-    header = open_run(path)
+    header = open_nifti(path)
     assert header.tr_s == seconds
     if seconds is None:
         with pytest.raises(RunError, match="no TR"):
@@ -269,7 +269,7 @@ def test_units_of_the_repetition_time(
 
 @pytest.mark.parametrize(("tr_s", "hint"), [(2000.0, "milliseconds"), (0.002, "outside"), (31.0, "outside")])
 def test_impossible_repetition_times(tmp_path: Path, kit: Any, data: np.ndarray, tr_s: float, hint: str) -> None:
-    header = open_run(kit.save(tmp_path / "run.nii.gz", data, AFFINE, tr_s=tr_s))
+    header = open_nifti(kit.save(tmp_path / "run.nii.gz", data, AFFINE, tr_s=tr_s))
     with pytest.raises(RunError, match=hint):
         repetition_time_s(header, None)
     with pytest.raises(RunError, match="sidecar"):

@@ -10,7 +10,7 @@ import pytest
 from neurostorm.commands.command import Job
 from neurostorm.config import Config, IngestConfig
 from neurostorm.ingest import tables as keeping
-from neurostorm.ingest.convert import RECIPE, Outcome, attempt
+from neurostorm.ingest.convert import RECIPE, RunOutcome, attempt
 from neurostorm.ingest.estimate import Estimate, dry_run, free_bytes, sampled_growth
 from neurostorm.ingest.layouts.discover import discover
 from neurostorm.ingest.report import IngestReport
@@ -26,7 +26,7 @@ from neurostorm.store import (
     read_participants,
     read_quarantine,
 )
-from neurostorm.store.maintenance.care import withdraw
+from neurostorm.store.maintenance.care import remove_subject
 
 SHAPE = (26, 32, 26)
 NAME = "sub-{0}/func/sub-{0}_task-rest_space-{1}_desc-preproc_bold.nii.gz"
@@ -66,7 +66,7 @@ def status_of(found: Any) -> dict[str, str]:
     return {outcome.run.split("/")[2]: outcome.status for outcome in found.known.values()}
 
 
-def files_below(folder: Path) -> dict[str, bytes]:
+def list_files(folder: Path) -> dict[str, bytes]:
     return {file.as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
@@ -86,7 +86,7 @@ def test_a_survey_tells_what_needs_no_task(dataset: Path, filled: Path) -> None:
 
 
 def test_who_withdrew_stays_out_until_readmitted(dataset: Path, filled: Path) -> None:
-    withdraw(filled, "bids", "sub-2")
+    remove_subject(filled, "bids", "sub-2")
     settings = IngestConfig(source=dataset)
     assert status_of(survey(settings, filled)) == {"sub-1": "complete", "sub-2": "withdrawn", "sub-3": "complete"}
     for entry in ("sub-2", "bids/sub-2"):
@@ -102,11 +102,11 @@ def test_who_withdrew_stays_out_until_readmitted(dataset: Path, filled: Path) ->
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(dataset: Path, filled: Path, tmp_path: Path) -> None:
     """Into a store that is there, and into one that is not; then the real size of what was foretold."""
-    withdraw(filled, "bids", "sub-3")
-    before = files_below(filled)
+    remove_subject(filled, "bids", "sub-3")
+    before = list_files(filled)
     found = dry_run(config_of(dataset, filled))
     text = "\n".join(found.lines())
-    assert files_below(filled) == before
+    assert list_files(filled) == before
     assert "bids: 1 to ingest, 2 complete, 2 refused, 1 withdrawn" in text
     assert f"{NAME.format(4, MNI)} -> runs/bids/sub-4/task-rest" in text
     assert "bids/sub-3: 1 run(s)" in text
@@ -116,7 +116,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(dataset: Path, fil
     assert size.source_bytes == 26 * 32 * 26 * 8 * 4
     outcome = attempt(source, filled)
     assert outcome.size_bytes == pytest.approx(size.stored_bytes, rel=0.02)
-    assert found.files == len(files_below(filled)) - len(before)
+    assert found.files == len(list_files(filled)) - len(before)
     assert found.in_store == 3
 
     nowhere = tmp_path / "not" / "yet"
@@ -157,13 +157,13 @@ def test_tables_are_kept_up_while_outcomes_come(dataset: Path, filled: Path, mon
     monkeypatch.setattr(keeping, "MANIFEST_EVERY_S", -1.0)
     monkeypatch.setattr(keeping, "MANIFEST_SHARE", 1e9)
     kept = Tables(filled)
-    kept.take(Outcome("bad.nii", "runs/a/sub-1/x", "quarantined", "is no image"))
+    kept.take(RunOutcome("bad.nii", "runs/a/sub-1/x", "quarantined", "is no image"))
     assert read_quarantine(filled).select(["source", "reason"]).to_pylist() == [
         {"source": "bad.nii", "reason": "is no image"}
     ]
     assert read_manifest(filled).num_rows == 3
     kept = Tables(filled)
-    kept.take(Outcome("bad.nii", "runs/a/sub-1/x", "ingested"))
+    kept.take(RunOutcome("bad.nii", "runs/a/sub-1/x", "ingested"))
     assert read_quarantine(filled).num_rows == 0
 
 
@@ -183,14 +183,14 @@ def test_tables_wait_longer_when_the_manifest_takes_longer(filled: Path, monkeyp
     kept = Tables(filled)
     while clock[0] < 20_000:
         clock[0] += 1.0
-        kept.take(Outcome("x", "runs/a/b/c", "complete"))
+        kept.take(RunOutcome("x", "runs/a/b/c", "complete"))
     assert 301 <= built[0] <= 302
     assert len(built) * 60 <= 20_000 * keeping.MANIFEST_SHARE + 60
     assert len(built) > 10
 
 
 def test_a_report_counts_who_withdrew(tmp_path: Path) -> None:
-    outcomes = [Outcome(f"{n}.nii", f"runs/a/sub-{n // 2}/{n}", "withdrawn", "withdrew") for n in range(3)]
+    outcomes = [RunOutcome(f"{n}.nii", f"runs/a/sub-{n // 2}/{n}", "withdrawn", "withdrew") for n in range(3)]
     report = IngestReport(tuple(outcomes), (), 0, 1.0, tmp_path, MANIFEST_SCHEMA.empty_table())
     lines = report.lines()
     assert any("2 participant(s) withdrew" in line for line in lines)
@@ -200,7 +200,7 @@ def test_a_report_counts_who_withdrew(tmp_path: Path) -> None:
 
 def test_a_report_counts_what_was_there_only_if_something_was(tmp_path: Path) -> None:
     def first_line(*statuses: str) -> str:
-        outcomes = [Outcome(f"{n}.nii", f"runs/a/sub-{n}/x", status, "r") for n, status in enumerate(statuses)]
+        outcomes = [RunOutcome(f"{n}.nii", f"runs/a/sub-{n}/x", status, "r") for n, status in enumerate(statuses)]
         return IngestReport(tuple(outcomes), (), 0, 1.0, tmp_path, MANIFEST_SCHEMA.empty_table()).lines()[0]
 
     assert first_line("ingested", "ingested") == "2 of 2 run(s) ingested in 1 s"

@@ -14,7 +14,7 @@ from neurostorm.ingest import nifti, stream
 from neurostorm.ingest.annotations import annotations
 from neurostorm.ingest.layouts.discover import DiscoverError, Source, read_participants
 from neurostorm.ingest.layouts.tree import _dataset_name
-from neurostorm.ingest.nifti import MAX_MASK_VOXELS, RunError, open_run, read_frames, read_volume
+from neurostorm.ingest.nifti import MAX_MASK_VOXELS, RunError, open_nifti, read_frames, read_volume
 from neurostorm.ingest.resample import target
 from neurostorm.ingest.resample.target import check_mask_size, sidecar_tr_s
 from neurostorm.ingest.resample.template import MaskError, brain_mask
@@ -46,7 +46,7 @@ def test_a_mask_of_a_quarter_billion_voxels_is_refused_before_it_is_read(
     assert np.prod(HUGE) <= nifti.MAX_VOXELS and np.prod(HUGE) > MAX_MASK_VOXELS
     monkeypatch.setattr(nifti, "read_frames", None)  # not called
     monkeypatch.setattr(target, "plan_spatial", None)
-    run = open_run(claim(tmp_path / "run.nii", (10, 10, 10, 5)))
+    run = open_nifti(claim(tmp_path / "run.nii", (10, 10, 10, 5)))
     with pytest.raises(RunError, match=r"brain mask, mask.nii, that .*\(512, 512, 1024\).*cannot be a mask"):
         target._own_brain(path, run)
     with pytest.raises(RunError, match="cannot be a mask"):
@@ -63,7 +63,7 @@ def test_the_memory_of_another_grid_is_bounded_by_both_grids(
         with pytest.raises(RunError, match=r"needs about \d+ GB of memory .*resample it to the run's grid"):
             check_mask_size(mask_voxels, run_voxels)
     monkeypatch.setattr(target, "_MOST_MASK_BYTES", 1000)
-    run = open_run(claim(tmp_path / "run.nii", (10, 10, 10, 5)))
+    run = open_nifti(claim(tmp_path / "run.nii", (10, 10, 10, 5)))
     same = kit.save(tmp_path / "same.nii.gz", np.ones((10, 10, 10), np.uint8), AFFINE)
     assert target._own_brain(same, run).all(), "on the run's grid it costs nothing"
     other = kit.save(tmp_path / "other.nii.gz", np.ones((10, 10, 10), np.uint8), AFFINE * 1.5)
@@ -95,11 +95,11 @@ def test_a_gzip_file_that_inflates_far_beyond_its_header_costs_its_run(
             return data
 
     monkeypatch.setattr(stream, "_OwningGzip", Counting)
-    assert len(list(read_frames(open_run(bomb)))) == 5, "some padding is no harm"
+    assert len(list(read_frames(open_nifti(bomb)))) == 5, "some padding is no harm"
     monkeypatch.setattr(nifti, "MAX_OTHER_BYTES", 8 << 20)
     read = 0
     with pytest.raises(RunError, match="holds more than 8,388,608 bytes behind the last frame"):
-        list(read_frames(open_run(bomb)))
+        list(read_frames(open_nifti(bomb)))
     assert read < 10 << 20, "the rest is not inflated"
 
 
@@ -115,7 +115,7 @@ def test_a_header_that_claims_more_than_any_run_has_is_refused(
 ) -> None:
     path = claim(tmp_path / "run.nii", shape, offset=offset)
     with pytest.raises(RunError, match=reason):
-        open_run(path)
+        open_nifti(path)
 
 
 def test_tables_and_sidecars_that_are_too_large_cost_the_run_or_the_table(

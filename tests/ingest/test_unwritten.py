@@ -36,7 +36,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         for source in sources:
             yield work(source)
 
-    monkeypatch.setattr(job, "spread", here)
+    monkeypatch.setattr(job, "map_runs", here)
     monkeypatch.setattr(job, "require", lambda *demand: None)
     monkeypatch.setattr(job, "time", SimpleNamespace(sleep=made.append, monotonic=time.monotonic))
     return made

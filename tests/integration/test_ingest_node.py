@@ -13,9 +13,9 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from neurostorm.ingest.convert import Outcome
+from neurostorm.ingest.convert import RunOutcome
 from neurostorm.ingest.layouts.discover import Source
-from neurostorm.ingest.map_runs import spread
+from neurostorm.ingest.map_runs import map_runs
 
 pytestmark = pytest.mark.integration
 RUNS = 5
@@ -38,12 +38,12 @@ def test_a_lost_node_costs_no_run(cluster: Cluster, tmp_path: Path) -> None:
     cluster.wait_for_nodes()
     sources = [Source(tmp_path / f"{n}.nii", "test", f"sub-{n}", "", "", "", "run", "plain") for n in range(RUNS)]
 
-    def work(source: Source) -> Outcome:
+    def work(source: Source) -> RunOutcome:
         node = ray.get_runtime_context().get_node_id()
         (tmp_path / f"begin_{source.subject}_{node}").touch()
         time.sleep(1.0)
         (tmp_path / f"end_{source.subject}_{node}").touch()
-        return Outcome(str(source.path), source.run, "ingested")
+        return RunOutcome(str(source.path), source.run, "ingested")
 
     def lose() -> None:
         while not list(tmp_path.glob(f"begin_*_{far.node_id}")):
@@ -52,7 +52,7 @@ def test_a_lost_node_costs_no_run(cluster: Cluster, tmp_path: Path) -> None:
 
     thread = threading.Thread(target=lose, daemon=True)
     thread.start()
-    outcomes = list(spread(sources, work, 1.0))
+    outcomes = list(map_runs(sources, work, 1.0))
     thread.join(30)
     assert sorted(outcome.run for outcome in outcomes) == [source.run for source in sources]
     assert {outcome.status for outcome in outcomes} == {"ingested"}

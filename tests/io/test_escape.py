@@ -20,11 +20,11 @@ from neurostorm.config import Config, ConfigError
 from neurostorm.ingest.layouts import LAYOUTS
 from neurostorm.ingest.layouts.discover import DiscoverError, read_participants
 from neurostorm.ingest.layouts.layout import slug
-from neurostorm.io.object_store import PlaceError
-from neurostorm.io.paths import copy_files, inside, one_step
+from neurostorm.io.object_store import ObjectStoreError
+from neurostorm.io.paths import copy_files, path_component, relative_path
 from neurostorm.store import FrameStore, StoreError, read_manifest, run_path
 from neurostorm.store.layout import RUN_PATTERN, split_run
-from neurostorm.store.maintenance.care import withdraw
+from neurostorm.store.maintenance.care import remove_subject
 from neurostorm.store.maintenance.merge import merge
 from neurostorm.store.manifest import add_withdrawn, write_participants
 from neurostorm.train.checkpoint.checkpoints import MARKER, newest
@@ -71,7 +71,7 @@ def test_names_of_people_stay_possible() -> None:
 @example("..")
 def test_what_one_step_takes_is_a_child_of_its_folder(text: str) -> None:
     try:
-        one_step(text)
+        path_component(text)
     except ValueError as error:
         assert repr(text) in str(error)
     else:
@@ -84,10 +84,10 @@ def test_what_inside_takes_stays_below_its_folder(steps: list[str]) -> None:
     name = "/".join(steps)
     stays = os.path.normpath(f"/home/folder/{name}") == f"/home/folder/{name}"
     if stays and name and "\0" not in name:
-        assert inside(name) == name
+        assert relative_path(name) == name
     else:
         with pytest.raises(ValueError, match="leads out of its folder"):
-            inside(name)
+            relative_path(name)
 
 
 STEP = st.text(st.sampled_from("a.-_~ \\é"), min_size=1, max_size=6) | st.sampled_from(["..", "sub-..", "MNINonLinear"])
@@ -162,7 +162,7 @@ def test_nobody_withdraws_by_a_path(store: Path) -> None:
     beside = store.parent / "precious"
     beside.mkdir()
     with pytest.raises(ValueError, match=r"'\.\.' cannot name"):
-        withdraw(store, "..", "../precious")
+        remove_subject(store, "..", "../precious")
     with pytest.raises(StoreError, match=r"withdrawn\.parquet: dataset or subject: '\.\./\.\./precious'"):
         add_withdrawn(store, [("balls", "../../precious")])
     assert beside.is_dir() and not (store / "withdrawn.parquet").exists()
@@ -192,7 +192,7 @@ def test_files_are_copied_into_their_folder_only(tmp_path: Path, name: str) -> N
     (tmp_path / "from" / "a").mkdir(parents=True)
     (tmp_path / "x").write_text("outside")
     (tmp_path / "to").mkdir()
-    with pytest.raises(PlaceError, match=r"from: .* leads out of its folder"):
+    with pytest.raises(ObjectStoreError, match=r"from: .* leads out of its folder"):
         copy_files(tmp_path / "from", tmp_path / "to" / "deep", [name])
     assert everything(tmp_path) == {"from", "from/a", "x", "to"}
 

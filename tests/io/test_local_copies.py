@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from neurostorm.io.local_copies import fetched, outgoing
-from neurostorm.io.paths import files_below, place, replace
+from neurostorm.io.local_copies import local_copy, upload_folder
+from neurostorm.io.paths import atomic_write, list_files, to_path
 
 
 @pytest.fixture(params=["local", "s3"])
 def target(request, tmp_path, make_bucket):
-    return tmp_path / "out" / "deep" if request.param == "local" else place(make_bucket()) / "out"
+    return tmp_path / "out" / "deep" if request.param == "local" else to_path(make_bucket()) / "out"
 
 
 @pytest.fixture(autouse=True)
@@ -27,12 +27,12 @@ def scratch(tmp_path, monkeypatch):
 
 
 def names(folder):
-    return sorted(name for name, _ in files_below(folder))
+    return sorted(name for name, _ in list_files(folder))
 
 
 def test_what_was_written_appears_at_the_end_and_nothing_stays_behind(target, scratch):
     replace_first(target)
-    with outgoing(target) as folder:
+    with upload_folder(target) as folder:
         assert not list(folder.iterdir())
         (folder / "a").mkdir()
         (folder / "a" / "one.bin").write_bytes(b"new")
@@ -46,18 +46,18 @@ def test_what_was_written_appears_at_the_end_and_nothing_stays_behind(target, sc
 def replace_first(target):
     for name, data in (("a/one.bin", b"old"), ("kept.bin", b"kept")):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        replace(target / name, data)
+        atomic_write(target / name, data)
 
 
 def test_nothing_appears_when_writing_fails(target, scratch):
-    with pytest.raises(OSError, match="disk"), outgoing(target) as folder:
+    with pytest.raises(OSError, match="disk"), upload_folder(target) as folder:
         (folder / "half.bin").write_bytes(b"h")
         raise OSError("disk full")
     assert names(target) == [] and not list(scratch.iterdir())
 
 
 def test_two_who_write_to_one_place_do_not_meet(target):
-    with outgoing(target) as one, outgoing(target) as two:
+    with upload_folder(target) as one, upload_folder(target) as two:
         (one / "one.bin").write_bytes(b"1")
         (two / "two.bin").write_bytes(b"2")
         assert names(one) == ["one.bin"] and names(two) == ["two.bin"]
@@ -66,21 +66,21 @@ def test_two_who_write_to_one_place_do_not_meet(target):
 
 def test_files_and_folders_are_fetched_whole_or_in_part(target, scratch):
     replace_first(target)
-    with fetched(target) as local:
+    with local_copy(target) as local:
         assert isinstance(local, Path) and names(local) == ["a/one.bin", "kept.bin"]
-    with fetched(target / "a" / "one.bin") as local:
+    with local_copy(target / "a" / "one.bin") as local:
         assert local.read_bytes() == b"old" and local.name == "one.bin"
-    with fetched(target, ["kept.bin"]) as local:
+    with local_copy(target, ["kept.bin"]) as local:
         assert (local / "kept.bin").read_bytes() == b"kept"
     assert not list(scratch.iterdir())
 
 
 def test_only_what_is_asked_for_is_fetched(make_bucket):
-    target = place(make_bucket()) / "out"
+    target = to_path(make_bucket()) / "out"
     replace_first(target)
-    with fetched(target, ["kept.bin"]) as local:
+    with local_copy(target, ["kept.bin"]) as local:
         assert names(local) == ["kept.bin"]
-    with pytest.raises(FileNotFoundError, match=r"none\.bin"), fetched(target, ["none.bin"]):
+    with pytest.raises(FileNotFoundError, match=r"none\.bin"), local_copy(target, ["none.bin"]):
         pass
 
 
@@ -94,7 +94,7 @@ def umask(request):
 
 
 def test_files_have_the_permissions_that_the_umask_leaves(tmp_path, umask):
-    with outgoing(tmp_path / "out") as folder:
+    with upload_folder(tmp_path / "out") as folder:
         (folder / "deep").mkdir()
         save_file({"weights": np.zeros(3)}, folder / "deep" / "model.safetensors")  # 0600 whatever the umask is
         (folder / "metrics.json").write_text("{}")

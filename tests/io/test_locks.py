@@ -15,7 +15,7 @@ import pytest
 
 from neurostorm.io import locks
 from neurostorm.io.locks import locked, open_locked, orphaned, remove_if_orphaned, temporary_name
-from neurostorm.io.paths import replace, update
+from neurostorm.io.paths import atomic_update, atomic_write
 
 HOLDS = """
 import sys
@@ -60,7 +60,7 @@ def test_without_locks_age_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    replace(tmp_path / "table", b"1")
+    atomic_write(tmp_path / "table", b"1")
     assert not orphaned(tmp_path / "table")
     os.utime(tmp_path / "table", (time.time() - 2 * locks.STALE_S,) * 2)
     assert orphaned(tmp_path / "table")
@@ -167,5 +167,5 @@ def test_a_full_disk_leaves_no_lock_behind(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(os, "write", full)
     with pytest.raises(OSError, match="No space left"):
-        update(tmp_path / "table", lambda old: b"1")
+        atomic_update(tmp_path / "table", lambda old: b"1")
     assert list(tmp_path.iterdir()) == []

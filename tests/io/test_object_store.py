@@ -18,8 +18,17 @@ import obstore
 import pytest
 
 from neurostorm.io import object_requests
-from neurostorm.io.object_store import ObjectPath, PlaceError, UnavailableError
-from neurostorm.io.paths import copy_files, create, files_below, is_unavailable, place, remove_tree, replace, update
+from neurostorm.io.object_store import ObjectPath, ObjectStoreError, UnavailableError
+from neurostorm.io.paths import (
+    atomic_update,
+    atomic_write,
+    copy_files,
+    is_unavailable,
+    list_files,
+    put_if_absent,
+    remove_tree,
+    to_path,
+)
 from tests.faulty_s3 import Network, bad_network
 
 BIG = bytes(range(256)) * (12 << 12)  # 12 MiB: three parts of an upload, two pieces of a stream
@@ -28,7 +37,7 @@ SOME = BIG[: 1 << 20]
 
 @pytest.fixture
 def home(make_bucket: Callable[[], str]) -> ObjectPath:
-    made = place(make_bucket())
+    made = to_path(make_bucket())
     assert isinstance(made, ObjectPath)
     return made
 
@@ -46,14 +55,14 @@ def test_the_bucket_itself_is_a_folder(home: ObjectPath) -> None:
         with pytest.raises(IsADirectoryError, match=home.bucket):
             ask()
     (home / "a").write_bytes(b"1")
-    assert list(home.iterdir()) == [home / "a"] and list(files_below(home)) == [("a", 1)]
+    assert list(home.iterdir()) == [home / "a"] and list(list_files(home)) == [("a", 1)]
 
 
 def test_an_object_and_a_prefix_of_one_name_are_both_there(home: ObjectPath) -> None:
     (home / "d").write_bytes(b"1")
     (home / "d/e").write_bytes(b"23")
     assert (home / "d").is_file() and (home / "d").is_dir()
-    assert list(home.iterdir()) == [home / "d"] and list(files_below(home / "d")) == [("e", 2)]
+    assert list(home.iterdir()) == [home / "d"] and list(list_files(home / "d")) == [("e", 2)]
     remove_tree(home / "d")
     assert (home / "d").is_file() and not (home / "d").is_dir()
 
@@ -62,8 +71,8 @@ def test_markers_of_folders_are_no_files(home: ObjectPath, s3_server: str) -> No
     s3 = boto3.client("s3", endpoint_url=s3_server)
     for key in ("m/", "m/x", "empty/"):
         s3.put_object(Bucket=home.bucket, Key=key, Body=b"")
-    assert list((home / "m").iterdir()) == [home / "m/x"] and list(files_below(home / "m")) == [("x", 0)]
-    assert list(files_below(home / "empty")) == [] and not (home / "empty").is_file()
+    assert list((home / "m").iterdir()) == [home / "m/x"] and list(list_files(home / "m")) == [("x", 0)]
+    assert list(list_files(home / "empty")) == [] and not (home / "empty").is_file()
 
 
 def test_parts_join_as_steps(home: ObjectPath) -> None:
@@ -110,28 +119,28 @@ def test_pieces_that_cannot_be_made_leave_no_object(home: ObjectPath) -> None:
 
     with pytest.raises(ZeroDivisionError, match="half way"):
         (home / "a").write_bytes(broken())
-    assert list(files_below(home)) == []
+    assert list(list_files(home)) == []
 
 
 def test_a_bucket_that_is_not_there_is_named() -> None:
     lost = ObjectPath("s3", "no-such-bucket", "a/b")
     asks: list[Callable[[], object]] = [
         lost.read_bytes, lost.exists, lost.is_dir, lambda: list(lost.iterdir()), lambda: lost.write_bytes(b"1"),
-        lambda: lost.write_bytes(BIG), lambda: create(lost, b"1"), lambda: replace(lost, b"1"),
-        lambda: update(lost, lambda _: b"1"), lambda: list(files_below(lost)), lambda: remove_tree(lost),
+        lambda: lost.write_bytes(BIG), lambda: put_if_absent(lost, b"1"), lambda: atomic_write(lost, b"1"),
+        lambda: atomic_update(lost, lambda _: b"1"), lambda: list(list_files(lost)), lambda: remove_tree(lost),
     ]  # fmt: skip
     for ask in asks:
-        with pytest.raises(PlaceError, match="there is no bucket 'no-such-bucket'"):
+        with pytest.raises(ObjectStoreError, match="there is no bucket 'no-such-bucket'"):
             ask()
 
 
 def test_many_objects_are_listed_and_removed(home: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "4")  # the server's pages
     for number in range(10):
-        create(home / f"a/{number:04d}", b"")
-    assert len(list(files_below(home))) == len(list((home / "a").iterdir())) == 10
+        put_if_absent(home / f"a/{number:04d}", b"")
+    assert len(list(list_files(home))) == len(list((home / "a").iterdir())) == 10
     remove_tree(home / "a")
-    assert list(files_below(home)) == []
+    assert list(list_files(home)) == []
 
 
 def test_a_pickled_path_is_only_an_address(home: ObjectPath) -> None:
@@ -186,9 +195,9 @@ def test_a_stalled_request_is_given_up_and_sent_again(
     network.fail("stall", "PUT", "/b")
     (home / "b").write_bytes(b"data")
     network.fail("stall", "GET", "list-type")
-    assert sorted(files_below(home)) == [("a", 4), ("b", 4)]
+    assert sorted(list_files(home)) == [("a", 4), ("b", 4)]
     network.fail("stall", "GET", "/a", times=99)
-    with pytest.raises(PlaceError, match=f"^{home}/a: "):
+    with pytest.raises(ObjectStoreError, match=f"^{home}/a: "):
         (home / "a").read_bytes()
 
 
@@ -219,7 +228,7 @@ def test_an_upload_that_fails_for_good_leaves_nothing_and_the_next_succeeds(
     home: ObjectPath, network: Network, kind: Any
 ) -> None:
     network.fail(kind, "PUT", "partNumber=2", times=999)
-    with pytest.raises(PlaceError, match=f"^{home}/large: "):
+    with pytest.raises(ObjectStoreError, match=f"^{home}/large: "):
         (home / "large").write_bytes(BIG if kind == "refuse" else iter([BIG]))
     assert not (home / "large").exists()
     network.faults.clear()
@@ -229,10 +238,10 @@ def test_an_upload_that_fails_for_good_leaves_nothing_and_the_next_succeeds(
 
 def test_a_change_whose_answer_is_lost_is_made(home: ObjectPath, network: Network) -> None:
     network.fail("refuse", "PUT", "/a")
-    update(home / "a", lambda old: b"1" if old is None else old)
+    atomic_update(home / "a", lambda old: b"1" if old is None else old)
     network.fail("refuse", "GET", "/a")
     network.fail("refuse", "PUT", "/a", times=2)
-    update(home / "a", lambda old: (old or b"") + b"2")
+    atomic_update(home / "a", lambda old: (old or b"") + b"2")
     assert (home / "a").read_bytes() == b"12"
 
 
@@ -243,13 +252,14 @@ def test_a_refusal_is_not_taken_for_a_missing_object(home: ObjectPath, network: 
     asks: list[Callable[[], object]] = [
         (home / "a").read_bytes, (home / "a").is_file, (home / "a").exists, (home / "a").open, (home / "a").stat,
         (home / "a").unlink, lambda: list(home.iterdir()), lambda: (home / "a").write_bytes(b""),
-        lambda: create(home / "b", b""), lambda: update(home / "a", lambda _: b"2"), lambda: remove_tree(home),
+        lambda: put_if_absent(home / "b", b""), lambda: atomic_update(home / "a", lambda _: b"2"),
+        lambda: remove_tree(home),
         lambda: copy_files(home, home / "there", ["a"]),
     ]  # fmt: skip
     for ask in asks:
-        with pytest.raises(PlaceError, match=f"^s3://{home.bucket}"):
+        with pytest.raises(ObjectStoreError, match=f"^s3://{home.bucket}"):
             ask()
-    with pytest.raises(PlaceError, match=r"AccessDenied, Not for you\.$"):
+    with pytest.raises(ObjectStoreError, match=r"AccessDenied, Not for you\.$"):
         (home / "a").read_bytes()
 
 
@@ -267,8 +277,8 @@ def test_refused_credentials_are_unavailable_storage_and_a_missing_bucket_is_not
     with pytest.raises(UnavailableError, match="AccessDenied"):
         (home / "a").read_range(0, 1)
     network.faults.clear()
-    with pytest.raises(PlaceError, match="no bucket") as missing:
-        place("s3://no-such-bucket/a").read_bytes()
+    with pytest.raises(ObjectStoreError, match="no bucket") as missing:
+        to_path("s3://no-such-bucket/a").read_bytes()
     assert not is_unavailable(missing.value)
 
 
@@ -305,9 +315,11 @@ def test_every_kind_of_request_outlasts_a_store_that_is_busy_for_seconds(
         "get": (home / "read").read_bytes, "range": lambda: (home / "read").read_range(3, 9),
         "head": (home / "read").stat, "put": lambda: (home / "put").write_bytes(SOME),
         "large": lambda: (home / "large").write_bytes(BIG), "upload": lambda: copy_files(tmp_path, home, ["up"]),
-        "list": lambda: dict(files_below(home / "tree")), "folder": (home / "tree").is_dir,
-        "copy": lambda: copy_files(home, home / "there", ["copied"]), "create": lambda: create(home / "new", b"1"),
-        "update": lambda: update(home / "changed", lambda _: b"2"), "delete": lambda: (home / "old").unlink(True),
+        "list": lambda: dict(list_files(home / "tree")), "folder": (home / "tree").is_dir,
+        "copy": lambda: copy_files(home, home / "there", ["copied"]),
+        "create": lambda: put_if_absent(home / "new", b"1"),
+        "update": lambda: atomic_update(home / "changed", lambda _: b"2"),
+        "delete": lambda: (home / "old").unlink(True),
         "stream": lambda: (home / "read").open().read(),
     }  # fmt: skip
     with ThreadPoolExecutor(len(asks)) as pool:
@@ -317,7 +329,7 @@ def test_every_kind_of_request_outlasts_a_store_that_is_busy_for_seconds(
         found = {name: answer.result(60) for name, answer in asked.items()}
     assert found["get"] == found["stream"] == SOME and bytes(found["range"]) == SOME[3:12]  # type: ignore[call-overload]
     assert found["list"] == {"x": 1} and found["folder"] is True
-    sizes = dict(files_below(home))
+    sizes = dict(list_files(home))
     assert sizes["put"] == len(SOME) and sizes["large"] == sizes["up"] == len(BIG) and sizes["new"] == 1
     assert "old" not in sizes and sizes["there/copied"] == len(SOME) and (home / "changed").read_bytes() == b"2"
     assert f"s3://{home.bucket}" in caplog.text and "has not answered for" in caplog.text
@@ -337,7 +349,7 @@ def test_a_long_listing_that_breaks_off_goes_on_where_it_was(home: ObjectPath, n
                 yield page
 
         patched.setattr(obstore, "list", two_at_a_time)
-        assert [name for name, _ in files_below(home)] == [f"{number:02d}" for number in range(12)]
+        assert [name for name, _ in list_files(home)] == [f"{number:02d}" for number in range(12)]
     assert pages[:2] == [None, None] and pages[2] == "01" and pages[-1] is not None
 
 
@@ -361,7 +373,7 @@ def test_google_addresses_have_a_client_of_their_own(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", os.fspath(key))
     monkeypatch.setattr(object_requests, "_clients", {})
     monkeypatch.setattr(object_requests, "RETRY_S", 0.1)
-    there = place("gs://bucket/a")
+    there = to_path("gs://bucket/a")
     assert isinstance(there, ObjectPath) and type(there.client).__name__ == "GCSStore"
-    with pytest.raises(PlaceError, match=r"^gs://bucket/a: "):
+    with pytest.raises(ObjectStoreError, match=r"^gs://bucket/a: "):
         there.read_bytes()

@@ -18,27 +18,27 @@ from obstore.exceptions import BaseError, PreconditionError
 from neurostorm.io import paths
 from neurostorm.io.object_store import ObjectPath
 from neurostorm.io.paths import (
-    Place,
+    AnyPath,
+    atomic_update,
+    atomic_write,
     copy_files,
-    create,
-    files_below,
-    place,
+    copy_if_absent,
+    list_files,
+    put_if_absent,
     remove_tree,
-    replace,
-    take_place,
-    update,
+    to_path,
 )
 
 KINDS = ["local", "s3"]
 
 
 @pytest.fixture
-def make_place(make_bucket: Callable[[], str], tmp_path: Path) -> Callable[[str], Place]:
+def make_place(make_bucket: Callable[[], str], tmp_path: Path) -> Callable[[str], AnyPath]:
     """An empty place of a kind."""
 
-    def make(kind: str) -> Place:
+    def make(kind: str) -> AnyPath:
         if kind == "s3":
-            return place(make_bucket()) / "some" / "prefix"
+            return to_path(make_bucket()) / "some" / "prefix"
         (tmp_path / "folder").mkdir()
         return tmp_path / "folder"
 
@@ -46,11 +46,11 @@ def make_place(make_bucket: Callable[[], str], tmp_path: Path) -> Callable[[str]
 
 
 @pytest.fixture(params=KINDS)
-def home(request: pytest.FixtureRequest, make_place: Callable[[str], Place]) -> Place:
+def home(request: pytest.FixtureRequest, make_place: Callable[[str], AnyPath]) -> AnyPath:
     return make_place(request.param)
 
 
-def put(home: Place, **files: bytes) -> None:
+def put(home: AnyPath, **files: bytes) -> None:
     """Files by name; `__` stands for a slash."""
     for name, data in files.items():
         file = home / name.replace("__", "/")
@@ -60,13 +60,13 @@ def put(home: Place, **files: bytes) -> None:
 
 def test_a_place_is_what_its_address_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/ana")
-    assert place("stores/hcp") == Path("stores/hcp")
-    assert place(Path("/a/b")) == Path("/a/b") == place("file:///a/b")
-    assert place("~/hcp") == Path("/home/ana/hcp")
-    assert place("s3://bucket/a/b/") == ObjectPath("s3", "bucket", "a/b") == place("S3://bucket//a/b")
-    assert place("gs://bucket") == ObjectPath("gs", "bucket", "")
-    assert place(place("s3://bucket/a")) == place("s3://bucket/a")
-    assert place(str(place("s3://bucket/a b/ü#?%20"))).key == "a b/ü#?%20"
+    assert to_path("stores/hcp") == Path("stores/hcp")
+    assert to_path(Path("/a/b")) == Path("/a/b") == to_path("file:///a/b")
+    assert to_path("~/hcp") == Path("/home/ana/hcp")
+    assert to_path("s3://bucket/a/b/") == ObjectPath("s3", "bucket", "a/b") == to_path("S3://bucket//a/b")
+    assert to_path("gs://bucket") == ObjectPath("gs", "bucket", "")
+    assert to_path(to_path("s3://bucket/a")) == to_path("s3://bucket/a")
+    assert to_path(str(to_path("s3://bucket/a b/ü#?%20"))).key == "a b/ü#?%20"
 
 
 @pytest.mark.parametrize(
@@ -75,17 +75,17 @@ def test_a_place_is_what_its_address_says(monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_addresses_that_are_not_understood_are_refused(address: str) -> None:
     with pytest.raises(ValueError) as caught:
-        place(address)
+        to_path(address)
     assert address in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [None, 3, b"s3://bucket", ["a"]])
 def test_what_is_no_address_is_refused(value: Any) -> None:
     with pytest.raises(ValueError, match="is no place"):
-        place(value)
+        to_path(value)
 
 
-def test_names_are_those_of_paths(home: Place) -> None:
+def test_names_are_those_of_paths(home: AnyPath) -> None:
     file = home / "a/b" / "run.nii.gz"
     assert (file.name, file.suffix, file.parent.name) == ("run.nii.gz", ".gz", "b")
     assert file == home / PurePosixPath("a", "b", "run.nii.gz") and file.with_name("x").parent == home / "a" / "b"
@@ -97,7 +97,7 @@ def test_names_are_those_of_paths(home: Place) -> None:
         home.relative_to(file)
 
 
-def test_what_is_written_is_there(home: Place) -> None:
+def test_what_is_written_is_there(home: AnyPath) -> None:
     put(home, ab__c=b"123", a=b"\xef\xbb\xbfsubject\r\nsub-1\r\n", empty=b"")
     assert (home / "ab/c").read_bytes() == b"123" and (home / "empty").read_bytes() == b""
     assert (home / "a").read_text(encoding="utf-8-sig") == "subject\nsub-1\n"
@@ -111,14 +111,14 @@ def test_what_is_written_is_there(home: Place) -> None:
     }
     assert names == {"a": (True, True, False), "ab": (True, False, True), "b": (False, False, False)}
     assert sorted(home.iterdir()) == [home / "a", home / "ab", home / "empty"]
-    assert sorted(files_below(home)) == [("a", 19), ("ab/c", 3), ("empty", 0)]
-    assert list(files_below(home / "a")) == list(files_below(home / "nowhere")) == []
+    assert sorted(list_files(home)) == [("a", 19), ("ab/c", 3), ("empty", 0)]
+    assert list(list_files(home / "a")) == list(list_files(home / "nowhere")) == []
     (home / "a").unlink()
     (home / "a").unlink(missing_ok=True)
     assert not (home / "a").exists()
 
 
-def test_what_is_not_there_is_a_missing_file(home: Place) -> None:
+def test_what_is_not_there_is_a_missing_file(home: AnyPath) -> None:
     for ask in (
         (home / "x").read_bytes,
         (home / "x").read_text,
@@ -130,29 +130,29 @@ def test_what_is_not_there_is_a_missing_file(home: Place) -> None:
             ask()
 
 
-def test_odd_names_survive(home: Place) -> None:
+def test_odd_names_survive(home: AnyPath) -> None:
     names = ["sp ace/é.txt", "50%20#?.txt", "plus+&=;.txt", "~tilde", "[a]*"]
     for name in names:
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).write_bytes(name.encode())
-    assert sorted(name for name, _ in files_below(home)) == sorted(names)
+    assert sorted(name for name, _ in list_files(home)) == sorted(names)
     assert all((home / name).read_bytes() == name.encode() for name in names)
     remove_tree(home)
     assert not home.exists()
 
 
-def test_replacing_and_creating(home: Place) -> None:
+def test_replacing_and_creating(home: AnyPath) -> None:
     file = home / "table"
-    assert create(file, b"one") is True and create(file, b"two") is False
+    assert put_if_absent(file, b"one") is True and put_if_absent(file, b"two") is False
     assert file.read_bytes() == b"one"
-    replace(file, b"three")
+    atomic_write(file, b"three")
     assert file.read_bytes() == b"three"
-    assert [name for name, _ in files_below(home)] == ["table"], "no temporary file stays"
+    assert [name for name, _ in list_files(home)] == ["table"], "no temporary file stays"
 
 
-def test_only_one_of_many_creates(home: Place) -> None:
+def test_only_one_of_many_creates(home: AnyPath) -> None:
     with ThreadPoolExecutor(6) as pool:
-        made = list(pool.map(lambda i: create(home / "claim", b"%d" % i), range(12)))
+        made = list(pool.map(lambda i: put_if_absent(home / "claim", b"%d" % i), range(12)))
     assert sum(made) == 1
     assert (home / "claim").read_bytes() == b"%d" % made.index(True)
 
@@ -164,12 +164,12 @@ def test_creating_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(os, "link", refuse)
     with ThreadPoolExecutor(4) as pool:
-        made = list(pool.map(lambda i: create(tmp_path / "claim", b"%d" % i), range(8)))
+        made = list(pool.map(lambda i: put_if_absent(tmp_path / "claim", b"%d" % i), range(8)))
     assert sum(made) == 1 and (tmp_path / "claim").read_bytes() == b"%d" % made.index(True)
 
 
 def test_a_folder_that_is_not_there_or_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for write in (replace, create):
+    for write in (atomic_write, put_if_absent):
         with pytest.raises(FileNotFoundError, match="nowhere"):
             write(tmp_path / "nowhere" / "file", b"")
 
@@ -177,24 +177,24 @@ def test_a_folder_that_is_not_there_or_a_full_disk_is_an_error(tmp_path: Path, m
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    for write in (replace, create):
+    for write in (atomic_write, put_if_absent):
         with pytest.raises(OSError, match=r"No space left on device: '.*/file'"):
             write(tmp_path / "file", b"data")
     assert list(tmp_path.iterdir()) == []
 
 
-def append(home: Place, word: str) -> None:
-    update(home / "list", lambda old: (old or b"") + word.encode() + b"\n")
+def append(home: AnyPath, word: str) -> None:
+    atomic_update(home / "list", lambda old: (old or b"") + word.encode() + b"\n")
 
 
-def test_changes_at_the_same_time_are_all_kept(home: Place) -> None:
+def test_changes_at_the_same_time_are_all_kept(home: AnyPath) -> None:
     words = [f"{i:02d}" for i in range(16)]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda word: append(home, word), words))
     assert sorted((home / "list").read_text().split()) == words
 
 
-def test_changes_of_several_processes_are_all_kept(make_place: Callable[[str], Place]) -> None:
+def test_changes_of_several_processes_are_all_kept(make_place: Callable[[str], AnyPath]) -> None:
     both = [make_place(kind) for kind in KINDS]
     words = [f"{i:02d}" for i in range(10)]
     with multiprocessing.get_context("spawn").Pool(2) as pool:
@@ -202,25 +202,25 @@ def test_changes_of_several_processes_are_all_kept(make_place: Callable[[str], P
     assert [sorted((home / "list").read_text().split()) for home in both] == [words, words]
 
 
-def test_a_change_to_nothing_writes_nothing(home: Place) -> None:
+def test_a_change_to_nothing_writes_nothing(home: AnyPath) -> None:
     seen: list[bytes | None] = []
-    update(home / "x", lambda old: seen.append(old))  # type: ignore[func-returns-value]
+    atomic_update(home / "x", lambda old: seen.append(old))  # type: ignore[func-returns-value]
     assert seen == [None] and not (home / "x").exists()
     put(home, x=b"1")
     before = (home / "x").stat().st_mtime_ns
-    update(home / "x", lambda old: old)
+    atomic_update(home / "x", lambda old: old)
     assert (home / "x").stat().st_mtime_ns == before
 
     def broken(_: bytes | None) -> bytes:
         raise KeyError("no such column")
 
     with pytest.raises(KeyError):
-        update(home / "x", broken)
+        atomic_update(home / "x", broken)
     assert (home / "x").read_bytes() == b"1"
 
 
 def test_a_change_survives_that_the_object_goes_meanwhile(
-    make_place: Callable[[str], Place], monkeypatch: pytest.MonkeyPatch
+    make_place: Callable[[str], AnyPath], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = make_place("s3")
     put(home, x=b"old")
@@ -239,11 +239,11 @@ def test_a_change_survives_that_the_object_goes_meanwhile(
             (home / "x").unlink()
         return (old or b"") + b"new"
 
-    update(home / "x", change)
+    atomic_update(home / "x", change)
     assert (home / "x").read_bytes() == b"new"
 
 
-def test_too_many_others_are_an_error(make_place: Callable[[str], Place], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_others_are_an_error(make_place: Callable[[str], AnyPath], monkeypatch: pytest.MonkeyPatch) -> None:
     home = make_place("s3")
     monkeypatch.setattr(paths, "_UPDATES", 2)
     count = iter(range(99))
@@ -253,14 +253,14 @@ def test_too_many_others_are_an_error(make_place: Callable[[str], Place], monkey
         return b"mine"
 
     with pytest.raises(OSError, match="others changed it 2 times"):
-        update(home / "x", disturbed)
+        atomic_update(home / "x", disturbed)
 
 
-def test_a_tree_is_removed_and_nothing_beside_it(home: Place) -> None:
+def test_a_tree_is_removed_and_nothing_beside_it(home: AnyPath) -> None:
     put(home, a__b__c=b"1", a__d=b"2", ab=b"3")
     remove_tree(home / "a")
     remove_tree(home / "a")
-    assert [name for name, _ in files_below(home)] == ["ab"]
+    assert [name for name, _ in list_files(home)] == ["ab"]
 
 
 def test_a_tree_that_cannot_be_removed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,12 +276,12 @@ def test_a_tree_that_cannot_be_removed_is_an_error(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(PermissionError):
-        list(files_below(tmp_path))
+        list(list_files(tmp_path))
 
 
 @pytest.mark.parametrize(("source", "target"), [(a, b) for a in KINDS for b in KINDS])
 def test_files_are_copied_between_places(
-    make_place: Callable[[str], Place], source: str, target: str, monkeypatch: pytest.MonkeyPatch
+    make_place: Callable[[str], AnyPath], source: str, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(paths, "STREAM_BYTES", 100_000)
     here = make_place(source)
@@ -289,7 +289,7 @@ def test_files_are_copied_between_places(
     big = os.urandom(1 << 20)  # more than is streamed at once
     put(here, x__big=big, y=b"1", z=b"not copied")
     copy_files(here, there, ["x/big", "y"])
-    assert sorted(files_below(there)) == [("x/big", len(big)), ("y", 1)]
+    assert sorted(list_files(there)) == [("x/big", len(big)), ("y", 1)]
     assert (there / "x/big").read_bytes() == big
     with pytest.raises(FileNotFoundError, match="/gone"):
         copy_files(here, there, ["y", "gone"])
@@ -304,7 +304,7 @@ def refuse_copy(*_: Any) -> None:
     [(1 << 20, False, False), ((1 << 20) - 1, False, True), (1 << 20, True, True)],
 )
 def test_what_stays_in_a_bucket_passes_through_here_only_if_it_must(
-    make_place: Callable[[str], Place], limit_bytes: int, refused: bool, passes: bool, monkeypatch: pytest.MonkeyPatch
+    make_place: Callable[[str], AnyPath], limit_bytes: int, refused: bool, passes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home, opened, put_here = make_place("s3"), [], ObjectPath.open
     put(home, x=b"1" * (1 << 20))
@@ -347,11 +347,11 @@ def test_a_copy_that_fails_in_the_middle_is_not_to_be_seen(tmp_path: Path, monke
     assert (tmp_path / "b" / "x").read_bytes() == b"old" and len(list((tmp_path / "b").iterdir())) == 1
 
 
-def test_an_upload_takes_its_place_once(make_place: Callable[[str], Place]) -> None:
+def test_an_upload_takes_its_place_once(make_place: Callable[[str], AnyPath]) -> None:
     home = make_place("s3")
     put(home, first=b"1", second=b"2")
     assert isinstance(home, ObjectPath)
-    assert take_place(home / "first", home / "place") and not take_place(home / "second", home / "place")
+    assert copy_if_absent(home / "first", home / "place") and not copy_if_absent(home / "second", home / "place")
     assert (home / "place").read_bytes() == b"1"
     with pytest.raises(FileNotFoundError):
-        take_place(home / "gone", home / "other")
+        copy_if_absent(home / "gone", home / "other")

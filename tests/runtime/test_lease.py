@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from neurostorm.config import ConfigError
-from neurostorm.io.paths import place
+from neurostorm.io.paths import to_path
 from neurostorm.runtime import lease
 from neurostorm.runtime.interrupts import interruptible
-from neurostorm.runtime.lease import LEASE, LeaseLostError, held
+from neurostorm.runtime.lease import LEASE, LeaseLostError, hold_lease
 
 HOLD = """
 import sys, time
@@ -29,7 +29,7 @@ with held(Path(sys.argv[1])):
 
 @pytest.fixture(params=["folder", "object store"])
 def folder(request, tmp_path, make_bucket):
-    return tmp_path / "outputs" / "run" if request.param == "folder" else place(make_bucket()) / "run"
+    return tmp_path / "outputs" / "run" if request.param == "folder" else to_path(make_bucket()) / "run"
 
 
 @pytest.fixture
@@ -49,23 +49,23 @@ def foreign(folder, **changes):
 
 
 def test_a_lease_is_there_inside_and_nothing_is_left_of_it(folder):
-    with held(folder):
+    with hold_lease(folder):
         owner = json.loads((folder / LEASE).read_text())
         assert owner["pid"] == os.getpid() and owner["user"] and owner["since"]
     assert not folder.exists()
-    with held(folder):
+    with hold_lease(folder):
         (folder / "config.yaml").write_text("x")
     assert [file.name for file in folder.iterdir()] == ["config.yaml"]
 
 
 def test_the_same_process_cannot_hold_it_twice(folder):
-    with held(folder), pytest.raises(ConfigError, match="is in use by process"), held(folder):
+    with hold_lease(folder), pytest.raises(ConfigError, match="is in use by process"), hold_lease(folder):
         pytest.fail("two drivers")
 
 
 def test_a_living_process_of_this_host_is_named_at_once(other, tmp_path):
     words = rf"run is in use by process {other.pid} on .*choose another --name"
-    with pytest.raises(ConfigError, match=words), held(tmp_path / "run"):
+    with pytest.raises(ConfigError, match=words), hold_lease(tmp_path / "run"):
         pytest.fail("two drivers")
 
 
@@ -73,24 +73,24 @@ def test_a_killed_process_of_this_host_is_taken_over_at_once(other, tmp_path, ca
     monkeypatch.setattr(lease.time, "sleep", lambda seconds: pytest.fail("waited"))
     other.send_signal(signal.SIGKILL)
     other.wait()
-    with held(tmp_path / "run"):
+    with hold_lease(tmp_path / "run"):
         assert json.loads((tmp_path / "run" / LEASE).read_text())["pid"] == os.getpid()
     assert f"taking over {tmp_path}/run from process {other.pid}" in caplog.text
 
 
 def test_another_process_with_the_same_number_is_not_the_owner(tmp_path):
-    with held(tmp_path / "run"):
+    with hold_lease(tmp_path / "run"):
         content = json.loads((tmp_path / "run" / LEASE).read_text())
     (tmp_path / "run").mkdir()
     machine, start = content["process"].rsplit(" ", 1)
     content |= {"process": f"{machine} {int(start) - 1}", "token": "earlier"}
     (tmp_path / "run" / LEASE).write_text(json.dumps(content))
-    with held(tmp_path / "run"):
+    with hold_lease(tmp_path / "run"):
         pass
 
 
 def test_a_driver_of_another_host_that_renews_is_refused(folder, caplog):
-    with held(folder):
+    with hold_lease(folder):
         stop = threading.Event()
 
         def renew():
@@ -103,7 +103,7 @@ def test_a_driver_of_another_host_that_renews_is_refused(folder, caplog):
         thread = threading.Thread(target=renew)
         thread.start()
         try:
-            with pytest.raises(ConfigError, match="in use by process 12 on node-7"), held(folder, stale_s=20):
+            with pytest.raises(ConfigError, match="in use by process 12 on node-7"), hold_lease(folder, stale_s=20):
                 pytest.fail("two drivers")
         finally:
             stop.set()
@@ -112,23 +112,23 @@ def test_a_driver_of_another_host_that_renews_is_refused(folder, caplog):
 
 
 def test_a_driver_of_another_host_that_does_not_renew_is_taken_over(folder):
-    with held(folder):
+    with hold_lease(folder):
         foreign(folder)
-        with held(folder, stale_s=0.2):
+        with hold_lease(folder, stale_s=0.2):
             assert json.loads((folder / LEASE).read_text())["pid"] == os.getpid()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
 def test_a_lease_that_cannot_be_read_is_one_that_does_not_renew(tmp_path, content):
     (tmp_path / LEASE).write_text(content)
-    with held(tmp_path, stale_s=0.2):
+    with hold_lease(tmp_path, stale_s=0.2):
         assert json.loads((tmp_path / LEASE).read_text())["pid"] == os.getpid()
 
 
 def test_a_driver_that_lost_its_lease_ends_and_leaves_the_others(tmp_path):
     (tmp_path / "run").mkdir()
     lost = pytest.raises(LeaseLostError, match="taken over by process 12 on node-7")
-    with interruptible("start it again"), lost, held(tmp_path / "run", renew_s=0.05):
+    with interruptible("start it again"), lost, hold_lease(tmp_path / "run", renew_s=0.05):
         foreign(tmp_path / "run")
         end_s = time.monotonic() + 60
         while time.monotonic() < end_s:
@@ -137,7 +137,7 @@ def test_a_driver_that_lost_its_lease_ends_and_leaves_the_others(tmp_path):
 
 
 def test_a_lease_is_renewed_and_storage_that_is_away_is_sat_out(tmp_path, monkeypatch, caplog):
-    update, away = lease.update, [3]
+    update, away = lease.atomic_update, [3]
 
     def busy(file, change):
         if away[0]:
@@ -145,8 +145,8 @@ def test_a_lease_is_renewed_and_storage_that_is_away_is_sat_out(tmp_path, monkey
             raise OSError(5, "Input/output error")
         update(file, change)
 
-    monkeypatch.setattr(lease, "update", busy)
-    with held(tmp_path / "run", renew_s=0.02):
+    monkeypatch.setattr(lease, "atomic_update", busy)
+    with hold_lease(tmp_path / "run", renew_s=0.02):
         end_s = time.monotonic() + 60
         while json.loads((tmp_path / "run" / LEASE).read_text())["renewed"] < 2 and time.monotonic() < end_s:
             time.sleep(0.01)
@@ -156,7 +156,7 @@ def test_a_lease_is_renewed_and_storage_that_is_away_is_sat_out(tmp_path, monkey
 
 def test_two_that_find_a_stale_lease_do_not_both_get_it(tmp_path):
     program = HOLD.replace("time.sleep(600)", "time.sleep(3)")
-    with held(tmp_path / "run"):
+    with hold_lease(tmp_path / "run"):
         foreign(tmp_path / "run")
         program = program.replace("sys.argv[1])", "sys.argv[1]), stale_s=1")
         both = [
@@ -169,6 +169,6 @@ def test_two_that_find_a_stale_lease_do_not_both_get_it(tmp_path):
 
 
 def test_paths_above_that_had_to_be_made_go_too(tmp_path):
-    with held(tmp_path / "a" / "b" / "c"):
+    with hold_lease(tmp_path / "a" / "b" / "c"):
         assert Path(tmp_path, "a", "b", "c", LEASE).exists()
     assert list(tmp_path.iterdir()) == []

@@ -18,7 +18,7 @@ from neurostorm.store import (
     write_manifest,
 )
 from neurostorm.store.layout import MissingRunError
-from neurostorm.store.maintenance.care import drop_run, withdraw
+from neurostorm.store.maintenance.care import drop_run, remove_subject
 from neurostorm.store.maintenance.merge import merge
 from neurostorm.store.maintenance.verify import verify
 from neurostorm.store.run_index import RunIndex
@@ -159,7 +159,7 @@ def test_maintenance_keeps_the_layouts(example: Any, make_example: Any) -> None:
     write_manifest(example.path)
     other = make_example("other.zarr").path
     merge(other, [example.path])
-    withdraw(example.path, "made", "sub-01")
+    remove_subject(example.path, "made", "sub-01")
     for path, packing in ((example.path, [3]), (other, [2, 3])):
         assert read_manifest(path)["chunk_frames"].to_pylist() == packing
         assert verify(path).problems == ()

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from neurostorm.io.paths import Place
+from neurostorm.io.paths import AnyPath
 from neurostorm.store import run_bytes, shard
 from neurostorm.store.run_file import RunFile
 from neurostorm.store.shard import (
@@ -53,7 +53,7 @@ def write(folder: Path, layout: RunLayout, data: bytes) -> Path:
     return folder
 
 
-def read_rows(file: Place, layout: RunLayout, first: int, count: int, *, verify_all: bool = True) -> NDArray[np.int8]:
+def read_rows(file: AnyPath, layout: RunLayout, first: int, count: int, *, verify_all: bool = True) -> NDArray[np.int8]:
     out = np.full((count, layout.voxels), 77, np.int8)
     RunFile(layout, file).read(first, out, verify_all=verify_all)
     return out

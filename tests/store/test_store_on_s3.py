@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import zarr
 
-from neurostorm.io.object_store import ObjectPath, PlaceError
-from neurostorm.io.paths import Place, files_below, place
+from neurostorm.io.object_store import ObjectPath, ObjectStoreError
+from neurostorm.io.paths import AnyPath, list_files, to_path
 from neurostorm.store import (
     ClipReadError,
     FrameStore,
@@ -42,7 +42,7 @@ RUN = run_path("made", "sub-01", "ses-1_task-rest")
 @pytest.fixture
 def remote(example: Any, make_bucket: Callable[[], str]) -> Any:
     """An empty store as `example`, in a bucket."""
-    made = replace(example, path=place(make_bucket()) / "stores" / "box.zarr")
+    made = replace(example, path=to_path(make_bucket()) / "stores" / "box.zarr")
     create_store(made.path, **made.properties)
     return made
 
@@ -53,8 +53,8 @@ def network(remote: Any, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Ite
         yield made
 
 
-def contents(root: Place) -> dict[str, bytes]:
-    names = [name for name, _ in files_below(root) if not name.endswith((".lock", ".parquet"))]
+def contents(root: AnyPath) -> dict[str, bytes]:
+    names = [name for name, _ in list_files(root) if not name.endswith((".lock", ".parquet"))]
     return {name: (root / name).read_bytes() for name in names}
 
 
@@ -131,7 +131,7 @@ def test_what_is_missing_or_damaged_is_named(remote: Any, make_bucket: Callable[
     (remote.path / "mask" / "0.0.0").unlink()
     with pytest.raises(StoreError, match="mask"):
         FrameStore.open(remote.path)
-    empty = place(make_bucket())
+    empty = to_path(make_bucket())
     with pytest.raises(StoreError, match="no store at"):
         FrameStore.open(empty / "x")
     with pytest.raises(StoreError, match="there is no bucket"):
@@ -166,7 +166,7 @@ def test_an_upload_that_is_cut_off_leaves_no_run_and_the_next_attempt_succeeds(r
     arrays = large(remote)
     before = contents(remote.path)
     network.fail("cut upload", "PUT", "partNumber=2", times=99)
-    with pytest.raises(PlaceError, match=f"^{remote.path}/"):
+    with pytest.raises(ObjectStoreError, match=f"^{remote.path}/"):
         write_run(remote.path, RUN, **arrays)
     assert FrameStore.open(remote.path).runs() == []
     assert contents(remote.path).keys() - before.keys() == {"runs/made/zarr.json", "runs/made/sub-01/zarr.json"}
@@ -198,7 +198,7 @@ def test_a_run_whose_answer_is_lost_is_whole_all_the_same(remote: Any, network: 
     network.fail("lose answer", method, RUN + part)
     try:
         write_run(remote.path, RUN, **remote.arrays())
-    except PlaceError:
+    except ObjectStoreError:
         write_run(remote.path, RUN, **remote.arrays())
     assert np.array_equal(FrameStore.open(remote.path).frames(RUN), remote.arrays()["frames"])
     assert network.faults[0].left == 0
@@ -210,7 +210,7 @@ from neurostorm.store import write_run, writer
 address, run, step, arrays = pickle.loads(sys.stdin.buffer.read())
 do = getattr(writer, step)
 def die(*given):
-    if str(given[-1 if step == "take_place" else 0]).startswith(f"{address}/{run}/"):
+    if str(given[-1 if step == "copy_if_absent" else 0]).startswith(f"{address}/{run}/"):
         os._exit(9)
     return do(*given)
 setattr(writer, step, die)
@@ -228,8 +228,8 @@ def kill_before(step: str, remote: Any, seed: int) -> None:
 def test_a_writer_that_is_killed_leaves_no_run_and_never_another_ones_frames(
     remote: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kill_before("take_place", remote, seed=1)
-    (left,) = [name for name, _ in files_below(remote.path / ".partial")]
+    kill_before("copy_if_absent", remote, seed=1)
+    (left,) = [name for name, _ in list_files(remote.path / ".partial")]
     assert FrameStore.open(remote.path).runs() == []
     kill_before("create", remote, seed=1)
     assert (remote.path / RUN / "0.0").exists() and FrameStore.open(remote.path).runs() == []
@@ -272,7 +272,7 @@ def test_two_writers_of_one_run_end_in_one_of_them(
     remote: Any, monkeypatch: pytest.MonkeyPatch, order: str, seeds: tuple[int, int]
 ) -> None:
     turns = Turns(order)
-    for step in ("take_place", "create"):
+    for step in ("copy_if_absent", "create"):
         do = getattr(writer, step)
 
         def in_turn(*given: Any, do: Any = do) -> Any:
@@ -301,5 +301,5 @@ def test_two_writers_of_one_run_end_in_one_of_them(
     store = FrameStore.open(remote.path)
     assert np.array_equal(store.frames(RUN), remote.arrays(seed=winners[0])["frames"])
     assert store.run_attributes(RUN)["source"] == f"raw/{winners[0]}.nii.gz"
-    assert list(files_below(remote.path / ".partial")) == []
+    assert list(list_files(remote.path / ".partial")) == []
     assert isinstance(remote.path, ObjectPath) and os.fspath(RUN) in store.runs()

@@ -10,7 +10,7 @@ import pytest
 from neurostorm.synthetic.cohort import write_run
 from neurostorm.synthetic.people import NETWORK_OF_REGION, make_subject
 from neurostorm.synthetic.render import render_run, write_bold
-from neurostorm.synthetic.signal import STATES, Event, task_response
+from neurostorm.synthetic.signal import STATES, TaskEvent, task_response
 from neurostorm.synthetic.sites import SITES, choose_sites
 
 FOUR_MM = choose_sites("4mm")
@@ -121,7 +121,7 @@ def test_the_image_shows_the_state_of_the_events_file(tmp_path):
     course = image.get_fdata()[around].mean(axis=(0, 1, 2))
     with (tmp_path / "run_events.tsv").open() as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
-    events = [Event(float(row["onset"]), float(row["duration"]), row["trial_type"]) for row in rows]
+    events = [TaskEvent(float(row["onset"]), float(row["duration"]), row["trial_type"]) for row in rows]
     times_s = site.tr_s * np.arange(120)
     matches = {
         state: np.corrcoef(task_response([e for e in events if e.state == state], times_s), course)[0, 1]

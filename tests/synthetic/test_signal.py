@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from neurostorm.store.motion import framewise_displacement
 from neurostorm.synthetic.people import NAMES, make_subject
-from neurostorm.synthetic.signal import STATES, Event, Recording, task_response
+from neurostorm.synthetic.signal import STATES, Recording, TaskEvent, task_response
 
 
 @settings(deadline=None, max_examples=10)
@@ -54,7 +54,7 @@ def test_response_is_the_boxcar_convolved_with_the_canonical_double_gamma():
     times_s = np.arange(0, 80, 0.05)
     boxcar = ((times_s >= 10) & (times_s < 24)).astype(float)
     expected = np.convolve(boxcar, spm_hrf(0.05, oversampling=1))[: len(times_s)]
-    np.testing.assert_allclose(task_response([Event(10, 14, "any")], times_s), expected, atol=0.02)
+    np.testing.assert_allclose(task_response([TaskEvent(10, 14, "any")], times_s), expected, atol=0.02)
 
 
 def test_each_state_activates_its_own_network():

@@ -80,16 +80,16 @@ def test_two_cores_are_watched(bench, tmp_path, monkeypatch):
         used_s[0] += 100  # before it spreads anything
         files = sorted(config.ingest.source.iterdir())
         seen.append([LAYOUTS["bids"].parse(PurePosixPath(file.name)).subject for file in files])
-        outcomes = [SimpleNamespace(seconds=1.0) for _ in job.spread(files)]
+        outcomes = [SimpleNamespace(seconds=1.0) for _ in job.map_runs(files)]
         return SimpleNamespace(in_store=len(files), outcomes=outcomes)
 
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(job, "spread", spread)
+    monkeypatch.setattr(job, "map_runs", spread)
     monkeypatch.setattr(job, "ingest", ingest)
     monkeypatch.setattr(bench, "_cpu_seconds", lambda: used_s[0])
     found = bench.measure_spread(tmp_path / "run.nii.gz", tmp_path, 3)
     assert [len(subjects) for subjects in seen] == [2, 3] and len(set(seen[1])) == 3
-    assert job.spread is spread
+    assert job.map_runs is spread
     assert found["cpu_utilisation"] == pytest.approx(3 / (2 * found["spread_s"]))
     assert found["slot_utilisation"] == pytest.approx(3 / (2 * found["spread_s"]))
 

@@ -206,16 +206,16 @@ def test_the_server_is_the_one_given_or_a_file_in_the_output_folder(place):
 
 
 def test_an_output_in_an_object_store_has_no_database_of_its_own(place):
-    output = paths.place("s3://bucket/runs")
+    output = paths.to_path("s3://bucket/runs")
     assert tracking_uri("http://tracking:5000", output) == "http://tracking:5000"
     with pytest.raises(ValueError, match=r"tracking\.uri is not set.*run\.output=s3://bucket/runs.*sqlite:////"):
         tracking_uri(None, output)
 
 
 def test_a_run_in_an_object_store_keeps_its_artifacts_beside_the_database(place, make_bucket):
-    folder = paths.place(make_bucket()) / "runs" / "mine"
+    folder = paths.to_path(make_bucket()) / "runs" / "mine"
     for name in ("config.yaml", "model/deep/weights"):
-        paths.replace(folder / name, name.encode())
+        paths.atomic_write(folder / name, name.encode())
 
     def opened():
         uri = f"sqlite:///{place / 'mlflow.db'}"

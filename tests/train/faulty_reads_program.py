@@ -22,7 +22,7 @@ from neurostorm.data.corpus import open_corpus
 from neurostorm.store.layout import ClipReadError, StoreUnavailableError
 from neurostorm.tracking.tracker import Tracker
 from neurostorm.train.build import assemble, export
-from neurostorm.train.records.time_account import Account
+from neurostorm.train.records.time_account import TimeAccount
 
 Faults = dict[str, Any]
 
@@ -72,7 +72,7 @@ def train(config: Config, rank: int, workers: int, faults: Faults) -> None:
 
     tracker = Tracker()
     tracker.observe(lambda values, step: logged.append((step, values)))
-    loop = assemble(config, corpus, tracker, Account(), feed, rank=rank, device=torch.device("cpu"))
+    loop = assemble(config, corpus, tracker, TimeAccount(), feed, rank=rank, device=torch.device("cpu"))
     validate = loop.validation.run
 
     def undisturbed(done: int) -> Any:

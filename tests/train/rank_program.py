@@ -19,12 +19,12 @@ import torch.distributed as dist
 
 from neurostorm.config import Config
 from neurostorm.data.batch_stream import BatchStream
-from neurostorm.io.paths import replace
+from neurostorm.io.paths import atomic_write
 from neurostorm.tracking.tracker import Tracker
 from neurostorm.train.build import assemble, export
 from neurostorm.train.engine import import_deepspeed
 from neurostorm.train.records.pinned_manifest import planned
-from neurostorm.train.records.time_account import Account
+from neurostorm.train.records.time_account import TimeAccount
 
 import_deepspeed()
 
@@ -46,7 +46,7 @@ def main(
 
 def train(config: Config, rank: int, workers: int, poison: int, last: int | None) -> None:
     config.run.folder.mkdir(parents=True, exist_ok=True)
-    account = Account(config.run.folder if rank == 0 else None)
+    account = TimeAccount(config.run.folder if rank == 0 else None)
     corpus = planned(config)
 
     def feed(first_step: int) -> BatchStream:
@@ -60,7 +60,7 @@ def train(config: Config, rank: int, workers: int, poison: int, last: int | None
         leave_after(loop, last)
     final = loop.run()
     if rank == 0:
-        replace(config.run.folder / "final.json", json.dumps(final).encode())
+        atomic_write(config.run.folder / "final.json", json.dumps(final).encode())
     export(loop, corpus, config.run.folder / "model")
 
 

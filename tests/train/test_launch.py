@@ -11,7 +11,7 @@ import pytest
 
 from neurostorm.config import Config, ConfigError
 from neurostorm.data.corpus import Corpus, open_corpus
-from neurostorm.io.paths import replace
+from neurostorm.io.paths import atomic_write
 from neurostorm.runtime import resources
 from neurostorm.runtime.run_folder import keep_config
 from neurostorm.store import GRIDS, StoreError, write_manifest
@@ -182,7 +182,7 @@ def test_a_checkpoint_in_an_object_store_is_gone_on_from(ball_config, make_bucke
     stop_at(config, 3)
     assert outcome(config) == Plan(3, STEPS, False)
     for name, first_step in (("step-00000003", 3), ("copy-00000003", 0)):
-        replace(config.run.folder / "checkpoints" / name / "shard", b"wei")
+        atomic_write(config.run.folder / "checkpoints" / name / "shard", b"wei")
         assert outcome(config) == Plan(first_step, STEPS, False)
 
 

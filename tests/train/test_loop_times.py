@@ -15,7 +15,7 @@ from neurostorm.train.health.timeouts import CollectiveTimeouts
 from neurostorm.train.loop import Loop, Window
 from neurostorm.train.records import log_lines
 from neurostorm.train.records.log_lines import TimeLeft
-from neurostorm.train.records.time_account import Account
+from neurostorm.train.records.time_account import TimeAccount
 
 S = 10**9
 
@@ -41,13 +41,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @pytest.fixture
-def run(clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Callable[..., tuple[Account, list[dict]]]:
+def run(clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Callable[..., tuple[TimeAccount, list[dict]]]:
     """Runs `Loop.run` on steps that take given seconds, without model or engine; its account and logged metrics."""
     monkeypatch.setattr(loop_module, "mean_over_ranks", lambda values: values.tolist())
     monkeypatch.setattr(loop_module, "clip_names", lambda batch, runs: [])
     monkeypatch.setattr(loop_module.checkpoints, "save", lambda *place, **what: clock.turn(0.5))
 
-    def build(waits_s: list[float], steps_s: list[float], log_every: int) -> tuple[Account, list[dict]]:
+    def build(waits_s: list[float], steps_s: list[float], log_every: int) -> tuple[TimeAccount, list[dict]]:
         total, logged = len(steps_s), []
 
         def batches() -> Iterator[Any]:
@@ -81,7 +81,7 @@ def run(clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Callabl
             checkpoint=SimpleNamespace(every=total, notice_every=100, keep=1),
             tracking=SimpleNamespace(clip_ledger=False),
         )
-        account = Account(clock_ns=lambda: round(clock() * S))
+        account = TimeAccount(clock_ns=lambda: round(clock() * S))
         Quick(
             config=config,
             engine=SimpleNamespace(save=None),

@@ -14,7 +14,7 @@ from neurostorm.downstream.labels import LabelError
 from neurostorm.downstream.splits import Split
 from neurostorm.downstream.tasks.task import Age, Task
 from neurostorm.downstream.trial import RESULT, TEST, Trial
-from neurostorm.io.object_store import PlaceError
+from neurostorm.io.object_store import ObjectStoreError
 from neurostorm.runtime.run_folder import keep_config
 from neurostorm.store import StoreError
 from neurostorm.tune import sweep as module
@@ -136,7 +136,7 @@ def test_a_folder_holds_one_sweep(tmp_path: Path) -> None:
         (LabelError("no such column"), False),
         (ConfigError("no"), False),
         (StoreError("damaged"), False),
-        (PlaceError("no answer"), True),
+        (ObjectStoreError("no answer"), True),
         (ValueError("x"), True),
     ],
 )

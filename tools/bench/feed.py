@@ -39,7 +39,7 @@ import ray.train
 import torch
 from feed_sides import Work, direct_sides, make_store, open_work, patch_sides
 
-from neurostorm.data.loader import batches, clip_dataset, feed_options
+from neurostorm.data.loader import batches, clip_dataset, loader_options
 from neurostorm.runtime.session import start_local
 from neurostorm.store import FrameStore
 
@@ -129,7 +129,7 @@ class Pipeline:
         work = self.work
         last = WARM_STEPS + work.steps
         dataset = clip_dataset(work.reader, work.plan, first_step=0, last_step=last, workers=1, read_in=self.read_in)
-        options = feed_options(work.reader, work.plan, read_in=self.read_in, steps_ahead=2)
+        options = loader_options(work.reader, work.plan, read_in=self.read_in, steps_ahead=2)
         (shards,) = ray.train.DataConfig(execution_options=options).configure({"train": dataset}, 1, None, None)
         spent_s, waiting = ray.get(self.worker.take.remote(shards["train"], step_s))
         return spent_s, waiting

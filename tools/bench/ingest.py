@@ -53,9 +53,9 @@ OTHER = "other"  # header, plans, attributes, the store's bookkeeping
 # Functions with a clock, and the step that their own time counts for.
 CLOCKED: tuple[tuple[Any, str, str], ...] = (
     (frame_buffer, "_take", "take, cast"), (frame_buffer, "as_values", "take, cast"),
-    (frame_buffer.Taken, "block", "take, cast"),
-    (frame_buffer.Kept, "add", "take, cast"), (frame_buffer.Mixed, "block", "take, cast"),
-    (frame_buffer.Kept, "block", "space"), (frame_buffer.Mixed, "add", "space"),
+    (frame_buffer.VoxelBuffer, "block", "take, cast"),
+    (frame_buffer.SourceBuffer, "add", "take, cast"), (frame_buffer.ResampledBuffer, "block", "take, cast"),
+    (frame_buffer.SourceBuffer, "block", "space"), (frame_buffer.ResampledBuffer, "add", "space"),
     (standardize, "pack", "time"),
     (blocks, "finite_series", "z, round"), (blocks, "standard_scores", "z, round"), (FrameCodec, "encode", "z, round"),
     (target, "standardise", "z, round"),
@@ -215,13 +215,13 @@ def measure_spread(file: Path, folder: Path, runs: int) -> dict[str, Any]:
     if started:
         start_local(num_cpus=RAY_CPUS, logging_level=logging.ERROR, log_to_driver=False)
         logging.getLogger("ray.data._internal").setLevel(logging.ERROR)
-    spread, spans, slots = job.spread, [], []
-    job.spread = watched
+    spread, spans, slots = job.map_runs, [], []
+    job.map_runs = watched
     try:
         ingest("warm", RAY_CPUS)
         ingest("spread", runs)
     finally:
-        job.spread = spread
+        job.map_runs = spread
         if started:
             ray.shutdown()
     wall_s, cpu_s = spans[-1]

@@ -23,7 +23,7 @@ import psutil
 from scipy.ndimage import gaussian_filter
 
 from neurostorm.config import Config
-from neurostorm.io.paths import Place, files_below
+from neurostorm.io.paths import AnyPath, list_files
 from neurostorm.store import INT8_16, Grid, create_store, run_path, write_manifest, write_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -190,7 +190,7 @@ def kill_all(processes: list[psutil.Process]) -> None:
     psutil.wait_procs(processes, timeout=30)
 
 
-def entries(file: Place) -> list[dict[str, Any]]:
+def entries(file: AnyPath) -> list[dict[str, Any]]:
     """Whole lines of a rank's ledger; the last one may be in the making."""
     if not file.is_file():
         return []
@@ -205,7 +205,7 @@ def last_words(config: Config) -> Ledger:
     """
     folder = config.run.folder / "ledger"
     ranks: list[dict[int, dict[str, Any]]] = [{} for _ in range(config.scale.workers)]
-    for name, _ in sorted(files_below(folder)):
+    for name, _ in sorted(list_files(folder)):
         rank = int(re.split(r"[-./]", name)[1])
         ranks[rank] |= {entry["step"]: entry for entry in entries(folder / name)}
     words: Ledger = {}

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from chaos.job import Job, kill_all, last_words, make_config
 
+from chaos.job import Job, kill_all, last_words, make_config
 from neurostorm.config import Config
-from neurostorm.io.paths import Place, files_below
+from neurostorm.io.paths import AnyPath, list_files
 
 FRAMES = 240  # of the store's runs: 60 clips each
 STEPS_PER_EPOCH = 120  # of two clips, four training subjects
@@ -90,7 +90,7 @@ class Scene:
         return self.jobs[-1]
 
     @property
-    def checkpoints(self) -> Place:
+    def checkpoints(self) -> AnyPath:
         """Their folder."""
         return self.config.run.folder / "checkpoints"
 
@@ -138,18 +138,18 @@ class Scene:
         """The run's training workers, in order of their start."""
         return self.job.workers()
 
-    def committed(self) -> list[Place]:
+    def committed(self) -> list[AnyPath]:
         """Folders of whole checkpoints, oldest first."""
         return self._saved()[0]
 
-    def begun(self) -> list[Place]:
+    def begun(self) -> list[AnyPath]:
         """Folders of checkpoints after the newest whole one, which have no marker."""
         whole, others = self._saved()
         return [folder for folder in others if not whole or folder.name > whole[-1].name]
 
-    def _saved(self) -> tuple[list[Place], list[Place]]:
+    def _saved(self) -> tuple[list[AnyPath], list[AnyPath]]:
         """Folders of checkpoints with and without a marker."""
-        files = [Path(name).parts for name, _ in files_below(self.checkpoints)]
+        files = [Path(name).parts for name, _ in list_files(self.checkpoints)]
         names = {parts[0] for parts in files if parts[0].startswith("step-")}
         whole = {parts[0] for parts in files if parts[1:] == ("COMMITTED",)} & names
         return (

@@ -19,8 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 from chaos.faults import Fault
 from chaos.scene import Scene
-
-from neurostorm.io.paths import place
+from neurostorm.io.paths import to_path
 
 AWAY_S = 20.0
 BUCKET = "chaos"
@@ -96,7 +95,7 @@ def own_store(scene: Scene) -> Callable[[], None]:
 def served_store(scene: Scene) -> Callable[[], None]:
     """The store as it is served by an object store."""
     server = scene.server = FolderServer(scene.setting.store)
-    _use(scene, place(f"s3://{BUCKET}"))
+    _use(scene, to_path(f"s3://{BUCKET}"))
     scene.environment |= {
         "AWS_ENDPOINT_URL": server.address, "AWS_ACCESS_KEY_ID": "chaos", "AWS_SECRET_ACCESS_KEY": "chaos",
         "AWS_REGION": "us-east-1",

@@ -20,16 +20,15 @@ from chaos.check import loss_problems
 from chaos.faults import HOOK, Fault
 from chaos.job import ROOT, Ledger, entries
 from chaos.scene import Scene
-
 from neurostorm.data.withdrawals import subject_of
-from neurostorm.io.paths import place
+from neurostorm.io.paths import to_path
 
 
 def own_store(scene: Scene) -> Callable[[], None]:
     """Gives the run a copy of the store."""
     store = Path(f"{scene.setting.store}-{scene.config.run.name}")
     shutil.copytree(scene.setting.store, store)
-    data = scene.config.data.model_copy(update={"store": place(store)})
+    data = scene.config.data.model_copy(update={"store": to_path(store)})
     scene.config = scene.config.model_copy(update={"data": data})
     return lambda: shutil.rmtree(store)
 
@@ -76,7 +75,7 @@ def reference(scene: Scene, plain: Ledger) -> Ledger:
     file = scene.setting.folder / f"{name}.json"
     file.write_text(json.dumps(sorted(rows)))
     run = scene.config.run.model_copy(update={"name": name})
-    data = scene.config.data.model_copy(update={"store": place(scene.setting.store)})
+    data = scene.config.data.model_copy(update={"store": to_path(scene.setting.store)})
     other = Scene(scene.setting, scene.config.model_copy(update={"run": run, "data": data}), random.Random(0))
     other.environment |= {"CHAOS_LEAVE_OUT": str(file), "PYTHONPATH": f"{HOOK}:{ROOT}"}
     try:

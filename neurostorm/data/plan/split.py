@@ -30,14 +30,14 @@ class Segments:
 
 
 @dataclass(frozen=True)
-class Split:
+class HoldOut:
     """Training and validation segments, and in words how they were parted (`12 of 60 subjects held out`)."""
 
     train: Segments
     validation: Segments
     description: str
 
-    def of_runs(self, used: NDArray[np.bool_]) -> "Split":
+    def of_runs(self, used: NDArray[np.bool_]) -> "HoldOut":
         """The same parting without the runs that `used` (bool, one per run of the manifest) is false for."""
         parts = {side: getattr(self, side).where(used[getattr(self, side).run]) for side in ("train", "validation")}
         return replace(self, **parts)
@@ -52,7 +52,7 @@ class Split:
                 )
 
 
-def split(subjects: Sequence[str], frames: Sequence[int], *, clip_frames: int, held_out: float, seed: int) -> Split:
+def split(subjects: Sequence[str], frames: Sequence[int], *, clip_frames: int, held_out: float, seed: int) -> HoldOut:
     """Parts runs into training and validation, by subject; a store of one subject is parted in time.
 
     `subjects` names each run's subject uniquely over datasets, `frames` its length. Subjects are ordered by a hash of
@@ -71,17 +71,17 @@ def split(subjects: Sequence[str], frames: Sequence[int], *, clip_frames: int, h
         chosen = set(names[:count])
         held = np.fromiter((subject in chosen for subject in subjects), bool, len(lengths))
         whole = Segments(np.arange(len(lengths), dtype=np.int32), np.zeros_like(lengths), lengths)
-        parted = Split(whole.where(~held), whole.where(held), f"{count} of {len(names)} subjects held out")
+        parted = HoldOut(whole.where(~held), whole.where(held), f"{count} of {len(names)} subjects held out")
     parted.check(clip_frames)
     return parted
 
 
-def _split_in_time(lengths: NDArray[np.int32], clip_frames: int, held_out: float) -> Split:
+def _split_in_time(lengths: NDArray[np.int32], clip_frames: int, held_out: float) -> HoldOut:
     held = np.maximum(np.ceil(held_out * lengths).astype(np.int32), clip_frames)
     index = np.arange(len(lengths), dtype=np.int32)
     train = Segments(index, np.zeros_like(lengths), np.maximum(lengths - held - clip_frames, 0))
     validation = Segments(index, np.maximum(lengths - held, 0), np.minimum(held, lengths))
-    return Split(train, validation, f"one subject: the last {held_out:.0%} of each run held out")
+    return HoldOut(train, validation, f"one subject: the last {held_out:.0%} of each run held out")
 
 
 def subject_hash(subject: str) -> str:

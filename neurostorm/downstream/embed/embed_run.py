@@ -20,11 +20,11 @@ from torch import Tensor
 from neurostorm.data.clips import ClipReader
 from neurostorm.data.plan.clip_plan import ROW
 from neurostorm.data.unpack import ClipUnpacker, unpacker_for
-from neurostorm.downstream.embed.parts import ClipResult, Run, write_part
+from neurostorm.downstream.embed.parts import ClipResult, RunToEmbed, write_part
 from neurostorm.ingest.nifti import RunError
 from neurostorm.ingest.resample.clip import read_clips
-from neurostorm.io.local_copies import fetched
-from neurostorm.io.paths import Place
+from neurostorm.io.local_copies import local_copy
+from neurostorm.io.paths import AnyPath
 from neurostorm.model.hub.pretrained import NeuroStorm
 from neurostorm.store import FrameStore, StoreError
 
@@ -34,7 +34,7 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Task:
+class EmbedTask:
     """What a worker needs to know; paths are absolute.
 
     Attributes:
@@ -50,9 +50,9 @@ class Task:
         places: keep the vector of each place of the last stage, P' one after the other, instead of their mean.
     """
 
-    model: Place
-    out: Place
-    store: Place | None
+    model: AnyPath
+    out: AnyPath
+    store: AnyPath | None
     normalise: str
     clip_frames: int
     stride_frames: int
@@ -74,15 +74,15 @@ class Batch:
 class Embedder:
     """Holds the model and embeds run after run."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: EmbedTask) -> None:
         torch.set_num_threads(task.threads)
         self._task = task
-        with fetched(task.model) as folder:
+        with local_copy(task.model) as folder:
             self._model = NeuroStorm.from_pretrained(folder).to(task.device)
         self._unpackers: dict[int, ClipUnpacker] = {}
         self._store = None if task.store is None else FrameStore.open(task.store)
 
-    def embed(self, run: Run) -> list[ClipResult]:
+    def embed(self, run: RunToEmbed) -> list[ClipResult]:
         """Embed a run and keep its part; what was made of it."""
         try:
             clips = [clip for batch in self._batches(run) for clip in self._results(batch)]
@@ -94,10 +94,10 @@ class Embedder:
         write_part(self._task.out, run, clips)
         return clips
 
-    def _batches(self, run: Run) -> Iterator[Batch]:
+    def _batches(self, run: RunToEmbed) -> Iterator[Batch]:
         return self._of_store(run) if run.source is None else self._of_file(run)
 
-    def _of_store(self, run: Run) -> Iterator[Batch]:
+    def _of_store(self, run: RunToEmbed) -> Iterator[Batch]:
         assert self._store is not None
         task, frames = self._task, min(self._task.clip_frames, run.frames)
         reader = ClipReader(self._store, (run.run,), frames, task.normalise)
@@ -112,7 +112,7 @@ class Embedder:
             ]
             yield Batch(chosen, self._unpacker(frames)(clips).values, reasons)
 
-    def _of_file(self, run: Run) -> Iterator[Batch]:
+    def _of_file(self, run: RunToEmbed) -> Iterator[Batch]:
         assert run.source is not None
         task, recipe = self._task, self._model.clip_recipe()
         clips = read_clips(run.source, **recipe._asdict(), frames=task.clip_frames, stride=task.stride_frames)
@@ -140,7 +140,7 @@ class Embedder:
             self._unpackers[frames] = unpacker_for(self._store, geometry, patch, self._task.device)
         return self._unpackers[frames]
 
-    def _why_unreadable(self, run: Run, start: int, frames: int) -> str:
+    def _why_unreadable(self, run: RunToEmbed, start: int, frames: int) -> str:
         """The reader only marks a clip as bad; reading it once more says why."""
         assert self._store is not None
         try:

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from neurostorm.config import AdaptConfig, EmbedConfig
 from neurostorm.downstream.cohort import Cohort
-from neurostorm.downstream.embed.embed_run import Task
-from neurostorm.downstream.embed.job import spread
-from neurostorm.downstream.embed.parts import ClipResult, Run, read_parts, unfinished
+from neurostorm.downstream.embed.embed_run import EmbedTask
+from neurostorm.downstream.embed.job import embed_runs
+from neurostorm.downstream.embed.parts import ClipResult, RunToEmbed, read_parts, unfinished
 from neurostorm.downstream.methods.backbone import Backbone
 from neurostorm.downstream.tasks.examples import Examples
-from neurostorm.io.paths import Place
+from neurostorm.io.paths import AnyPath
 from neurostorm.runtime.progress import progress
 from neurostorm.store import FrameStore, StoreError
 
@@ -32,7 +32,7 @@ def compute_tokens(
     backbone: Backbone,
     cohort: Cohort,
     examples: Examples,
-    cache: Place,
+    cache: AnyPath,
     settings: AdaptConfig,
     *,
     workers: int,
@@ -48,7 +48,7 @@ def compute_tokens(
     """
     folder, runs = tokens_folder(backbone, examples.clip_frames, cache), _runs(cohort.store, examples)
     waiting = unfinished(folder, runs)
-    task = Task(
+    task = EmbedTask(
         model=backbone.place,
         out=folder,
         store=cohort.store.path,
@@ -66,7 +66,7 @@ def compute_tokens(
     )  # fmt: skip
     failed = 0
     with progress(len(waiting), title, "run") as bar:
-        for failed in spread(waiting, task, resources):
+        for failed in embed_runs(waiting, task, resources):
             bar.update()
             bar.note(failed=failed)
     if failed and (strict or failed == len(runs)):
@@ -74,7 +74,7 @@ def compute_tokens(
     return len(waiting)
 
 
-def read_tokens(backbone: Backbone, store: FrameStore, examples: Examples, cache: Place) -> NDArray[np.float32]:
+def read_tokens(backbone: Backbone, store: FrameStore, examples: Examples, cache: AnyPath) -> NDArray[np.float32]:
     """What `compute_tokens` made of the clips: float32 (N, P', C'), tokens of the last stage averaged over frames.
 
     StoreError if a part is not there, or holds a clip that could not be read.
@@ -98,21 +98,21 @@ def read_tokens(backbone: Backbone, store: FrameStore, examples: Examples, cache
     return tokens
 
 
-def tokens_folder(backbone: Backbone, clip_frames: int, cache: Place) -> Place:
+def tokens_folder(backbone: Backbone, clip_frames: int, cache: AnyPath) -> AnyPath:
     """Where the parts of one network lie, of clips of one length."""
     return cache / "tokens" / f"{backbone.key}-{backbone.normalise}-{clip_frames}"
 
 
-def _runs(store: FrameStore, examples: Examples) -> list[Run]:
+def _runs(store: FrameStore, examples: Examples) -> list[RunToEmbed]:
     """The runs as the embedding takes them, each with its clips."""
     return [_run(store, examples, index, starts) for index, starts in examples.clips_of_run().items()]
 
 
-def _run(store: FrameStore, examples: Examples, index: int, starts: NDArray[np.int64]) -> Run:
+def _run(store: FrameStore, examples: Examples, index: int, starts: NDArray[np.int64]) -> RunToEmbed:
     run = examples.runs[index]
     dataset, subject = run.subject.split("/")
     facts = [run.content, store.mask_sha256, store.tr_s, store.recipe, starts.tolist()]
-    return Run(
+    return RunToEmbed(
         run=run.path,
         dataset=dataset,
         subject=subject,
@@ -125,7 +125,7 @@ def _run(store: FrameStore, examples: Examples, index: int, starts: NDArray[np.i
     )
 
 
-def _failed(parts: Iterable[tuple[Run, list[ClipResult] | None]]) -> StoreError:
+def _failed(parts: Iterable[tuple[RunToEmbed, list[ClipResult] | None]]) -> StoreError:
     """The error that names the clips of these runs that could not be read."""
     found = [
         clip.reason if run.run in clip.reason else f"{run.place}, clip from frame {clip.start_frame}: {clip.reason}"

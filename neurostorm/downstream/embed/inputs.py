@@ -21,10 +21,10 @@ import torch
 
 import neurostorm
 from neurostorm.config import ConfigError, EmbedConfig
-from neurostorm.downstream.embed.parts import Run
+from neurostorm.downstream.embed.parts import RunToEmbed
 from neurostorm.downstream.embed.pretrained import check_fits, open_pretrained
 from neurostorm.ingest.layouts.discover import Source, discover
-from neurostorm.io.paths import Place, replace
+from neurostorm.io.paths import AnyPath, atomic_write
 from neurostorm.model.hub.pretrained import CONFIG, NeuroStorm
 from neurostorm.store import FrameStore, read_manifest
 from neurostorm.tracking.tracker import code_revision
@@ -47,9 +47,9 @@ class Input:
         facts: what stands in embed.json.
     """
 
-    model: Place
-    store: Place | None
-    runs: tuple[Run, ...]
+    model: AnyPath
+    store: AnyPath | None
+    runs: tuple[RunToEmbed, ...]
     tr_s: float
     normalise: str
     clip_frames: int
@@ -82,7 +82,7 @@ def open_input(settings: EmbedConfig) -> Input:
     return Input(folder, settings.store, ordered, tr_s, found.normalise, frames, stride, facts)
 
 
-def remember(out: Place, given: Input) -> None:
+def remember(out: AnyPath, given: Input) -> None:
     """Write embed.json, unless the folder holds an embedding that was made otherwise: ConfigError naming how."""
     file = out / SETTINGS
     if file.is_file():
@@ -93,7 +93,7 @@ def remember(out: Place, given: Input) -> None:
                 "with again, or another folder, --out"
             )
     out.mkdir(parents=True, exist_ok=True)
-    replace(file, (json.dumps(given.facts, indent=2) + "\n").encode())
+    atomic_write(file, (json.dumps(given.facts, indent=2) + "\n").encode())
 
 
 def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -118,12 +118,12 @@ def _flat(tree: dict[str, Any], above: str = "") -> Sequence[tuple[str, Any]]:
     ]
 
 
-def _store(path: Place, model: NeuroStorm) -> tuple[dict[str, Any], list[Run], float]:
+def _store(path: AnyPath, model: NeuroStorm) -> tuple[dict[str, Any], list[RunToEmbed], float]:
     """What embed.json says of a store, its runs, and seconds between its frames."""
     store = FrameStore.open(path.absolute())
     check_fits(model, store)
     runs = [
-        Run(
+        RunToEmbed(
             run=row["run"],
             dataset=row["dataset"],
             subject=row["subject"],
@@ -142,7 +142,7 @@ def _store(path: Place, model: NeuroStorm) -> tuple[dict[str, Any], list[Run], f
     return facts, runs, store.tr_s
 
 
-def _source(settings: EmbedConfig, model: NeuroStorm) -> tuple[dict[str, Any], list[Run], float]:
+def _source(settings: EmbedConfig, model: NeuroStorm) -> tuple[dict[str, Any], list[RunToEmbed], float]:
     """What embed.json says of a folder of NIfTI files, its runs, and seconds between the frames of a clip."""
     assert settings.source is not None
     tr_s, root = model.clip_recipe().tr_s, settings.source
@@ -152,7 +152,7 @@ def _source(settings: EmbedConfig, model: NeuroStorm) -> tuple[dict[str, Any], l
     with ThreadPoolExecutor(STAT_THREADS) as pool:
         contents = list(pool.map(partial(_state_of, root), sources))
     runs = [
-        Run(
+        RunToEmbed(
             run=source.run,
             dataset=source.dataset,
             subject=source.subject,
@@ -169,7 +169,7 @@ def _source(settings: EmbedConfig, model: NeuroStorm) -> tuple[dict[str, Any], l
     return {"kind": "source", "path": str(root), "sha256": sha256, "tr_s": tr_s}, runs, tr_s
 
 
-def _state_of(root: Place, source: Source) -> str:
+def _state_of(root: AnyPath, source: Source) -> str:
     """Where a run's files lie below the source, their sizes and times."""
     files = [source.path, *([source.mask_path] if source.mask_path else []), *source.sidecars]
     states = []
@@ -184,7 +184,7 @@ def _state_of(root: Place, source: Source) -> str:
     return f"{relative} {'; '.join(states)}"
 
 
-def _json(path: Place) -> dict[str, Any]:
+def _json(path: AnyPath) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:

@@ -21,10 +21,10 @@ from typing import Any
 import ray
 
 from neurostorm.config import Config, EmbedConfig
-from neurostorm.downstream.embed.embed_run import Embedder, Task
+from neurostorm.downstream.embed.embed_run import Embedder, EmbedTask
 from neurostorm.downstream.embed.inputs import Input, open_input, remember
-from neurostorm.downstream.embed.parts import CLIPS, FAILED, RUNS, SUBJECTS, Assembled, Run, assemble, unfinished
-from neurostorm.io.paths import Place
+from neurostorm.downstream.embed.parts import CLIPS, FAILED, RUNS, SUBJECTS, Assembled, RunToEmbed, assemble, unfinished
+from neurostorm.io.paths import AnyPath
 from neurostorm.runtime.capacity import Demand, room
 from neurostorm.runtime.progress import progress
 from neurostorm.runtime.resources import require
@@ -42,7 +42,7 @@ LISTED_REASONS = 20
 class EmbedReport:
     """What an embedding job did: where, of how many runs, how many were there already, and what the tables hold."""
 
-    out: Place
+    out: AnyPath
     runs: int
     already_there: int
     seconds: float
@@ -76,7 +76,7 @@ def embed(config: Config) -> EmbedReport:
         HubError: the model cannot be read, or does not say how its clips were made.
         DiscoverError: the source holds no run.
         StoreError: the store cannot be read, or its grid, mask or TR is not the model's.
-        PlaceError: an object store does not answer.
+        ObjectStoreError: an object store does not answer.
     """
     started = time.monotonic()
     settings, out = config.embed, config.embed.out
@@ -89,7 +89,7 @@ def embed(config: Config) -> EmbedReport:
     if waiting:
         _require(settings, config.scale.wait_for_nodes_s)
     with progress(len(waiting), "embed", "run") as bar:
-        for failed in spread(waiting, task_of(settings, given, out), settings):
+        for failed in embed_runs(waiting, task_of(settings, given, out), settings):
             bar.update()
             bar.note(failed=failed)
     missing = f"its process died {CRASH_RETRIES + 1} time(s); if memory ran out, a lower embed.batch_clips helps"
@@ -98,7 +98,7 @@ def embed(config: Config) -> EmbedReport:
     return EmbedReport(out, len(given.runs), there, time.monotonic() - started, tables)
 
 
-def spread(runs: Sequence[Run], task: Task, settings: EmbedConfig) -> Iterator[int]:
+def embed_runs(runs: Sequence[RunToEmbed], task: EmbedTask, settings: EmbedConfig) -> Iterator[int]:
     """Embed `runs` on a pool of actors, each of which holds the model; yields as they come how many failed so far.
 
     A run whose process dies on every try leaves no part.
@@ -140,7 +140,7 @@ def _say(line: str) -> None:
 class _Worker:
     """The embedder inside a Ray actor; runs travel pickled."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: EmbedTask) -> None:
         self._embedder = Embedder(task)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[bool]]:
@@ -148,9 +148,9 @@ class _Worker:
         return {"failed": [any(clip.reason for clip in clips) for clips in results]}
 
 
-def task_of(settings: EmbedConfig, given: Input, out: Place) -> Task:
+def task_of(settings: EmbedConfig, given: Input, out: AnyPath) -> EmbedTask:
     """What every worker is told."""
-    return Task(
+    return EmbedTask(
         model=given.model,
         out=out,
         store=given.store,

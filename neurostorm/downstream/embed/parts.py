@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from neurostorm.ingest.layouts.discover import Source
-from neurostorm.io.local_copies import outgoing
-from neurostorm.io.paths import Place, files_below, replace
+from neurostorm.io.local_copies import upload_folder
+from neurostorm.io.paths import AnyPath, atomic_write, list_files
 from neurostorm.runtime.progress import tracked
 
 PARTS = "parts"
@@ -44,7 +44,7 @@ FAILED_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class Run:
+class RunToEmbed:
     """One run that is to be embedded.
 
     Attributes:
@@ -94,25 +94,25 @@ class Assembled:
     width: int
 
 
-def unfinished(out: Place, runs: Sequence[Run]) -> list[Run]:
+def unfinished(out: AnyPath, runs: Sequence[RunToEmbed]) -> list[RunToEmbed]:
     """Those of `runs` whose part is not there; found by one listing of all parts."""
-    there = {name for name, _ in files_below(out / PARTS)}
+    there = {name for name, _ in list_files(out / PARTS)}
     return [run for run in runs if _part(run) not in there]
 
 
-def write_part(out: Place, run: Run, clips: Sequence[ClipResult]) -> None:
+def write_part(out: AnyPath, run: RunToEmbed, clips: Sequence[ClipResult]) -> None:
     """Keep what was made of a run, in one step."""
     failed = any(clip.reason is not None for clip in clips)
     target = out / PARTS / _part(run, failed)
     target.parent.mkdir(parents=True, exist_ok=True)
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist([vars(clip) for clip in clips], schema=PART_SCHEMA), sink)
-    replace(target, sink.getvalue().to_pybytes())
+    atomic_write(target, sink.getvalue().to_pybytes())
     if not failed:
         (out / PARTS / _part(run, failed=True)).unlink(missing_ok=True)
 
 
-def assemble(out: Place, runs: Sequence[Run], tr_s: float, missing: str) -> Assembled:
+def assemble(out: AnyPath, runs: Sequence[RunToEmbed], tr_s: float, missing: str) -> Assembled:
     """Write the tables of `runs`, in their order, from their parts.
 
     Args:
@@ -121,7 +121,7 @@ def assemble(out: Place, runs: Sequence[Run], tr_s: float, missing: str) -> Asse
         tr_s: seconds between two frames.
         missing: the reason that stands in failed.parquet for a run without a part.
     """
-    means: list[tuple[Run, int, Vector]] = []
+    means: list[tuple[RunToEmbed, int, Vector]] = []
     failed: list[dict[str, object]] = []
 
     def clip_tables() -> Iterator[pa.Table]:
@@ -142,7 +142,7 @@ def assemble(out: Place, runs: Sequence[Run], tr_s: float, missing: str) -> Asse
             ]
             yield pa.Table.from_pylist(rows, schema=CLIPS_SCHEMA)
 
-    with outgoing(out) as tables:
+    with upload_folder(out) as tables:
         clip_count = _write_grouped(tables / CLIPS, clip_tables())
         rows = [{**run.names, "clips": count, "embedding": mean} for run, count, mean in means]
         _write(tables / RUNS, rows, RUNS_SCHEMA)
@@ -155,21 +155,21 @@ def assemble(out: Place, runs: Sequence[Run], tr_s: float, missing: str) -> Asse
     return Assembled(clip_count, len(means), len(subjects), tuple(failed), len(means[0][2]) if means else 0)
 
 
-def _part(run: Run, failed: bool = False) -> str:
+def _part(run: RunToEmbed, failed: bool = False) -> str:
     """The part's path below OUT/parts."""
     key = hashlib.sha256(run.content.encode()).hexdigest()[:12]
     _, dataset, subject, stem = run.run.split("/")  # runs/<dataset>/<subject>/<entities>
     return f"{dataset}/{subject}/{stem}.{key}{'.failed' if failed else ''}.parquet"
 
 
-def read_parts(out: Place, runs: Sequence[Run]) -> Iterator[list[ClipResult] | None]:
+def read_parts(out: AnyPath, runs: Sequence[RunToEmbed]) -> Iterator[list[ClipResult] | None]:
     """The parts of `runs`, in their order; None for a run without one."""
     with ThreadPoolExecutor(_READ_THREADS) as pool:
         for first in range(0, len(runs), READ_PARTS):
             yield from pool.map(partial(_read_part, out), runs[first : first + READ_PARTS])
 
 
-def _read_part(out: Place, run: Run) -> list[ClipResult] | None:
+def _read_part(out: AnyPath, run: RunToEmbed) -> list[ClipResult] | None:
     for failed in (False, True):
         try:
             data = (out / PARTS / _part(run, failed)).read_bytes()
@@ -187,7 +187,7 @@ def _mean(vectors: Sequence[Vector]) -> Vector:
     return np.asarray(np.mean(np.stack(vectors), axis=0, dtype=np.float64), np.float32)
 
 
-def _subjects(means: Sequence[tuple[Run, int, Vector]]) -> list[dict[str, object]]:
+def _subjects(means: Sequence[tuple[RunToEmbed, int, Vector]]) -> list[dict[str, object]]:
     """A row per subject, the mean of its runs' vectors; every run counts alike."""
     rows: list[dict[str, object]] = []
     for (dataset, subject), group in groupby(means, key=lambda mean: (mean[0].dataset, mean[0].subject)):

@@ -12,8 +12,8 @@ from typing import Literal, cast
 import numpy as np
 
 from neurostorm.config import ConfigError
-from neurostorm.io.local_copies import fetched, outgoing
-from neurostorm.io.paths import Place
+from neurostorm.io.local_copies import local_copy, upload_folder
+from neurostorm.io.paths import AnyPath
 from neurostorm.model.hub.locate import find_model
 from neurostorm.model.hub.pretrained import CONFIG, WEIGHTS, HubError, NeuroStorm
 from neurostorm.model.hub.reference import load_reference
@@ -34,14 +34,14 @@ class Pretrained:
         normalise: "voxel" or "global".
     """
 
-    place: Place
+    place: AnyPath
     model: NeuroStorm
     sha256: str
     normalise: Normalise
 
 
 def open_pretrained(
-    address: Place | None, normalise: Normalise | None, *, section: str, converted: Place | None = None
+    address: AnyPath | None, normalise: Normalise | None, *, section: str, converted: AnyPath | None = None
 ) -> Pretrained:
     """The model at an address that the field `section`.model named.
 
@@ -65,7 +65,7 @@ def open_pretrained(
             folder = find_model(folder)
         except HubError as error:
             raise ConfigError(f"{section}.model: {error}") from error
-    with fetched(folder) as local:
+    with local_copy(folder) as local:
         model, sha256 = NeuroStorm.from_pretrained(local), file_sha256(local / WEIGHTS)
     own = model.extra.get("normalise")
     if own is None and normalise is None:
@@ -108,12 +108,12 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _converted(checkpoint: Place, folder: Place) -> Place:
+def _converted(checkpoint: AnyPath, folder: AnyPath) -> AnyPath:
     """A released checkpoint as a model's folder below `folder`, named by its bytes."""
-    with fetched(checkpoint) as local:
+    with local_copy(checkpoint) as local:
         target = folder / f"released-{file_sha256(local)[:16]}"
         if not (target / CONFIG).is_file():
-            with outgoing(target) as out:
+            with upload_folder(target) as out:
                 load_reference(local).save_pretrained(out)
     return target
 

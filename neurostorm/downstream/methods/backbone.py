@@ -19,8 +19,8 @@ from neurostorm.data.plan.split import subject_hash
 from neurostorm.downstream.cohort import Cohort
 from neurostorm.downstream.embed.pretrained import Normalise, Pretrained
 from neurostorm.downstream.methods.method import Method
-from neurostorm.io.local_copies import fetched, outgoing
-from neurostorm.io.paths import Place
+from neurostorm.io.local_copies import local_copy, upload_folder
+from neurostorm.io.paths import AnyPath
 from neurostorm.model.autoencoder import MaskedAutoencoder
 from neurostorm.model.config import SwinConfig
 from neurostorm.model.encoder import SwinEncoder
@@ -41,7 +41,7 @@ class Backbone:
         seen: hashes of the subjects that it was pretrained on (`subject_hash`); None: it does not say.
     """
 
-    place: Place
+    place: AnyPath
     key: str
     normalise: Normalise
     clip_frames: int
@@ -49,7 +49,7 @@ class Backbone:
 
     def encoder(self) -> SwinEncoder:
         """The encoder, newly read, on the CPU."""
-        with fetched(self.place) as folder:
+        with local_copy(self.place) as folder:
             network = NeuroStorm.from_pretrained(folder).network
         return network.encoder() if isinstance(network, MaskedAutoencoder) else network
 
@@ -71,7 +71,7 @@ def backbone_of(
     method: Method,
     found: Pretrained,
     cohort: Cohort,
-    models: Place,
+    models: AnyPath,
     *,
     seed: int,
     recipe: ContrastiveRecipe,
@@ -107,7 +107,7 @@ def backbone_of(
         else:
             encoder = random_encoder(swin, cohort.store, seed)
         extra = {"normalise": found.normalise, "subjects_sha256": sorted(seen or ())}
-        with outgoing(folder) as out:
+        with upload_folder(folder) as out:
             save_pretrained(encoder, out, extra)
     return Backbone(folder, key, found.normalise, swin.frames, seen)
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neurostorm.downstream.methods.parcels import Parcels, parcels_from_atlas, parcels_from_mask, region_means
-from neurostorm.io.paths import Place, replace
+from neurostorm.io.paths import AnyPath, atomic_write
 from neurostorm.store import FrameStore
 
 Kind = Literal["correlation", "partial correlation", "tangent"]
@@ -120,7 +120,7 @@ def region_series(store: FrameStore, run: str, parcels: Parcels) -> Series:
     return np.concatenate([region_means(block, parcels.labels, live, store.codec) for block in blocks])
 
 
-def series_cached(store: FrameStore, runs: Sequence[str], parcels: Parcels, folder: Place) -> list[Series]:
+def series_cached(store: FrameStore, runs: Sequence[str], parcels: Parcels, folder: AnyPath) -> list[Series]:
     """`region_series` of each of `runs`, from `folder` where it is kept, and kept there otherwise.
 
     A file's name is a hash of the run's content and the regions, so a run that was ingested anew is read anew. A file
@@ -135,7 +135,7 @@ def series_cached(store: FrameStore, runs: Sequence[str], parcels: Parcels, fold
         return list(pool.map(partial(_one_cached, store, parcels, folder), runs))
 
 
-def _one_cached(store: FrameStore, parcels: Parcels, folder: Place, run: str) -> Series:
+def _one_cached(store: FrameStore, parcels: Parcels, folder: AnyPath, run: str) -> Series:
     frames = store.frame_count(run)
     facts = {
         "run": run,
@@ -153,11 +153,11 @@ def _one_cached(store: FrameStore, parcels: Parcels, folder: Place, run: str) ->
     series = region_series(store, run, parcels)
     stream = io.BytesIO()
     np.save(stream, series)
-    replace(file, stream.getvalue())
+    atomic_write(file, stream.getvalue())
     return series
 
 
-def _load(file: Place) -> Series | None:
+def _load(file: AnyPath) -> Series | None:
     try:
         return np.load(io.BytesIO(file.read_bytes()), allow_pickle=False)
     except (FileNotFoundError, ValueError, EOFError):  # not there; cut off or no array

@@ -35,7 +35,7 @@ from neurostorm.downstream.methods.simple import VectorModel, build_vector_model
 from neurostorm.downstream.methods.training import OnEpoch, State, Trainer, better, load_trained
 from neurostorm.downstream.methods.vectors import Matcher
 from neurostorm.downstream.tasks.examples import Examples
-from neurostorm.io.paths import Place
+from neurostorm.io.paths import AnyPath
 from neurostorm.model.heads.adapt import Adapted, adapt
 from neurostorm.model.heads.places import PlaceHead
 
@@ -54,7 +54,7 @@ _BUFFERS = (".running_mean", ".running_var", ".num_batches_tracked", ".centre", 
 
 
 @dataclass(frozen=True)
-class Problem:
+class FitData:
     """A method and what it is fitted to.
 
     Attributes:
@@ -76,7 +76,7 @@ class Problem:
     examples: Examples
     objective: Objective
     backbone: Backbone | None
-    cache: Place
+    cache: AnyPath
     seed: int
     device: str
 
@@ -103,7 +103,7 @@ def settings_of(method: Method) -> tuple[str, ...]:
     return names + (("swift_steps",) if method.weights == "contrastive" else ())
 
 
-def fit(problem: Problem, train: Index, validation: Index, on_epoch: OnEpoch) -> Chosen:
+def fit(problem: FitData, train: Index, validation: Index, on_epoch: OnEpoch) -> Chosen:
     """Fit on the units `train`, choose on the units `validation`; `on_epoch` as `Trainer.fit` (by gradient only)."""
     if problem.method.by_gradient:
         trainer = _trainer(problem, train)
@@ -123,7 +123,7 @@ def fit(problem: Problem, train: Index, validation: Index, on_epoch: OnEpoch) ->
     return Chosen({"strength": strength}, measured, {}, 0 if constant else _learned(problem, x.shape[1]))
 
 
-def predict(problem: Problem, train: Index, units: Index, setting: dict[str, float], state: State) -> Values:
+def predict(problem: FitData, train: Index, units: Index, setting: dict[str, float], state: State) -> Values:
     """Predictions of `units` by what `fit` chose, each from all of its clips."""
     if problem.method.by_gradient:
         trainer = _trainer(problem, train)
@@ -133,7 +133,7 @@ def predict(problem: Problem, train: Index, units: Index, setting: dict[str, flo
     return _closed_form(problem, x, train, setting["strength"])(x[units])
 
 
-def clip_vectors(problem: Problem, train: Index, units: Index, state: State) -> tuple[Index, Values] | None:
+def clip_vectors(problem: FitData, train: Index, units: Index, state: State) -> tuple[Index, Values] | None:
     """A vector of each of up to SAME_SCAN_CLIPS clips of `units`: place in `units` (N), (N, D); None without any."""
     if problem.method.by_gradient and problem.method.sees != "matrices":
         trainer = _trainer(problem, train)
@@ -151,13 +151,13 @@ def counted(state: State) -> int:
     return sum(tensor.numel() for name, tensor in state.items() if not name.endswith(_BUFFERS))
 
 
-def _learned(problem: Problem, features: int) -> int:
+def _learned(problem: FitData, features: int) -> int:
     """Numbers of a closed form: weights and biases; of identification the centre, as its map follows from few runs."""
     return features if problem.objective.kind == "identification" else (features + 1) * problem.objective.outputs
 
 
 def _best_strength(
-    problem: Problem, x: Values, train: Index, validation: Index, strengths: Sequence[float]
+    problem: FitData, x: Values, train: Index, validation: Index, strengths: Sequence[float]
 ) -> tuple[float, dict[str, float]]:
     """Of the strengths the best on validation, and its metrics there; of equals the strongest."""
     judged = problem.examples.take(validation)
@@ -170,12 +170,12 @@ def _best_strength(
     return best
 
 
-def _closed_form(problem: Problem, x: Values, train: Index, strength: float) -> Callable[[Values], Values]:
+def _closed_form(problem: FitData, x: Values, train: Index, strength: float) -> Callable[[Values], Values]:
     found = _fitted(problem, x, train, strength)
     return found.transform if isinstance(found, Matcher) else found.predict
 
 
-def _fitted(problem: Problem, x: Values, train: Index, strength: float) -> Matcher | VectorModel:
+def _fitted(problem: FitData, x: Values, train: Index, strength: float) -> Matcher | VectorModel:
     examples, kind = problem.examples.take(train), problem.objective.kind
     if kind == "identification":
         return Matcher(strength).fit(x[train], examples.subjects)
@@ -185,7 +185,7 @@ def _fitted(problem: Problem, x: Values, train: Index, strength: float) -> Match
     return model.fit(x[train], examples.targets)
 
 
-def _vectors(problem: Problem, train: Index) -> Values:
+def _vectors(problem: FitData, train: Index) -> Values:
     """(M, D) of all units; what is learnt for them is learnt from the units `train`."""
     method, examples = problem.method, problem.examples
     if method.sees == "nothing":
@@ -200,7 +200,7 @@ def _vectors(problem: Problem, train: Index) -> Values:
     return vectors.edges(vectors.matrices(examples, series, problem.settings.connectivity, _taught(problem, train)))
 
 
-def _token_vectors(problem: Problem, train: Index) -> tuple[Values, vectors.Signals | None]:
+def _token_vectors(problem: FitData, train: Index) -> tuple[Values, vectors.Signals | None]:
     """(M, D) of the frozen tokens of all units, and the signals in them, if the pool has any."""
     examples, tokens, settings = problem.examples, _tokens(problem), problem.settings
     pool = vectors.pool_name(settings.pool, problem.objective.kind, examples.take(train))
@@ -210,7 +210,7 @@ def _token_vectors(problem: Problem, train: Index) -> tuple[Values, vectors.Sign
     return vectors.of_tokens(examples, tokens, pool, signals), signals
 
 
-def _trainer(problem: Problem, train: Index) -> Trainer:
+def _trainer(problem: FitData, train: Index) -> Trainer:
     torch.manual_seed(problem.seed)
     examples, settings, method = problem.examples, problem.settings, problem.method
     network: nn.Module
@@ -249,7 +249,7 @@ def _trainer(problem: Problem, train: Index) -> Trainer:
     return replace(trainer, conclude=network.head.conclude, head_lr=slow, begun=True)
 
 
-def _begin(problem: Problem, network: nn.Module, train: Index, validation: Index) -> None:
+def _begin(problem: FitData, network: nn.Module, train: Index, validation: Index) -> None:
     """Start the head of a network on clips as the probe that is best on validation (Kumar et al. 2022, LP-FT).
 
     The probe is of the network without prompts. New ones are short vectors, which move its tokens a little.
@@ -265,20 +265,20 @@ def _begin(problem: Problem, network: nn.Module, train: Index, validation: Index
         logger.warning("%s starts from nothing: %s", problem.method.name, error)
 
 
-def _taught(problem: Problem, train: Index) -> NDArray[np.bool_]:
+def _taught(problem: FitData, train: Index) -> NDArray[np.bool_]:
     return np.isin(np.arange(len(problem.examples.units)), train)
 
 
-def _backbone(problem: Problem) -> Backbone:
+def _backbone(problem: FitData) -> Backbone:
     assert problem.backbone is not None
     return problem.backbone
 
 
-def _tokens(problem: Problem) -> NDArray[np.float32]:
+def _tokens(problem: FitData) -> NDArray[np.float32]:
     return _kept_tokens(_backbone(problem), problem.cache, _Same(problem.cohort, problem.examples))
 
 
-def _series(problem: Problem) -> dict[int, NDArray[np.float32]]:
+def _series(problem: FitData) -> dict[int, NDArray[np.float32]]:
     parcels = problem.settings.atlas or problem.settings.parcels
     return _kept_series(parcels, problem.cache, _Same(problem.cohort, problem.examples))
 
@@ -299,12 +299,12 @@ class _Same:
 
 
 @functools.lru_cache(maxsize=2)
-def _kept_tokens(backbone: Backbone, cache: Place, same: _Same) -> NDArray[np.float32]:
+def _kept_tokens(backbone: Backbone, cache: AnyPath, same: _Same) -> NDArray[np.float32]:
     return read_tokens(backbone, same.cohort.store, same.examples, cache)
 
 
 @functools.lru_cache(maxsize=2)
-def _kept_series(parcels: Path | int, cache: Place, same: _Same) -> dict[int, NDArray[np.float32]]:
+def _kept_series(parcels: Path | int, cache: AnyPath, same: _Same) -> dict[int, NDArray[np.float32]]:
     store, used = same.cohort.store, sorted(same.examples.clips_of_run())
     paths = [same.examples.runs[run].path for run in used]
     return dict(zip(used, series_cached(store, paths, build_parcels(parcels, store), cache / "series"), strict=True))

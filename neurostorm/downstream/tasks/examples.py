@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from neurostorm.downstream.cohort import Run
+from neurostorm.downstream.cohort import CohortRun
 
 Whole = NDArray[np.int64]
 
@@ -32,7 +32,7 @@ class Examples:
         classes: names of the classes; () for a regression. Of identification: the subjects.
     """
 
-    runs: tuple[Run, ...]
+    runs: tuple[CohortRun, ...]
     clip_frames: int
     run: Whole
     start: Whole
@@ -111,8 +111,8 @@ def starts_of(frames: int, clip_frames: int, stride_frames: int) -> range:
     return range(0, frames - clip_frames + 1, stride_frames)
 
 
-def collect(
-    runs: Sequence[Run],
+def build_examples(
+    runs: Sequence[CohortRun],
     clip_frames: int,
     clips: Sequence[tuple[int, int, str]],
     subject_of: dict[str, str],

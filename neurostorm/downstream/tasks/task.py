@@ -33,9 +33,9 @@ import numpy as np
 from ray import cloudpickle
 
 from neurostorm.config import ConfigError, TaskConfig
-from neurostorm.downstream.cohort import Cohort, Run
+from neurostorm.downstream.cohort import Cohort, CohortRun
 from neurostorm.downstream.statistics.metrics import higher_is_better
-from neurostorm.downstream.tasks.examples import Examples, collect, starts_of
+from neurostorm.downstream.tasks.examples import Examples, build_examples, starts_of
 from neurostorm.downstream.tasks.overlap import REFUSE, Settled, merged, overlaps, settle
 from neurostorm.store.events import Event, run_events
 
@@ -147,7 +147,7 @@ class SubjectTask(Task):
         subjects = {subject: subject for _, _, subject in clips}
         classes = self.classes({subject: labels[subject] for subject in subjects})
         targets = {subject: self.target(labels[subject], classes) for subject in subjects}
-        return collect(cohort.runs, cut.clip_frames, clips, subjects, targets, classes)
+        return build_examples(cohort.runs, cut.clip_frames, clips, subjects, targets, classes)
 
     @abstractmethod
     def classes(self, labels: Mapping[str, float | str]) -> tuple[str, ...]:
@@ -241,9 +241,9 @@ class State(Task):
                 "(task.clip_frames)"
             )
         target_of = {unit: float(classes.index(state)) for unit, state in state_of.items()}
-        return collect(cohort.runs, cut.clip_frames, clips, subject_of, target_of, classes)
+        return build_examples(cohort.runs, cut.clip_frames, clips, subject_of, target_of, classes)
 
-    def _counting(self, cohort: Cohort, run: Run, cut: Cut) -> list[Event]:
+    def _counting(self, cohort: Cohort, run: CohortRun, cut: Cut) -> list[Event]:
         """The events of a run whose type counts."""
         events = run_events(cohort.attributes(run))
         return [event for event in events if not cut.states or event.trial_type in cut.states]
@@ -321,7 +321,7 @@ class ReId(Task):
         ]
         subject_of = {run.path: run.subject for run in cohort.runs}
         target_of = {run.path: float(several.index(run.subject)) for run in cohort.runs if run.subject in several}
-        return collect(cohort.runs, cut.clip_frames, clips, subject_of, target_of, several)
+        return build_examples(cohort.runs, cut.clip_frames, clips, subject_of, target_of, several)
 
 
 def find_task(text: str, column: str | None = None) -> Task:

@@ -23,7 +23,7 @@ from neurostorm.ingest.layouts.tree import Ancestors, around, walk
 from neurostorm.ingest.nifti import RunError
 from neurostorm.ingest.stream import MAX_PARTICIPANTS_BYTES, TooLarge, read_small
 from neurostorm.io.errors import UserError
-from neurostorm.io.paths import Place, one_step
+from neurostorm.io.paths import AnyPath, path_component
 from neurostorm.io.tsv import Row, is_code, number, read_tsv
 from neurostorm.store import run_path
 
@@ -53,7 +53,7 @@ class Source:
         refused: why it cannot be ingested, known from its name; "" for none.
     """
 
-    path: Place
+    path: AnyPath
     dataset: str
     subject: str
     session: str
@@ -62,11 +62,11 @@ class Source:
     stem: str
     format: str
     entities: dict[str, str] = field(default_factory=dict, hash=False)
-    mask_path: Place | None = None
-    sidecars: tuple[Place, ...] = ()
-    events: Place | None = None
-    motion: Place | None = None
-    participants: Place | None = None
+    mask_path: AnyPath | None = None
+    sidecars: tuple[AnyPath, ...] = ()
+    events: AnyPath | None = None
+    motion: AnyPath | None = None
+    participants: AnyPath | None = None
     refused: str = ""
 
     @property
@@ -75,7 +75,7 @@ class Source:
         return run_path(self.dataset, self.subject, self.stem)
 
 
-def discover(source: Place, dataset: str | None = None) -> list[Source]:
+def discover(source: AnyPath, dataset: str | None = None) -> list[Source]:
     """All runs below `source`, sorted by path.
 
     Args:
@@ -98,7 +98,7 @@ def discover(source: Place, dataset: str | None = None) -> list[Source]:
     return _without_clashes([_source(root, ancestors, *entry, dataset) for entry in found])
 
 
-def source_of(file: Place) -> Source:
+def source_of(file: AnyPath) -> Source:
     """One file as `discover` finds it: with the brain mask beside it and the sidecars of its folder and dataset.
 
     The dataset reaches up to the outermost folder with a dataset_description.json; without any it is the file's own
@@ -120,7 +120,7 @@ def source_of(file: Place) -> Source:
     return _source(tree.root, Ancestors(tree), relative, layout, name, None)
 
 
-def read_participants(path: Place, dataset: str) -> pa.Table:
+def read_participants(path: AnyPath, dataset: str) -> pa.Table:
     """A participants.tsv as a table with `dataset`, `participant_id` (sub-..., as runs name it) and its other columns.
 
     A column is float64 when every value is a number ("n/a" is null), else text; 001 is text. A subject may have several
@@ -156,13 +156,13 @@ def read_participants(path: Place, dataset: str) -> pa.Table:
     return pa.table(columns)
 
 
-def _subject(path: Place, participant_id: str) -> str:
+def _subject(path: AnyPath, participant_id: str) -> str:
     """`sub-...` as runs name it. DiscoverError for an ID that cannot be part of a path."""
     label = participant_id.removeprefix("sub-")
     if not label:
         return "sub-"
     try:
-        one_step(label)
+        path_component(label)
     except ValueError as error:
         raise DiscoverError(f"{path}: participant_id: {error}") from error
     return f"sub-{safe_label(label)}"
@@ -184,7 +184,7 @@ def _named(images: Iterable[PurePosixPath]) -> list[tuple[PurePosixPath, str, Na
 
 
 def _source(
-    root: Place, ancestors: Ancestors, path: PurePosixPath, layout: str, name: Name, dataset: str | None
+    root: AnyPath, ancestors: Ancestors, path: PurePosixPath, layout: str, name: Name, dataset: str | None
 ) -> Source:
     home = ancestors.dataset(path)
     return Source(
@@ -206,7 +206,7 @@ def _source(
     )
 
 
-def _nothing_found(source: Place, images: list[PurePosixPath]) -> str:
+def _nothing_found(source: AnyPath, images: list[PurePosixPath]) -> str:
     special = ", ".join(layout.looks_for for layout in LAYOUTS.values() if layout is not FALLBACK)
     raw = sum(is_bids_bold(path) for path in images)
     seen = f"{len(images)} NIfTI file(s) there, for example {images[0]}" if images else "no NIfTI file there"
@@ -217,7 +217,7 @@ def _nothing_found(source: Place, images: list[PurePosixPath]) -> str:
 
 def _without_clashes(sources: list[Source]) -> list[Source]:
     """Two files must not become one run: the later ones are refused, with the reason."""
-    taken: dict[str, Place] = {}
+    taken: dict[str, AnyPath] = {}
     for position, source in enumerate(sources):
         if source.refused:
             continue

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Protocol
 
-from neurostorm.io.paths import Place
+from neurostorm.io.paths import AnyPath
 
 EXTENSIONS = (".nii.gz", ".nii")
 VERSION_ENTITIES = ("space", "cohort", "res", "den", "desc")  # they tell versions of a run apart, not runs
@@ -104,7 +104,7 @@ def applying(names: Iterable[str], entities: Mapping[str, str]) -> list[str]:
     return [name for _, name in sorted(fitting, key=lambda entry: (-len(entry[0]), entry[1]))]
 
 
-def raw_folders(run: Place) -> tuple[Place, ...]:
+def raw_folders(run: AnyPath) -> tuple[AnyPath, ...]:
     """Folders of the raw dataset that may describe a run below its `derivatives/`, the nearest first; () elsewhere.
 
     `raw/derivatives/fmriprep/sub-1/func/x.nii.gz` -> `raw/sub-1/func`, `raw/sub-1`.

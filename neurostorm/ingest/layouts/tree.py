@@ -21,7 +21,7 @@ from neurostorm.ingest.layouts import LAYOUTS
 from neurostorm.ingest.layouts.layout import applying, entities_of, is_events, stem_of
 from neurostorm.ingest.stream import read_small
 from neurostorm.io.object_store import ObjectPath
-from neurostorm.io.paths import Place, files_below
+from neurostorm.io.paths import AnyPath, list_files
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Tree:
         described, tabled: folders that hold a dataset_description.json, a participants.tsv.
     """
 
-    root: Place
+    root: AnyPath
     images: list[PurePosixPath] = field(default_factory=list)
     beside: dict[PurePosixPath, set[str]] = field(default_factory=lambda: defaultdict(set))
     sidecars: dict[PurePosixPath, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -51,7 +51,7 @@ class Tree:
     described: set[PurePosixPath] = field(default_factory=set)
     tabled: set[PurePosixPath] = field(default_factory=set)
 
-    def at(self, path: PurePosixPath) -> Place:
+    def at(self, path: PurePosixPath) -> AnyPath:
         """The place of a path of this tree."""
         return self.root / path if path.parts else self.root
 
@@ -78,10 +78,10 @@ class Dataset:
     """The dataset that a run belongs to: its name, and its participants.tsv, or None."""
 
     name: str
-    participants: Place | None
+    participants: AnyPath | None
 
 
-def walk(root: Place) -> Tree:
+def walk(root: AnyPath) -> Tree:
     """All names below `root`; what is hidden is left out. OSError when an object store cannot be listed."""
     tree = Tree(root)
     for folder, names in _objects(root) if isinstance(root, ObjectPath) else _folders(root):
@@ -90,12 +90,12 @@ def walk(root: Place) -> Tree:
     return tree
 
 
-def around(file: Place) -> Tree:
+def around(file: AnyPath) -> Tree:
     """The names around one file: in its folder and those above, up to the outermost that describes a dataset.
 
     Without any such folder it is the file's own. A folder that cannot be listed counts as empty.
     """
-    parents: list[Place] = [*file.parents]
+    parents: list[AnyPath] = [*file.parents]
     described = [number for number, home in enumerate(parents) if (home / DESCRIPTION).is_file()]
     homes = parents[: described[-1] + 1 if described else 1]
     tree = Tree(homes[-1])
@@ -109,7 +109,7 @@ class Ancestors:
 
     def __init__(self, tree: Tree) -> None:
         self._root, self._tree = tree.root, tree
-        self._above: list[Place] = [parent for parent in tree.root.parents if (parent / DESCRIPTION).is_file()]
+        self._above: list[AnyPath] = [parent for parent in tree.root.parents if (parent / DESCRIPTION).is_file()]
         above = [(home, _names_in(home)) for home in self._above]
         self._sidecars_above = [(home, [name for name in names if name.endswith("bold.json")]) for home, names in above]
         self._events_above = [(home, [name for name in names if is_events(name)]) for home, names in above]
@@ -123,24 +123,24 @@ class Ancestors:
             self._datasets[inside] = Dataset(_dataset_name(roots, self._root), self._participants(inside))
         return self._datasets[inside]
 
-    def sidecars(self, path: PurePosixPath) -> tuple[Place, ...]:
+    def sidecars(self, path: PurePosixPath) -> tuple[AnyPath, ...]:
         """JSON files for a BIDS run: in its folder or above, with no entity that it lacks.
 
         The nearest folder comes first, in a folder the most specific file.
         """
         return tuple(self._inherited(path, self._tree.sidecars, self._sidecars_above))
 
-    def events(self, path: PurePosixPath) -> Place | None:
+    def events(self, path: PurePosixPath) -> AnyPath | None:
         """The table of events that holds for a BIDS run: as `sidecars`, but the first one replaces the others."""
         return next(self._inherited(path, self._tree.events, self._events_above), None)
 
-    def motion(self, path: PurePosixPath, layout: str) -> Place | None:
+    def motion(self, path: PurePosixPath, layout: str) -> AnyPath | None:
         """The table of head motion beside a run, by the names that its layout gives it."""
         beside = self._tree.motion.get(path.parent, ())
         name = next((name for name in LAYOUTS[layout].motion_names(path) if name in beside), None)
         return self._tree.at(path.parent / name) if name else None
 
-    def mask(self, path: PurePosixPath, layout: str) -> Place | None:
+    def mask(self, path: PurePosixPath, layout: str) -> AnyPath | None:
         """The brain mask beside a run, by the names that its layout gives it."""
         beside = sorted(self._tree.beside.get(path.parent, set()) - {path.name})
         for pattern in LAYOUTS[layout].mask_names(path):
@@ -150,8 +150,8 @@ class Ancestors:
         return None
 
     def _inherited(
-        self, path: PurePosixPath, inside: Mapping[PurePosixPath, list[str]], above: list[tuple[Place, list[str]]]
-    ) -> Iterator[Place]:
+        self, path: PurePosixPath, inside: Mapping[PurePosixPath, list[str]], above: list[tuple[AnyPath, list[str]]]
+    ) -> Iterator[AnyPath]:
         """Files that hold for a BIDS run, of those inside the tree and above it; none for another name."""
         parsed = entities_of(stem_of(path) or "")
         if parsed is None:
@@ -161,7 +161,7 @@ class Ancestors:
         for home, names in above:
             yield from (home / name for name in applying(names, parsed[0]))
 
-    def _participants(self, inside: tuple[PurePosixPath, ...]) -> Place | None:
+    def _participants(self, inside: tuple[PurePosixPath, ...]) -> AnyPath | None:
         here = PurePosixPath(".")
         for home in inside:
             if home in self._tree.tabled:
@@ -186,13 +186,13 @@ def _folders(root: Path) -> Iterator[tuple[PurePosixPath, list[str]]]:
 
 def _objects(root: ObjectPath) -> Iterator[tuple[PurePosixPath, list[str]]]:
     """What would be the folders of a prefix, each with one of its objects at a time."""
-    for name, _ in files_below(root):
+    for name, _ in list_files(root):
         path = PurePosixPath(name)
         if not any(part.startswith(".") for part in path.parts[:-1]):
             yield path.parent, [path.name]
 
 
-def _names_in(home: Place) -> list[str]:
+def _names_in(home: AnyPath) -> list[str]:
     try:
         return [entry.name for entry in home.iterdir()]
     except OSError:
@@ -203,7 +203,7 @@ def _unreadable(error: OSError) -> None:
     logger.warning("%s cannot be listed (%s): what it holds is left out", error.filename, error.strerror)
 
 
-def _dataset_name(roots: tuple[Place, ...], source: Place) -> str:
+def _dataset_name(roots: tuple[AnyPath, ...], source: AnyPath) -> str:
     """Name of the raw dataset that encloses a run, else of the derivative (unless that is only the pipeline's name)."""
     described = [_description(home) for home in roots]
     for facts in described:
@@ -217,7 +217,7 @@ def _dataset_name(roots: tuple[Place, ...], source: Place) -> str:
     return next((name for name in names if name.lower() not in _PIPELINE_FOLDERS), "dataset")
 
 
-def _description(home: Place) -> dict[str, object]:
+def _description(home: AnyPath) -> dict[str, object]:
     try:
         facts = json.loads(read_small(home / DESCRIPTION).decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:

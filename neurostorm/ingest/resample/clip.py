@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from neurostorm.ingest.layouts.discover import Source, source_of
-from neurostorm.ingest.nifti import RunError, open_run
+from neurostorm.ingest.nifti import RunError, open_nifti
 from neurostorm.ingest.resample.standardize import Standardised
 from neurostorm.ingest.resample.target import Target, bring_to_target
-from neurostorm.io.paths import Place
+from neurostorm.io.paths import AnyPath
 from neurostorm.store import INT8_16
 
 
 def read_clips(
-    run: Place | Source,
+    run: AnyPath | Source,
     *,
     grid_affine: NDArray[np.float64],
     brain: NDArray[np.bool_],
@@ -56,7 +56,7 @@ def read_clips(
     if source.refused:
         raise RunError(source.refused)
     target = Target(grid_affine, brain, tr_s)
-    result = bring_to_target(source, open_run(source.path), target).result
+    result = bring_to_target(source, open_nifti(source.path), target).result
     return _clips(result, brain, frames, normalise, stride or frames)
 
 

@@ -26,7 +26,7 @@ _GROUP_FRAMES = 16  # frames that are turned into series at a time
 _FLOAT_BYTES = 4
 
 
-class Hold(Protocol):
+class FrameBuffer(Protocol):
     """What is held of a run's T frames."""
 
     def add(self, number: int, frame: NDArray[Any]) -> None:
@@ -36,7 +36,7 @@ class Hold(Protocol):
         """(T, block) values of the packed voxels `part`, an array that the caller may change. Safe in threads."""
 
 
-def collect(frames: Iterator[NDArray[Any]], count: int, rows: sparse.csr_array, scaling: Scaling) -> Hold:
+def buffer_frames(frames: Iterator[NDArray[Any]], count: int, rows: sparse.csr_array, scaling: Scaling) -> FrameBuffer:
     """Read `count` frames, (X * Y * Z) of any one real type, into the smallest of the three.
 
     Args:
@@ -52,7 +52,7 @@ def collect(frames: Iterator[NDArray[Any]], count: int, rows: sparse.csr_array, 
     return hold
 
 
-class Taken:
+class VoxelBuffer:
     """Packed voxels that are one source voxel each: (T, V) in the file's numbers."""
 
     def __init__(self, rows: sparse.csr_array, count: int, dtype: np.dtype[Any], scaling: Scaling) -> None:
@@ -66,7 +66,7 @@ class Taken:
         return as_values(self._held[:, part], *self._scaling)
 
 
-class Kept:
+class SourceBuffer:
     """The N source voxels that are needed: (N, T) in the file's numbers. Packed voxels are made of them on demand."""
 
     def __init__(self, rows: sparse.csr_array, count: int, dtype: np.dtype[Any], scaling: Scaling) -> None:
@@ -89,7 +89,7 @@ class Kept:
         return np.ascontiguousarray((matrix @ as_values(self._series[used], *self._scaling)).T)
 
 
-class Mixed:
+class ResampledBuffer:
     """Packed voxels, (T, V) float32, made of each group of frames when it is complete."""
 
     def __init__(self, rows: sparse.csr_array, count: int, dtype: np.dtype[Any], scaling: Scaling) -> None:
@@ -109,12 +109,12 @@ class Mixed:
         return self._held[:, part].copy()
 
 
-def _hold_for(stored: np.dtype[Any], count: int, rows: sparse.csr_array, scaling: Scaling) -> Hold:
+def _hold_for(stored: np.dtype[Any], count: int, rows: sparse.csr_array, scaling: Scaling) -> FrameBuffer:
     dtype = stored.newbyteorder("=") if stored.kind in "iu" and stored.itemsize < _FLOAT_BYTES else np.dtype(np.float32)
     if rows.nnz == rows.shape[0]:
-        return Taken(rows, count, dtype, scaling)
+        return VoxelBuffer(rows, count, dtype, scaling)
     smaller = len(_used(rows)) * dtype.itemsize <= rows.shape[0] * _FLOAT_BYTES
-    return (Kept if smaller else Mixed)(rows, count, dtype, scaling)
+    return (SourceBuffer if smaller else ResampledBuffer)(rows, count, dtype, scaling)
 
 
 def _used(rows: sparse.csr_array) -> NDArray[np.intp]:

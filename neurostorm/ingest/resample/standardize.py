@@ -29,7 +29,7 @@ from scipy import sparse
 
 from neurostorm.ingest.nifti import RunError
 from neurostorm.ingest.resample.blocks import pack
-from neurostorm.ingest.resample.frame_buffer import Scaling, collect
+from neurostorm.ingest.resample.frame_buffer import Scaling, buffer_frames
 from neurostorm.ingest.resample.weights import COINCIDE, axis_weights, box_width, copy_weights, volume_weights
 from neurostorm.store import INT8_16, FrameCodec
 
@@ -219,7 +219,7 @@ def standardise(
     finite in any frame, or when it does not vary. RunError when no voxel has signal.
     """
     places, voxels = np.flatnonzero(spatial.inside), len(spatial.inside)
-    hold = collect(frames, source_frames, spatial.filled, scaling)
+    hold = buffer_frames(frames, source_frames, spatial.filled, scaling)
     clock = None if temporal.kind == "copy" else temporal.matrix
     result = np.zeros((temporal.frames, voxels), np.int8)
     mean, std = np.zeros(voxels), np.zeros(voxels)

@@ -24,7 +24,7 @@ from neurostorm.ingest.resample.standardize import (
     standardise,
 )
 from neurostorm.ingest.stream import Digest, read_small
-from neurostorm.io.paths import Place
+from neurostorm.io.paths import AnyPath
 from neurostorm.store import INT8_16, FrameCodec, run_bytes
 
 MIN_COVERAGE = 0.05  # share of the store's brain that a run must show; a single slab of tissue still passes
@@ -123,7 +123,7 @@ def check_mask_size(mask_voxels: int, run_voxels: int) -> None:
         )
 
 
-def sidecar_tr_s(sidecars: tuple[Place, ...]) -> float | None:
+def sidecar_tr_s(sidecars: tuple[AnyPath, ...]) -> float | None:
     """RepetitionTime (seconds) of the nearest sidecar that has one, else None. RunError: unreadable, or no number."""
     for sidecar in sidecars:
         try:
@@ -162,7 +162,7 @@ def field_of_view(source: Source, header: RunHeader, target: Target) -> SpatialP
     return plan
 
 
-def _own_brain(path: Place, header: RunHeader) -> NDArray[np.bool_]:
+def _own_brain(path: AnyPath, header: RunHeader) -> NDArray[np.bool_]:
     """A run's brain mask on the run's voxels, bool (X * Y * Z) in Fortran order; by affine if it has another grid."""
     try:
         own = open_volume(path)

@@ -15,7 +15,7 @@ from scipy import ndimage
 from neurostorm.ingest.nifti import RunError, read_volume
 from neurostorm.ingest.resample.standardize import plan_spatial
 from neurostorm.io.errors import UserError
-from neurostorm.io.paths import Place
+from neurostorm.io.paths import AnyPath
 from neurostorm.store import Grid
 
 Bool = NDArray[np.bool_]
@@ -31,7 +31,7 @@ class MaskError(UserError, ValueError):
     """A mask file that cannot be the store's mask; the message names it and the fix."""
 
 
-def brain_mask(grid: Grid, mask_path: Place | None = None) -> Bool:
+def brain_mask(grid: Grid, mask_path: AnyPath | None = None) -> Bool:
     """Brain voxels of a grid, bool (X, Y, Z), from the ICBM152 template or from a mask file in MNI space.
 
     Raises MaskError when the file cannot be read, is empty, or does not lie inside the grid.
@@ -78,7 +78,7 @@ def _padded(outline: Bool, affine: NDArray[np.float64], grid: Grid) -> tuple[Boo
     return np.pad(outline, [(width, width) for width in margin]), shifted
 
 
-def _check_inside(path: Place, outline: Bool, affine: NDArray[np.float64], mask: Bool, grid: Grid) -> None:
+def _check_inside(path: AnyPath, outline: Bool, affine: NDArray[np.float64], mask: Bool, grid: Grid) -> None:
     """MaskError unless nine tenths of the mask lie inside the grid."""
     if not mask.any():
         raise MaskError(f"ingest.mask={path}: lies outside the {grid.name} grid; is it in MNI space?")

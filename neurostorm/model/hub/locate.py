@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from neurostorm.io.errors import UserError
-from neurostorm.io.paths import Place, place
+from neurostorm.io.paths import AnyPath, to_path
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -14,15 +14,15 @@ class HubError(UserError, ValueError):
     """A saved model, or what it is given, cannot be used: the message names the file, the field and the fix."""
 
 
-def place_of(address: str | os.PathLike[str]) -> Place:
+def place_of(address: str | os.PathLike[str]) -> AnyPath:
     """`neurostorm.io.paths.place`, with a HubError for an address that is not understood."""
     try:
-        return place(address)
+        return to_path(address)
     except ValueError as error:
         raise HubError(str(error)) from error
 
 
-def find_model(folder: Place) -> Place:
+def find_model(folder: AnyPath) -> AnyPath:
     """``folder`` or its ``model/``, whichever holds a model. HubError, with what to do, when neither does."""
     try:
         found = [home for home in (folder, folder / "model") if (home / CONFIG).is_file()]

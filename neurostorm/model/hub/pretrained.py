@@ -27,8 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from neurostorm.io.local_copies import fetched, follow_umask, outgoing
-from neurostorm.io.paths import Place
+from neurostorm.io.local_copies import follow_umask, local_copy, upload_folder
+from neurostorm.io.paths import AnyPath
 from neurostorm.model.autoencoder import MaskedAutoencoder
 from neurostorm.model.config import SwinConfig
 from neurostorm.model.encoder import SwinEncoder
@@ -194,7 +194,7 @@ def save_pretrained(
     """
     target = place_of(directory)
     if not isinstance(target, Path):
-        with outgoing(target) as local:
+        with upload_folder(target) as local:
             save_pretrained(model, local, extra, state_dict)
         return
     if target.exists() and not target.is_dir():
@@ -233,7 +233,7 @@ def load_pretrained(directory: str | os.PathLike[str]) -> SwinEncoder:
     source = find_model(place_of(directory))
     config = _read_config(source / CONFIG)
     try:
-        with fetched(source / WEIGHTS) as local:
+        with local_copy(source / WEIGHTS) as local:
             tensors = load_file(local)
     except (OSError, SafetensorError) as error:
         raise HubError(f"{source / WEIGHTS}: cannot be read ({error}); save the model again") from error
@@ -280,7 +280,7 @@ def upgrade_2(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Saved
 _STEPS: tuple[Callable[[Mapping[str, Any], Mapping[str, Tensor]], Saved], ...] = (upgrade_1, upgrade_2)
 
 
-def _read_config(path: Place) -> dict[str, Any]:
+def _read_config(path: AnyPath) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -296,7 +296,7 @@ def _read_config(path: Place) -> dict[str, Any]:
     return config
 
 
-def _build(config: dict[str, Any], brain: Tensor | None, atlas: Tensor | None, path: Place) -> SwinEncoder:
+def _build(config: dict[str, Any], brain: Tensor | None, atlas: Tensor | None, path: AnyPath) -> SwinEncoder:
     known = {"format", "class", "swin", "strd", "extra"}
     if config.get("class") == "MaskedAutoencoder":
         known |= {"mask", *_AUTOENCODER}
@@ -318,7 +318,7 @@ def _build(config: dict[str, Any], brain: Tensor | None, atlas: Tensor | None, p
         raise HubError(f"{path}: {error}") from error
 
 
-def _require_keys(path: Place, found: set[str], expected: set[str]) -> None:
+def _require_keys(path: AnyPath, found: set[str], expected: set[str]) -> None:
     if found != expected:
         missing, unexpected = sorted(expected - found), sorted(found - expected)
         raise HubError(f"{path}: missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}")

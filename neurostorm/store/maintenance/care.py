@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from neurostorm.io.paths import Place, create, files_below, remove_tree
+from neurostorm.io.paths import AnyPath, list_files, put_if_absent, remove_tree
 from neurostorm.store.files import StorePath, is_node, read_header, read_many, store_place
 from neurostorm.store.layout import (
     MANIFEST,
@@ -41,7 +41,16 @@ from neurostorm.store.partials import remove_partials
 from neurostorm.store.reader import FrameStore
 from neurostorm.store.writer import make_groups
 
-__all__ = ["Holding", "Repaired", "find_subject", "holding", "readmit", "repair", "withdraw", "withdrawn_subjects"]
+__all__ = [
+    "Holding",
+    "Repaired",
+    "allow_removed",
+    "find_subject",
+    "holding",
+    "remove_subject",
+    "repair",
+    "withdrawn_subjects",
+]
 
 
 @dataclass(frozen=True)
@@ -129,7 +138,7 @@ def repair(
     return Repaired(inventory.leftovers, dropped, unread, inventory.missing_groups, len(stays))
 
 
-def drop_run(root: Place, run: str) -> None:
+def drop_run(root: AnyPath, run: str) -> None:
     """Delete a run, its metadata first: from then on it is not there; and the groups that it leaves empty."""
     (root / run / METADATA).unlink(missing_ok=True)
     remove_tree(root / run)
@@ -162,14 +171,14 @@ def find_subject(path: StorePath, name: str) -> tuple[str, str]:
 def holding(path: StorePath, dataset: str, subject: str) -> Holding:
     """What `withdraw` would delete. Errors as `read_participants` and `read_quarantine`."""
     root = store_place(path)
-    files = dict(files_below(root / RUNS / dataset / subject))
+    files = dict(list_files(root / RUNS / dataset / subject))
     runs = sum(name.count("/") == 1 and name.endswith(f"/{METADATA}") for name in files)
     labels = sum(is_withdrawn(*key, {(dataset, subject)}) for key in _labelled(root))
     gone = (dataset, subject) in withdrawn_subjects(root)
     return Holding(dataset, subject, runs, sum(files.values()), labels, _quarantined(root, subject), gone)
 
 
-def withdraw(path: StorePath, dataset: str, subject: str) -> Holding:
+def remove_subject(path: StorePath, dataset: str, subject: str) -> Holding:
     """Take everything of a participant out of a store, for good; returns what there was.
 
     Frames, labels, rows of the manifest and of quarantine go. `withdrawn.parquet` is written first: from then on an
@@ -194,7 +203,7 @@ def withdraw(path: StorePath, dataset: str, subject: str) -> Holding:
     drop_rows(root, PARTICIPANTS, lambda row: is_withdrawn(str(row["dataset"]), str(row["participant_id"]), {who}))
     drop_rows(root, QUARANTINE, lambda row: names_subject(row["source"], subject))
     folder = root / RUNS / dataset / subject
-    for name in [name for name, _ in files_below(folder) if name.endswith(f"/{METADATA}")]:
+    for name in [name for name, _ in list_files(folder) if name.endswith(f"/{METADATA}")]:
         (folder / name).unlink(missing_ok=True)
     remove_tree(folder)
     remove_partials(root)  # a killed ingest may have left frames of theirs
@@ -202,7 +211,7 @@ def withdraw(path: StorePath, dataset: str, subject: str) -> Holding:
     return before
 
 
-def readmit(path: StorePath, dataset: str, subject: str) -> bool:
+def allow_removed(path: StorePath, dataset: str, subject: str) -> bool:
     """Take a participant off `withdrawn.parquet`, so that an ingest takes them again; False if they were not there.
 
     What `withdraw` deleted does not come back by itself. StoreError: no store, or a format that is not known.
@@ -225,12 +234,12 @@ def names_subject(source: str, subject: str) -> bool:
     return subject in named if named else subject.removeprefix("sub-") in heads | set(steps)
 
 
-def _damage(root: Place, inventory: Inventory, workers: int | None, progress: Progress) -> list[Problem]:
+def _damage(root: AnyPath, inventory: Inventory, workers: int | None, progress: Progress) -> list[Problem]:
     found = check_runs(FrameStore(root), inventory.runs, workers=workers, progress=progress)
     return sorted((problem for _, problems in found for problem in problems), key=lambda problem: problem.where)
 
 
-def _attributes_can_be_read(root: Place, runs: Iterable[str]) -> None:
+def _attributes_can_be_read(root: AnyPath, runs: Iterable[str]) -> None:
     """StoreError with the fix, before anything is changed: the manifest is built from the attributes."""
     try:
         for _ in read_many(root, runs):
@@ -241,7 +250,7 @@ def _attributes_can_be_read(root: Place, runs: Iterable[str]) -> None:
         ) from error
 
 
-def _known_subjects(root: Place) -> set[tuple[str, str]]:
+def _known_subjects(root: AnyPath) -> set[tuple[str, str]]:
     """Everybody who has a run, a label, or withdrew."""
     known = withdrawn_subjects(root)
     for dataset, participant in _labelled(root):
@@ -251,30 +260,30 @@ def _known_subjects(root: Place) -> set[tuple[str, str]]:
     return known
 
 
-def _folders(folder: Place) -> list[Place]:
+def _folders(folder: AnyPath) -> list[AnyPath]:
     if not folder.is_dir():
         return []
     return [item for item in folder.iterdir() if item.name != METADATA and not item.name.startswith(".")]
 
 
-def _labelled(root: Place) -> list[tuple[str, str]]:
+def _labelled(root: AnyPath) -> list[tuple[str, str]]:
     """(dataset, participant_id) of every row of participants.parquet."""
     table = read_participants(root)
     return [] if table is None else [(str(row["dataset"]), str(row["participant_id"])) for row in table.to_pylist()]
 
 
-def _quarantined(root: Place, subject: str) -> int:
+def _quarantined(root: AnyPath, subject: str) -> int:
     return sum(names_subject(source, subject) for source in read_quarantine(root).column("source").to_pylist())
 
 
-def _remove_empty_groups(root: Place, below: str) -> None:
+def _remove_empty_groups(root: AnyPath, below: str) -> None:
     """Delete the groups above `runs/<dataset>/...` that hold nothing any more, the innermost first."""
     steps = below.split("/")
     for depth in range(len(steps) - 1, 1, -1):
         _remove_if_empty(root / "/".join(steps[:depth]))
 
 
-def _remove_if_empty(group: Place) -> None:
+def _remove_if_empty(group: AnyPath) -> None:
     """An ingest may put a run there at any time: then the group's metadata is put back."""
     if _folders(group):
         return
@@ -286,4 +295,4 @@ def _remove_if_empty(group: Place) -> None:
             with contextlib.suppress(OSError):  # somebody's run came
                 group.rmdir()
         if _folders(group):
-            create(metadata, before)
+            put_if_absent(metadata, before)

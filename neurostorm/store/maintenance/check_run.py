@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from neurostorm.io.paths import Place
+from neurostorm.io.paths import AnyPath
 from neurostorm.store.codec import FrameCodec
 from neurostorm.store.files import read_metadata
 from neurostorm.store.layout import FORMAT, METADATA, StoreError, split_run
@@ -50,7 +50,7 @@ class Problem:
 
 
 def check_run(
-    root: Place,
+    root: AnyPath,
     run: str,
     *,
     voxels: int,
@@ -170,7 +170,7 @@ def _figures_wrong(
     return wrong
 
 
-def _row_wrong(root: Place, run: str, metadata: Mapping[str, Any], row: Mapping[str, Any]) -> list[Problem]:
+def _row_wrong(root: AnyPath, run: str, metadata: Mapping[str, Any], row: Mapping[str, Any]) -> list[Problem]:
     """The columns in which the manifest says something else than the run; an earlier version's states no layout."""
     try:
         expected = manifest_row(root, run, metadata)

@@ -23,7 +23,7 @@ from nibabel.openers import Opener
 from numpy.typing import NDArray
 
 from neurostorm.io.object_store import ObjectPath
-from neurostorm.io.paths import Place, remove_tree, replace
+from neurostorm.io.paths import AnyPath, atomic_write, remove_tree
 from neurostorm.store.files import is_node
 from neurostorm.store.layout import METADATA, RUNS
 from neurostorm.store.maintenance.inventory import Progress, silent
@@ -53,7 +53,7 @@ def write_nifti(store: FrameStore, run: str, file: Path, *, progress: Progress =
                 advance(len(volumes))
 
 
-def write_nifti_zarr(store: FrameStore, run: str, folder: Place, *, progress: Progress = silent) -> bool:
+def write_nifti_zarr(store: FrameStore, run: str, folder: AnyPath, *, progress: Progress = silent) -> bool:
     """Write a run as NIfTI-Zarr: `0` is float32 (T, Z, Y, X), `nifti` the bytes of the header.
 
     Args:
@@ -93,7 +93,7 @@ def write_nifti_zarr(store: FrameStore, run: str, folder: Place, *, progress: Pr
     )
     held[:] = data
     group = {"zarr_format": 3, "node_type": "group", "attributes": _ome(store, run)}
-    replace(folder / METADATA, json.dumps(group, indent=1).encode())
+    atomic_write(folder / METADATA, json.dumps(group, indent=1).encode())
     return True
 
 
@@ -128,7 +128,7 @@ def _block_frames(store: FrameStore) -> int:
     return max(1, _BLOCK_BYTES // (4 * store.mask.size))
 
 
-def _create(node: Place, **properties: Any) -> Any:
+def _create(node: AnyPath, **properties: Any) -> Any:
     """A new Zarr array at `node`, open for writing; what an export that was cut off left there is deleted.
 
     Its metadata is made in memory: Zarr would give the groups above theirs, and the group's own says that it is whole.
@@ -137,7 +137,7 @@ def _create(node: Place, **properties: Any) -> Any:
     zarr.create_array(zarr.storage.MemoryStore(memory), **properties)
     remove_tree(node)
     node.mkdir(parents=True)
-    replace(node / METADATA, memory[METADATA].to_bytes())
+    atomic_write(node / METADATA, memory[METADATA].to_bytes())
     if isinstance(node, ObjectPath):
         return zarr.open_array(zarr.storage.ObjectStore(node.client), path=node.key, mode="r+")
     return zarr.open_array(node, mode="r+")

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from neurostorm.io.paths import Place, files_below
+from neurostorm.io.paths import AnyPath, list_files
 from neurostorm.store.files import find_runs, is_node
 from neurostorm.store.layout import METADATA, RUNS, StoreError
 from neurostorm.store.partials import find_partials
@@ -46,7 +46,7 @@ class Inventory:
     size_bytes: int
 
 
-def take_inventory(root: Place, older_than_s: float = OLDER_THAN_S) -> Inventory:
+def take_inventory(root: AnyPath, older_than_s: float = OLDER_THAN_S) -> Inventory:
     """List a store. OSError when it cannot be listed.
 
     Args:
@@ -58,7 +58,7 @@ def take_inventory(root: Place, older_than_s: float = OLDER_THAN_S) -> Inventory
     inside: dict[str, str] = {}  # a file of every folder where a run could stand
     nodes: set[str] = set()
     files = size_bytes = 0
-    for name, size in files_below(root):
+    for name, size in list_files(root):
         files, size_bytes = files + 1, size_bytes + size
         steps = name.split("/")
         if steps[0] != RUNS or any(step.startswith(".") for step in steps):
@@ -76,7 +76,7 @@ def take_inventory(root: Place, older_than_s: float = OLDER_THAN_S) -> Inventory
     return Inventory(runs, (*partials, *unfinished), tuple(sorted(groups - nodes)), files, size_bytes)
 
 
-def find_run(root: Place, name: str) -> str:
+def find_run(root: AnyPath, name: str) -> str:
     """The path of the complete run that `name` means.
 
     Args:
@@ -116,7 +116,7 @@ def silent(total: int) -> Iterator[Advance]:
     yield lambda _: None
 
 
-def _is_old(root: Place, name: str, older_than_s: float) -> bool:
+def _is_old(root: AnyPath, name: str, older_than_s: float) -> bool:
     if isinstance(root, Path):
         return True
     try:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from neurostorm.io.paths import Place
+from neurostorm.io.paths import AnyPath
 from neurostorm.store.files import StorePath, is_node, read_header, read_metadata, store_place
 from neurostorm.store.layout import METADATA, PARTICIPANTS, RUNS, StoreError, split_run
 from neurostorm.store.maintenance.care import names_subject
@@ -92,13 +92,13 @@ def merge(path: StorePath, others: Sequence[StorePath], *, progress: Progress = 
     return result
 
 
-def _create_like(root: Place, source: Place) -> None:
+def _create_like(root: AnyPath, source: AnyPath) -> None:
     like = FrameStore.open(source)
     name, version = like.recipe["name"], like.recipe["version"]
     create_store(root, grid=like.grid, mask=like.mask, tr_s=like.tr_s, recipe=name, recipe_version=version)
 
 
-def _check_alike(root: Place, wanted: Mapping[str, Any], source: Place, found: Mapping[str, Any]) -> None:
+def _check_alike(root: AnyPath, wanted: Mapping[str, Any], source: AnyPath, found: Mapping[str, Any]) -> None:
     """StoreError with every property in which the frames of two stores are not comparable."""
     keys = ("space", "grid", "mask_sha256", "tr_s", "recipe")
     unlike = [key for key in keys if found.get(key) != wanted.get(key)]
@@ -107,7 +107,7 @@ def _check_alike(root: Place, wanted: Mapping[str, Any], source: Place, found: M
         raise StoreError(f"{source} cannot be merged into {root}: {'; '.join(differing)}. Ingest its files into {root}")
 
 
-def _copy_runs(root: Place, source: Place, runs: Mapping[str, int], result: Merged, progress: Progress) -> None:
+def _copy_runs(root: AnyPath, source: AnyPath, runs: Mapping[str, int], result: Merged, progress: Progress) -> None:
     """Copy what is not there, several at a time; OSError ends it."""
     with progress(sum(runs.values())) as advance, ThreadPoolExecutor(WORKERS) as pool:
         waiting = {pool.submit(_copy_run, root, source, run, advance): run for run in runs}
@@ -125,7 +125,7 @@ def _copy_runs(root: Place, source: Place, runs: Mapping[str, int], result: Merg
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _copy_run(root: Place, source: Place, run: str, advance: Advance) -> bool | Problem:
+def _copy_run(root: AnyPath, source: AnyPath, run: str, advance: Advance) -> bool | Problem:
     """True: copied; False: there already, the same; else why not."""
     try:
         metadata = (source / run / METADATA).read_bytes()
@@ -175,7 +175,7 @@ def _checked(file: RunFile, size: int, advance: Advance) -> Iterator[memoryview]
     yield tail
 
 
-def _merge_labels(root: Place, source: Place) -> list[Problem]:
+def _merge_labels(root: AnyPath, source: AnyPath) -> list[Problem]:
     """Add the participants that the store has no row of; those of whom it has another row are named."""
     theirs, ours = read_participants(source), read_participants(root)
     if theirs is None:
@@ -197,7 +197,7 @@ def _person(row: Mapping[str, Any]) -> tuple[str, str]:
     return str(row["dataset"]), str(row["participant_id"])
 
 
-def _still_here(root: Place, source: Place) -> list[Problem]:
+def _still_here(root: AnyPath, source: AnyPath) -> list[Problem]:
     """Who withdrew from the other store, and is in this one."""
     return [
         Problem("/".join(who), f"withdrew from {source}, but is here", f"start `remove --subject {'/'.join(who)}`")
@@ -206,7 +206,7 @@ def _still_here(root: Place, source: Place) -> list[Problem]:
     ]
 
 
-def _merge_quarantine(root: Place, sources: Sequence[Place], ingested: set[str]) -> None:
+def _merge_quarantine(root: AnyPath, sources: Sequence[AnyPath], ingested: set[str]) -> None:
     """Add rows of inputs that are neither in quarantine here, nor a run, nor of somebody who withdrew."""
     clear_quarantine(root, ingested)
     known = ingested | set(read_quarantine(root).column("source").to_pylist())

@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from neurostorm.io.paths import Place
+from neurostorm.io.paths import AnyPath
 from neurostorm.store.files import StorePath, read_header
 from neurostorm.store.layout import MANIFEST, MASK, METADATA, PARTICIPANTS, StoreError, mask_hash, split_run
 from neurostorm.store.maintenance.check_run import Problem, check_run
@@ -143,7 +143,7 @@ def _mask_wrong(store: FrameStore) -> list[Problem]:
     return [Problem(MASK, f"does not match the grid and the hash in {METADATA}", fix)]
 
 
-def _tables_wrong(root: Place, runs: Collection[str]) -> tuple[list[Problem], RowOf]:
+def _tables_wrong(root: AnyPath, runs: Collection[str]) -> tuple[list[Problem], RowOf]:
     """What the tables say of runs and people that are not there, or should not be; and the manifest's rows."""
     wrong, table = _manifest(root)
     gone: set[tuple[str, str]] = set()
@@ -174,7 +174,7 @@ def _tables_wrong(root: Place, runs: Collection[str]) -> tuple[list[Problem], Ro
     return wrong, _rows(table)
 
 
-def _manifest(root: Place) -> tuple[list[Problem], pa.Table | None]:
+def _manifest(root: AnyPath) -> tuple[list[Problem], pa.Table | None]:
     try:
         return [], read_manifest(root)
     except (StoreError, pa.ArrowException) as error:

@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 from neurostorm.io.errors import UserError
-from neurostorm.io.local_copies import fetched, outgoing
-from neurostorm.io.object_store import PlaceError
-from neurostorm.io.paths import Place, copy_files, files_below, inside, remove_tree, replace, sync
+from neurostorm.io.local_copies import local_copy, upload_folder
+from neurostorm.io.object_store import ObjectStoreError
+from neurostorm.io.paths import AnyPath, atomic_write, copy_files, fsync, list_files, relative_path, remove_tree
 
 logger = logging.getLogger(__name__)
 
@@ -61,27 +61,27 @@ class Marker:
     broken: str | None = None
 
     @classmethod
-    def read(cls, path: Place) -> "Marker":
+    def read(cls, path: AnyPath) -> "Marker":
         """The marker of a checkpoint. FileNotFoundError when it has none, ValueError when it is not one."""
         content = json.loads((path / MARKER).read_text())
         try:
             marker = cls(dict(content["files"]), list(content["ranks"]), content.get("broken"))
             for name in (*marker.files, *(name for names in marker.ranks for name in names)):
-                inside(name)  # ranks copy and open what the marker names
+                relative_path(name)  # ranks copy and open what the marker names
             return marker
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from error
 
-    def write(self, path: Place) -> None:
+    def write(self, path: AnyPath) -> None:
         """Commits the checkpoint at `path`, in one step."""
-        replace(path / MARKER, json.dumps(vars(self), indent=1).encode())
+        atomic_write(path / MARKER, json.dumps(vars(self), indent=1).encode())
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A committed checkpoint: its place, the number of finished steps, and what `trainer.json` holds."""
 
-    path: Place
+    path: AnyPath
     step: int
     trainer: dict[str, Any]
 
@@ -92,7 +92,7 @@ class Checkpoint:
 
 
 def save(
-    folder: Place,
+    folder: AnyPath,
     step: int,
     *,
     write_shards: Callable[[Path], None],
@@ -112,12 +112,12 @@ def save(
     if rank == 0:
         _remove(path)  # an uncommitted rest of a killed run
     gather(None)
-    with outgoing(path) as own:
+    with upload_folder(path) as own:
         try:
             write_shards(own)
         except (OSError, RuntimeError) as error:
             raise _unwritten(path, own, error) from error
-        written = {name: _fingerprint(own / name) for name, _ in files_below(own)}
+        written = {name: _fingerprint(own / name) for name, _ in list_files(own)}
     of_ranks = gather(written)
     marker = _commit(path, {"step": step, **trainer}, of_ranks) if rank == 0 else None
     _copy(path, list(written), marker, gather)
@@ -126,17 +126,17 @@ def save(
     gather(None)
 
 
-def newest_committed(folder: Place) -> Place | None:
+def newest_committed(folder: AnyPath) -> AnyPath | None:
     """Returns the newest checkpoint that has a commit marker, or None; its files are not checked, as `newest` does."""
     return next((path for path in reversed(_steps(folder, (_PREFIX,))) if (path / MARKER).is_file()), None)
 
 
-def step_of(path: Place) -> int:
+def step_of(path: AnyPath) -> int:
     """Returns the number of finished steps of a checkpoint, by its name."""
     return int(path.name.rpartition("-")[2])
 
 
-def newest(folder: Place) -> Checkpoint | None:
+def newest(folder: AnyPath) -> Checkpoint | None:
     """The checkpoint to resume from, or None; broken ones are passed over with a warning."""
     for path in reversed(_steps(folder)):
         problem = _problem(path)
@@ -147,7 +147,7 @@ def newest(folder: Place) -> Checkpoint | None:
     return None
 
 
-def choose(folder: Place, *, gather: Gather, rank: int) -> Checkpoint | None:
+def choose(folder: AnyPath, *, gather: Gather, rank: int) -> Checkpoint | None:
     """The newest checkpoint, or None, as rank 0 sees it; every rank calls it."""
     chosen: Checkpoint | None = gather(newest(folder) if rank == 0 else None)[0]
     return chosen
@@ -173,7 +173,7 @@ def restore(
     whole = convert or len(marker.ranks) != workers
     parts = marker.ranks if whole else [marker.ranks[0], marker.ranks[rank]]
     own = sorted({name for part in parts for name in part})
-    with fetched(chosen.path, own) as local:
+    with local_copy(chosen.path, own) as local:
         problems = [problem for problem in gather(_damage(local, {n: marker.files[n] for n in own})) if problem]
         if not problems:
             load(local)
@@ -183,14 +183,14 @@ def restore(
     raise CheckpointError(f"{chosen.path}: {problems[0]}; start again to resume from its copy or the one before it")
 
 
-def is_begun(folder: Place) -> bool:
+def is_begun(folder: AnyPath) -> bool:
     """Whether any checkpoint was committed, be it broken or not."""
     return any((path / MARKER).is_file() for path in _steps(folder))
 
 
-def _commit(path: Place, trainer: dict[str, Any], of_ranks: list[dict[str, Fingerprint]]) -> Marker:
+def _commit(path: AnyPath, trainer: dict[str, Any], of_ranks: list[dict[str, Fingerprint]]) -> Marker:
     content = json.dumps(trainer, indent=1).encode()
-    replace(path / TRAINER, content)
+    atomic_write(path / TRAINER, content)
     files = {name: mark for written in of_ranks for name, mark in written.items()}
     files[TRAINER] = [len(content), zlib.crc32(content)]
     problem = _missing(path, files)
@@ -201,7 +201,7 @@ def _commit(path: Place, trainer: dict[str, Any], of_ranks: list[dict[str, Finge
     return marker
 
 
-def _copy(path: Place, own: list[str], marker: Marker | None, gather: Gather) -> None:
+def _copy(path: AnyPath, own: list[str], marker: Marker | None, gather: Gather) -> None:
     """Writes the checkpoint at `path`, which rank 0 committed with `marker`, once more, each rank its `own` files."""
     copy = path.with_name(path.name.replace(_PREFIX, _COPY))
     if marker:
@@ -218,7 +218,7 @@ def _copy(path: Place, own: list[str], marker: Marker | None, gather: Gather) ->
         marker.write(copy)
 
 
-def _unwritten(path: Place, own: Path, error: Exception) -> Exception:
+def _unwritten(path: AnyPath, own: Path, error: Exception) -> Exception:
     """What to raise when shards could not be written: in words where the disk is full, else the error as it is."""
     free_bytes = shutil.disk_usage(own).free
     if free_bytes > _FULL_BYTES:
@@ -229,13 +229,13 @@ def _unwritten(path: Place, own: Path, error: Exception) -> Exception:
     )
 
 
-def _problem(path: Place) -> str | None:
+def _problem(path: AnyPath) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         marker = Marker.read(path)
     except FileNotFoundError:
         return "it was not committed (a save was interrupted)"
-    except PlaceError:  # an object store that does not answer says nothing about the checkpoint
+    except ObjectStoreError:  # an object store that does not answer says nothing about the checkpoint
         raise
     except (OSError, ValueError) as error:
         return f"its marker {MARKER} cannot be read ({error})"
@@ -246,9 +246,9 @@ def _problem(path: Place) -> str | None:
     return _missing(path, marker.files)  # the CRCs would take a download: `restore` looks at them
 
 
-def _missing(path: Place, files: dict[str, Fingerprint]) -> str | None:
+def _missing(path: AnyPath, files: dict[str, Fingerprint]) -> str | None:
     """The first file that is not there with its size, from one listing."""
-    sizes = dict(files_below(path))
+    sizes = dict(list_files(path))
     for name, (size_bytes, _) in files.items():
         if sizes.get(name) != size_bytes:
             return f"{name} has {sizes.get(name, 'no')} bytes there, {size_bytes} were written"
@@ -276,22 +276,22 @@ def _fingerprint(path: Path) -> Fingerprint:
     return [size_bytes, crc]
 
 
-def _steps(folder: Place, prefixes: tuple[str, ...] = (_COPY, _PREFIX)) -> list[Place]:
+def _steps(folder: AnyPath, prefixes: tuple[str, ...] = (_COPY, _PREFIX)) -> list[AnyPath]:
     """The checkpoints that are there, committed or not, by step, each one after its copy."""
-    found: Iterable[Place] = folder.iterdir() if folder.is_dir() else ()
+    found: Iterable[AnyPath] = folder.iterdir() if folder.is_dir() else ()
     named = (path for path in found if path.name.startswith(prefixes))
     return sorted(named, key=lambda path: (path.name.rpartition("-")[2], path.name))
 
 
-def _remove(path: Place) -> None:
+def _remove(path: AnyPath) -> None:
     """Marker first, on the disk too, so that it is never half there and committed."""
     (path / MARKER).unlink(missing_ok=True)
     if isinstance(path, Path) and path.is_dir():
-        sync(path)
+        fsync(path)
     remove_tree(path)
 
 
-def _prune(folder: Place, last: str, keep: int) -> None:
+def _prune(folder: AnyPath, last: str, keep: int) -> None:
     """Removes all but the `keep` newest committed checkpoints up to `last`; a later one can only be broken.
 
     Copies go, but for that of `last`.

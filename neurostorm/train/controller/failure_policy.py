@@ -8,7 +8,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 
 from neurostorm.io.errors import may_pass
-from neurostorm.io.paths import Place
+from neurostorm.io.paths import AnyPath
 from neurostorm.train.checkpoint.checkpoints import newest_committed
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class FailuresSinceCheckpoint(DefaultFailurePolicy):
         checkpoints: the run's folder of checkpoints.
     """
 
-    def __init__(self, failures: ray.train.FailureConfig, checkpoints: Place) -> None:
+    def __init__(self, failures: ray.train.FailureConfig, checkpoints: AnyPath) -> None:
         super().__init__(failures)
         self._checkpoints = checkpoints
         self._newest = self._look()

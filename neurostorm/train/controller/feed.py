@@ -11,17 +11,17 @@ import ray.train
 
 from neurostorm.config import Config
 from neurostorm.data.corpus import Corpus
-from neurostorm.data.loader import clip_dataset, feed_options
+from neurostorm.data.loader import clip_dataset, loader_options
 from neurostorm.train.checkpoint import checkpoints
 from neurostorm.train.records import pinned_manifest
 
 
-class Feed(ray.train.DataConfig):
+class TrainData(ray.train.DataConfig):
     """The clips still to be trained on, planned whenever a group of workers starts, for as many as there are then."""
 
     def __init__(self, config: Config, corpus: Corpus) -> None:
         data = config.data
-        options = feed_options(corpus.reader, corpus.plan, read_in=data.read_in, steps_ahead=data.steps_ahead)
+        options = loader_options(corpus.reader, corpus.plan, read_in=data.read_in, steps_ahead=data.steps_ahead)
         super().__init__(execution_options=options, enable_shard_locality=False)
         self._config = config
 

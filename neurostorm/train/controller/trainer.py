@@ -10,9 +10,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from neurostorm.config import Config
 from neurostorm.data.corpus import Corpus
-from neurostorm.io.paths import Place
+from neurostorm.io.paths import AnyPath
 from neurostorm.train.controller.failure_policy import FailuresSinceCheckpoint, FewerWarnings
-from neurostorm.train.controller.feed import Feed
+from neurostorm.train.controller.feed import TrainData
 from neurostorm.train.worker import train_worker
 
 
@@ -24,7 +24,7 @@ class Trainer(TorchTrainer):
         arguments: of TorchTrainer.
     """
 
-    def __init__(self, *arguments: Any, checkpoints: Place, **named: Any) -> None:
+    def __init__(self, *arguments: Any, checkpoints: AnyPath, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._checkpoints = checkpoints
 
@@ -75,7 +75,7 @@ def trainer_of(config: Config, corpus: Corpus, storage: str, started_ns: int) ->
             worker_runtime_env={"env_vars": worker_environment(config)},
         ),
         datasets={"train": lambda: ray.data.range(0)},
-        dataset_config=Feed(config, corpus),
+        dataset_config=TrainData(config, corpus),
         checkpoints=config.run.folder / "checkpoints",
     )
 

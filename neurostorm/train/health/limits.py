@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from neurostorm.data.clips import ClipBatch
 from neurostorm.io.errors import UserError
-from neurostorm.io.paths import Place
+from neurostorm.io.paths import AnyPath
 from neurostorm.train.health.barrier import StepClips
 from neurostorm.train.records.jsonl import Journal
 
@@ -57,7 +57,7 @@ class DamagedClips:
         total: damaged clips of all ranks since this start.
     """
 
-    def __init__(self, folder: Place, rank: int, max_fraction: float) -> None:
+    def __init__(self, folder: AnyPath, rank: int, max_fraction: float) -> None:
         self._folder, self._max_fraction = folder, max_fraction
         self._journal = Journal(folder, f"unreadable-{rank}")
         self._recent: deque[StepClips] = deque()

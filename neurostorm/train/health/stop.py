@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from neurostorm.io.errors import UserError
-from neurostorm.io.paths import Place, replace
+from neurostorm.io.paths import AnyPath, atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class StopWatch:
         every_s: seconds between looks; default: 1 for a local folder, 10 for an object store.
     """
 
-    def __init__(self, folder: Place, every_s: float | None = None) -> None:
+    def __init__(self, folder: AnyPath, every_s: float | None = None) -> None:
         self._file = folder / STOP_FILE
         usual_s = LOOK_EVERY_S if isinstance(folder, Path) else LOOK_AWAY_EVERY_S
         self._every_s = usual_s if every_s is None else every_s
@@ -62,7 +62,7 @@ class StopWatch:
 
 
 @contextmanager
-def stops_on_usr1(folder: Place) -> Iterator[None]:
+def stops_on_usr1(folder: AnyPath) -> Iterator[None]:
     """Asks the run in `folder` to stop when this process gets SIGUSR1; a request from before is dropped.
 
     Further signals say so and change nothing. In a thread that is not the main one no signal is handled.
@@ -89,12 +89,12 @@ def stops_on_usr1(folder: Place) -> Iterator[None]:
             (folder / STOP_FILE).unlink(missing_ok=True)
 
 
-def _request(folder: Place, again: bool) -> None:
+def _request(folder: AnyPath, again: bool) -> None:
     if again:
         logger.info("SIGUSR1: the run was asked to stop already, and ends when its checkpoint is saved")
         return
     try:
-        replace(folder / STOP_FILE, b"")
+        atomic_write(folder / STOP_FILE, b"")
     except OSError as error:
         logger.warning("SIGUSR1: the run cannot be asked to stop (%s); Ctrl-C ends it without a checkpoint", error)
         return

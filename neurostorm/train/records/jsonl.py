@@ -11,13 +11,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from neurostorm.io.paths import Place, naming, replace
+from neurostorm.io.paths import AnyPath, atomic_write, name_errors
 
 
 class Journal:
     """The lines of one worker; `folder` need not exist."""
 
-    def __init__(self, folder: Place, name: str) -> None:
+    def __init__(self, folder: AnyPath, name: str) -> None:
         self._folder, self._name = folder, name
         self._waiting: list[str] = []
 
@@ -30,7 +30,7 @@ class Journal:
         if isinstance(self._folder, Path):
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / f"{self._name}.jsonl"
-            with naming(path), path.open("a") as file:
+            with name_errors(path), path.open("a") as file:
                 file.write(line)
         else:
             self._waiting.append(line)
@@ -38,5 +38,5 @@ class Journal:
     def keep(self, done: int) -> None:
         """Makes sure, after `done` steps, that all lines so far outlive this process."""
         if self._waiting:
-            replace(self._folder / self._name / f"step-{done:08d}.jsonl", "".join(self._waiting).encode())
+            atomic_write(self._folder / self._name / f"step-{done:08d}.jsonl", "".join(self._waiting).encode())
             self._waiting = []

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from neurostorm.config import Config, ConfigError
 from neurostorm.data.corpus import KEPT_COLUMNS, Corpus, open_corpus, read_kept
 from neurostorm.data.withdrawals import subject_of
-from neurostorm.io.paths import Place, replace
+from neurostorm.io.paths import AnyPath, atomic_write
 from neurostorm.runtime.run_folder import MANIFEST, saved_store
 from neurostorm.store.manifest import check_paths, with_columns
 from neurostorm.train.checkpoint import checkpoints
@@ -84,7 +84,7 @@ def keep(config: Config, corpus: Corpus) -> None:
     assert corpus.manifest is not None
     sink = pa.BufferOutputStream()
     pq.write_table(corpus.manifest, sink, compression="zstd")
-    replace(config.run.folder / KEPT, sink.getvalue().to_pybytes())
+    atomic_write(config.run.folder / KEPT, sink.getvalue().to_pybytes())
 
 
 def planned(config: Config) -> Corpus:
@@ -92,13 +92,13 @@ def planned(config: Config) -> Corpus:
     return open_corpus(config, _kept(config.run.folder))
 
 
-def is_other(folder: Place, corpus: Corpus) -> bool:
+def is_other(folder: AnyPath, corpus: Corpus) -> bool:
     """Whether RUN/manifest.parquet is there and lists other runs than a corpus."""
     kept = _kept(folder)
     return kept is not None and corpus.store.content_hash(kept) != corpus.content_sha256
 
 
-def _kept(folder: Place) -> pa.Table | None:
+def _kept(folder: AnyPath) -> pa.Table | None:
     try:
         data = (folder / KEPT).read_bytes()
     except FileNotFoundError:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from neurostorm.io.paths import Place, replace
+from neurostorm.io.paths import AnyPath, atomic_write
 
 logger = logging.getLogger(__name__)
 EVERY_S = 10.0
@@ -40,7 +40,7 @@ def now_ns() -> int:
     return _EPOCH_NS + time.monotonic_ns()
 
 
-class Account:
+class TimeAccount:
     """The time of one run as this process counts it; kept only if `folder`, the run's, is given (on rank 0).
 
     started_ns  when the driver started this process' run; the same for all workers that it ever starts
@@ -48,7 +48,7 @@ class Account:
     """
 
     def __init__(
-        self, folder: Place | None = None, started_ns: int | None = None, clock_ns: Callable[[], int] = now_ns
+        self, folder: AnyPath | None = None, started_ns: int | None = None, clock_ns: Callable[[], int] = now_ns
     ) -> None:
         self._file = None if folder is None else folder / ACCOUNT
         self._remote = None if self._file is None or isinstance(self._file, Path) else LatestFile(self._file)
@@ -110,7 +110,7 @@ class Account:
             self._remote.put(content)
             return
         try:
-            replace(self._file, content)
+            atomic_write(self._file, content)
         except OSError as error:
             if not self._failed:
                 logger.warning("%s cannot be written (%s); training goes on without it", self._file, error)
@@ -175,7 +175,7 @@ class LatestFile:
         every_s: shortest time between two writes, seconds.
     """
 
-    def __init__(self, file: Place, every_s: float = EVERY_S) -> None:
+    def __init__(self, file: AnyPath, every_s: float = EVERY_S) -> None:
         self._file, self._every_s = file, every_s
         self._changed = threading.Condition()
         self._waiting: bytes | None = None
@@ -204,7 +204,7 @@ class LatestFile:
             assert content is not None
             began_s = time.monotonic()
             try:
-                replace(self._file, content)
+                atomic_write(self._file, content)
                 failed = False
             except OSError as error:
                 if not failed:

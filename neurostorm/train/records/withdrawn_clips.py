@@ -14,7 +14,7 @@ from neurostorm.data.clips import ClipBatch
 from neurostorm.data.corpus import Corpus
 from neurostorm.data.plan.split import subject_hash
 from neurostorm.data.withdrawals import subject_of
-from neurostorm.io.paths import Place, files_below
+from neurostorm.io.paths import AnyPath, list_files
 from neurostorm.store.layout import StoreError
 from neurostorm.train.records.jsonl import Journal
 
@@ -29,7 +29,7 @@ class LeftOut:
         total: how many they are since this start.
     """
 
-    def __init__(self, folder: Place, rank: int) -> None:
+    def __init__(self, folder: AnyPath, rank: int) -> None:
         self._journal, self._told = Journal(folder, f"{NAME}-{rank}"), set[str]()
         self.total = 0
 
@@ -48,7 +48,7 @@ class LeftOut:
         self._journal.keep(done)
 
 
-def removed(corpus: Corpus, folder: Place) -> list[dict[str, Any]]:
+def removed(corpus: Corpus, folder: AnyPath) -> list[dict[str, Any]]:
     """The subjects of a run's plan who have withdrawn by now, for the exported model.
 
     Args:
@@ -81,10 +81,10 @@ def removed(corpus: Corpus, folder: Place) -> list[dict[str, Any]]:
     return sorted(found, key=lambda entry: str(entry["subject_sha256"]))
 
 
-def _steps_left_out(folder: Place) -> dict[str, dict[int, int]]:
+def _steps_left_out(folder: AnyPath) -> dict[str, dict[int, int]]:
     """Subject -> row -> step of the clips in the journals; steps that were done again are there twice."""
     found: dict[str, dict[int, int]] = {}
-    for name, _ in files_below(folder):
+    for name, _ in list_files(folder):
         if name.startswith(f"{NAME}-") and name.endswith(".jsonl"):
             for line in (folder / name).read_text().splitlines():
                 with contextlib.suppress(ValueError):  # a line that a killed worker cut off

@@ -10,24 +10,24 @@ import pytest
 from neurostorm.config import ConfigError, EmbedConfig
 from neurostorm.downstream.embed.inputs import open_input
 from neurostorm.downstream.embed.parts import unfinished
-from neurostorm.io.paths import Place, copy_files, files_below, place
+from neurostorm.io.paths import AnyPath, copy_files, list_files, to_path
 
 TABLES = ("clips.parquet", "runs.parquet", "subjects.parquet")
 
 
-def upload(folder: Path, target: Place) -> Place:
-    copy_files(folder, target, [name for name, _ in files_below(folder)])
+def upload(folder: Path, target: AnyPath) -> AnyPath:
+    copy_files(folder, target, [name for name, _ in list_files(folder)])
     return target
 
 
-def content(out: Place) -> dict[str, bytes]:
+def content(out: AnyPath) -> dict[str, bytes]:
     return {name: (out / name).read_bytes() for name in TABLES}
 
 
 def test_model_store_and_result_in_an_object_store(
     tmp_path: Path, ball_store: Path, model: Path, here: Any, make_bucket: Any
 ) -> None:
-    bucket = place(make_bucket())
+    bucket = to_path(make_bucket())
     remote = {"model": upload(model, bucket / "model"), "store": upload(ball_store, bucket / "store")}
     twin = here(tmp_path / "twin", model=model, store=ball_store)
     done = here(bucket / "out", **remote)
@@ -42,7 +42,7 @@ def test_model_store_and_result_in_an_object_store(
 def test_what_failed_is_listed_tried_again_and_gone(
     tmp_path: Path, ball_store: Path, model: Path, here: Any, make_bucket: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    bucket = place(make_bucket())
+    bucket = to_path(make_bucket())
     store, out = upload(ball_store, bucket / "store"), bucket / "out"
     shard = store / "runs/balls/sub-1/task-rest/0.0"
     whole = shard.read_bytes()
@@ -53,7 +53,7 @@ def test_what_failed_is_listed_tried_again_and_gone(
     assert (out / "failed.parquet").is_file()
     shard.write_bytes(whole)
     assert here(out, model=model, store=store).failed == ()
-    assert not [name for name, _ in files_below(out) if "failed" in name]
+    assert not [name for name, _ in list_files(out) if "failed" in name]
     here(tmp_path / "twin", model=model, store=ball_store)
     assert content(out) == content(tmp_path / "twin")
 
@@ -63,7 +63,7 @@ def test_files_in_an_object_store(
 ) -> None:
     root, store = files
     folder = make_model(tmp_path / "model", store)
-    bucket = place(make_bucket())
+    bucket = to_path(make_bucket())
     source = upload(root, bucket / "bids")
     here(tmp_path / "twin", model=folder, source=root)
     assert here(bucket / "out", model=folder, source=source).runs == 2

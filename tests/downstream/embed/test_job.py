@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from neurostorm.config import EmbedConfig
-from neurostorm.downstream.embed.embed_run import Embedder, Task
+from neurostorm.downstream.embed.embed_run import Embedder, EmbedTask
 from neurostorm.downstream.embed.inputs import open_input, remember
-from neurostorm.downstream.embed.job import spread, task_of
-from neurostorm.downstream.embed.parts import ClipResult, Run, assemble, write_part
+from neurostorm.downstream.embed.job import embed_runs, task_of
+from neurostorm.downstream.embed.parts import ClipResult, RunToEmbed, assemble, write_part
 from neurostorm.ingest.layouts.discover import discover
-from neurostorm.io.paths import Place, copy_files, files_below, place
+from neurostorm.io.paths import AnyPath, copy_files, list_files, to_path
 from neurostorm.model.hub.pretrained import NeuroStorm
 from neurostorm.store import FrameStore
 from neurostorm.store.shard import SHARD_FILE
@@ -40,7 +40,7 @@ def vectors(rows: pa.Table) -> np.ndarray:
     return np.array(rows["embedding"].to_pylist(), np.float32)
 
 
-def content(out: Place) -> dict[str, bytes]:
+def content(out: AnyPath) -> dict[str, bytes]:
     return {name: (out / f"{name}.parquet").read_bytes() for name in TABLES}
 
 
@@ -192,9 +192,9 @@ def test_the_job_makes_the_same_tables_however_often_it_is_interrupted(
     assert {part: part.stat().st_mtime_ns for part in kept} == kept
     assert content(resumed) == content(whole)
 
-    bucket = place(make_bucket())
+    bucket = to_path(make_bucket())
     for name, folder in (("model", model), ("store", ball_store)):
-        copy_files(folder, bucket / name, [file for file, _ in files_below(folder)])
+        copy_files(folder, bucket / name, [file for file, _ in list_files(folder)])
     arguments = [f"--{name}={bucket / name}" for name in ("model", "store", "out")]
     assert job.main([*arguments, "--embed.cpus_per_worker", "0.5"]) == 0
     assert f"next: pandas.read_parquet('{bucket}/out/subjects.parquet')" in capsys.readouterr().out
@@ -207,8 +207,8 @@ def test_a_dying_worker_costs_its_own_run(tmp_path: Path, monkeypatch: pytest.Mo
     """The process is killed at one run: all others have their part, those that waited for the same worker too."""
     monkeypatch.setattr("neurostorm.downstream.embed.job.CRASH_RETRIES", 0)
     monkeypatch.setattr("neurostorm.downstream.embed.job._Worker", killed_at(2, tmp_path))
-    runs = [Run(f"runs/a/sub-{n}/run", "a", f"sub-{n}", "", "", "here", "x") for n in range(6)]
-    outcomes = list(spread(runs, cast(Task, None), EmbedConfig(cpus_per_worker=0.5)))
+    runs = [RunToEmbed(f"runs/a/sub-{n}/run", "a", f"sub-{n}", "", "", "here", "x") for n in range(6)]
+    outcomes = list(embed_runs(runs, cast(EmbedTask, None), EmbedConfig(cpus_per_worker=0.5)))
     assert outcomes == [0] * 5
     done = assemble(tmp_path, runs, 1.0, "its process died")
     assert done.runs == 5 and [(row["run"], row["reason"]) for row in done.failed] == [

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from neurostorm.downstream.embed import parts
-from neurostorm.downstream.embed.parts import ClipResult, Run, assemble, write_part
+from neurostorm.downstream.embed.parts import ClipResult, RunToEmbed, assemble, write_part
 
 
 def table(out: Path, name: str) -> pa.Table:
@@ -18,7 +18,7 @@ def table(out: Path, name: str) -> pa.Table:
 def test_subjects_are_the_means_of_their_runs(tmp_path: Path) -> None:
     """Each run counts alike, whatever its clips; a namesake in another dataset is another subject."""
     runs = [
-        Run(f"runs/{dataset}/sub-1/run-{number}", dataset, "sub-1", "", "rest", "here", "x")
+        RunToEmbed(f"runs/{dataset}/sub-1/run-{number}", dataset, "sub-1", "", "rest", "here", "x")
         for dataset, number in (("a", 1), ("a", 2), ("b", 1))
     ]
     for run, values in zip(runs, ([1.0, 3.0], [8.0], [5.0]), strict=True):
@@ -33,7 +33,7 @@ def test_subjects_are_the_means_of_their_runs(tmp_path: Path) -> None:
 
 def test_row_groups_hold_a_bounded_number_of_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "GROUP_CLIPS", 4)
-    runs = [Run(f"runs/a/sub-{n}/run", "a", f"sub-{n}", "", "", "here", "x") for n in range(5)]
+    runs = [RunToEmbed(f"runs/a/sub-{n}/run", "a", f"sub-{n}", "", "", "here", "x") for n in range(5)]
     for run in runs:
         write_part(tmp_path, run, [ClipResult(n, np.zeros(2, np.float32)) for n in range(3)])
     assert assemble(tmp_path, runs, 1.0, "").clips == 15

@@ -20,7 +20,7 @@ from neurostorm.downstream.methods.connectivity import (
     upper,
 )
 from neurostorm.downstream.methods.parcels import Parcels, parcels_from_mask
-from neurostorm.io.paths import place
+from neurostorm.io.paths import to_path
 from neurostorm.store import INT8_16, FrameStore, StoreError, create_store, run_path, write_run
 
 REGIONS = 6
@@ -216,7 +216,7 @@ def test_a_damaged_file_and_a_run_ingested_anew_are_made_again(ball_store: Path,
 
 
 def test_series_are_kept_in_an_object_store_too(ball_store: Path, make_bucket: Any) -> None:
-    store, folder = FrameStore.open(ball_store), place(f"{make_bucket()}/cache")
+    store, folder = FrameStore.open(ball_store), to_path(f"{make_bucket()}/cache")
     runs, parcels = store.runs()[:2], parcels_from_mask(store.grid, store.mask, 5)
     first, second = (series_cached(store, runs, parcels, folder) for _ in range(2))
     assert all(a.tobytes() == b.tobytes() for a, b in zip(first, second, strict=True))

@@ -24,7 +24,7 @@ from neurostorm.downstream.methods.inputs import (
     draw_pairs,
     evenly,
 )
-from neurostorm.downstream.tasks.examples import Examples, collect
+from neurostorm.downstream.tasks.examples import Examples, build_examples
 from neurostorm.downstream.tasks.task import Age, Cut
 from neurostorm.model.encoder import SwinEncoder
 from neurostorm.model.hub.pretrained import NeuroStorm
@@ -38,7 +38,7 @@ def sized(sizes: list[int]) -> Examples:
     """Units with so many clips."""
     clips = [(0, start, f"{unit:02d}") for unit, size in enumerate(sizes) for start in range(size)]
     names = {f"{unit:02d}": f"{unit}" for unit in range(len(sizes))}
-    return collect([], 5, clips, names, dict.fromkeys(names, 1.0))
+    return build_examples([], 5, clips, names, dict.fromkeys(names, 1.0))
 
 
 SIZES = st.lists(st.integers(1, 12), min_size=1, max_size=8)

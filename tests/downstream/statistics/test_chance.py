@@ -8,12 +8,12 @@ import pytest
 from numpy.typing import NDArray
 
 from neurostorm.config import AdaptConfig
-from neurostorm.downstream.cohort import Run
+from neurostorm.downstream.cohort import CohortRun
 from neurostorm.downstream.methods import fitting
 from neurostorm.downstream.methods.method import find_method
 from neurostorm.downstream.methods.objective import objective_of
 from neurostorm.downstream.splits import holdout, strata_of
-from neurostorm.downstream.tasks.examples import Examples, collect
+from neurostorm.downstream.tasks.examples import Examples, build_examples
 
 SUBJECTS, FEATURES, SEEDS = 90, 30, 10
 METRIC = {"regression": "r", "classification": "balanced_accuracy"}
@@ -21,11 +21,13 @@ METRIC = {"regression": "r", "classification": "balanced_accuracy"}
 
 def people(labels: NDArray[Any], classes: tuple[str, ...]) -> Examples:
     """A clip, and a label, of each subject."""
-    runs = [Run(f"runs/a/sub-{n:03d}/rest", f"a/sub-{n:03d}", "", "rest", 8, f"{n:x}") for n in range(len(labels))]
+    runs = [
+        CohortRun(f"runs/a/sub-{n:03d}/rest", f"a/sub-{n:03d}", "", "rest", 8, f"{n:x}") for n in range(len(labels))
+    ]
     names = [run.subject for run in runs]
     clips = [(index, 0, name) for index, name in enumerate(names)]
     targets = dict(zip(names, labels.tolist(), strict=True))
-    return collect(runs, 8, clips, dict(zip(names, names, strict=True)), targets, classes)
+    return build_examples(runs, 8, clips, dict(zip(names, names, strict=True)), targets, classes)
 
 
 def measured_on_test(
@@ -42,7 +44,7 @@ def measured_on_test(
         np.flatnonzero(np.isin(subject, part)) for part in (split.train, split.validation, split.test)
     )
     objective = objective_of(kind, examples.take(train), embedding=8, temperature=0.1, gallery=10, repeats=2, seed=seed)
-    problem: Any = fitting.Problem(
+    problem: Any = fitting.FitData(
         find_method("fc"), AdaptConfig(), METRIC[kind], None, examples, objective, None, Path("."), seed, "cpu"
     )  # type: ignore[arg-type]
     chosen = fitting.fit(problem, train, validation, lambda *_: None)

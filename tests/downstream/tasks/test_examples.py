@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neurostorm.downstream.cohort import Run
-from neurostorm.downstream.tasks.examples import Examples, collect, starts_of
+from neurostorm.downstream.cohort import CohortRun
+from neurostorm.downstream.tasks.examples import Examples, build_examples, starts_of
 
 CASES = settings(deadline=None, max_examples=30)
 SUBJECTS = ("d/sub-1", "d/sub-2", "e/sub-1")
@@ -20,14 +20,15 @@ SUBJECTS = ("d/sub-1", "d/sub-2", "e/sub-1")
 def studies(draw: st.DrawFn) -> Examples:
     """Up to 8 units, each of one of three subjects with up to 5 clips of up to 4 runs; units in the order of names."""
     runs = [
-        Run(f"runs/{n}", SUBJECTS[n % 3], str(n // 3), "rest", 40, f"{n:064x}") for n in range(draw(st.integers(1, 4)))
+        CohortRun(f"runs/{n}", SUBJECTS[n % 3], str(n // 3), "rest", 40, f"{n:064x}")
+        for n in range(draw(st.integers(1, 4)))
     ]
     units = [f"unit {number}" for number in range(draw(st.integers(1, 8)))]
     place = st.tuples(st.integers(0, len(runs) - 1), st.integers(0, 35))
     clips = [(*at, unit) for unit in units for at in draw(st.sets(place, min_size=1, max_size=5))]
     subject_of = {unit: draw(st.sampled_from(SUBJECTS)) for unit in units}
     target_of = {unit: draw(st.floats(-9, 9)) for unit in units}
-    return collect(runs, 5, draw(st.permutations(clips)), subject_of, target_of)
+    return build_examples(runs, 5, draw(st.permutations(clips)), subject_of, target_of)
 
 
 def described(examples: Examples) -> list[tuple[Any, ...]]:
@@ -77,15 +78,15 @@ def test_clips_by_run_are_those_of_all_units_once(examples: Examples) -> None:
 
 
 def test_clips_are_collected_once_in_the_order_of_units_runs_and_frames() -> None:
-    runs = [Run(f"runs/{n}", "d/sub-1", "", "rest", 40, "") for n in range(2)]
+    runs = [CohortRun(f"runs/{n}", "d/sub-1", "", "rest", 40, "") for n in range(2)]
     given = [(1, 5, "b"), (0, 9, "b"), (1, 0, "b"), (0, 3, "a"), (1, 5, "b")]
-    examples = collect(runs, 5, given, {"a": "x", "b": "y"}, {"a": 1.0, "b": 0.0}, ("no", "yes"))
+    examples = build_examples(runs, 5, given, {"a": "x", "b": "y"}, {"a": 1.0, "b": 0.0}, ("no", "yes"))
     assert described(examples) == [
         ("a", "x", 1, [("runs/0", 3)]),
         ("b", "y", 0, [("runs/0", 9), ("runs/1", 0), ("runs/1", 5)]),
     ]
     assert examples.targets.dtype == np.int64
-    assert collect(runs, 5, given, {"a": "x", "b": "y"}, {"a": 1.5, "b": 0.0}).targets.tolist() == [1.5, 0.0]
+    assert build_examples(runs, 5, given, {"a": "x", "b": "y"}, {"a": 1.5, "b": 0.0}).targets.tolist() == [1.5, 0.0]
 
 
 @CASES

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neurostorm.config import Config, ConfigError
-from neurostorm.downstream.cohort import Cohort, Run
+from neurostorm.downstream.cohort import Cohort, CohortRun
 from neurostorm.downstream.tasks.overlap import DROP, FIRST, merged, overlaps, settle
 from neurostorm.downstream.tasks.task import Cut, find_task
 from neurostorm.store.events import Event
@@ -30,7 +30,7 @@ def starts_of(
     events: dict[str, list[list[Any]]], rule: str, clip: int = 4, delay_s: float = 0.0
 ) -> dict[str, list[int]]:
     """First frames by unit, without the run's name."""
-    runs = tuple(Run(path, "d/a", "", "motor", 60, "sha") for path in events)
+    runs = tuple(CohortRun(path, "d/a", "", "motor", 60, "sha") for path in events)
     store = SimpleNamespace(path="stores/made", tr_s=TR_S, run_attributes=lambda path: {"events": events[path]})
     examples = find_task("state").examples(Cohort(store, runs), {}, Cut(clip, clip, delay_s, overlap=rule))
     parts = zip(examples.units, examples.clips_by_unit(), strict=True)
@@ -96,7 +96,7 @@ def test_instants_and_events_that_meet_overlap_nothing(rule: str) -> None:
 
 
 def test_types_that_do_not_count_overlap_nothing() -> None:
-    run = Run("d/one", "d/a", "", "motor", 60, "sha")
+    run = CohortRun("d/one", "d/a", "", "motor", 60, "sha")
     rows = [[0.0, 8.0, "tap"], [0.0, 40.0, "instruction"], [8.0, 8.0, "rest"]]
     store = SimpleNamespace(path="made", tr_s=TR_S, run_attributes=lambda path: {"events": rows})
     examples = find_task("state").examples(Cohort(store, (run,)), {}, Cut(4, 4, 0.0, states=("tap", "rest")))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ray import cloudpickle
 
 from neurostorm.config import ConfigError
-from neurostorm.downstream.cohort import Cohort, Run
+from neurostorm.downstream.cohort import Cohort, CohortRun
 from neurostorm.downstream.tasks.task import (
     REGISTRY,
     Age,
@@ -40,7 +40,7 @@ HALF = 0.5
 """
 
 
-def cohort_of(*runs: Run, events: dict[str, list[list[Any]]] | None = None, tr_s: float = 0.8) -> Cohort:
+def cohort_of(*runs: CohortRun, events: dict[str, list[list[Any]]] | None = None, tr_s: float = 0.8) -> Cohort:
     """Runs of a store that is not on disk; `events` by path."""
     store = SimpleNamespace(
         path="stores/made", tr_s=tr_s, run_attributes=lambda path: {"events": (events or {}).get(path, [])}
@@ -48,8 +48,8 @@ def cohort_of(*runs: Run, events: dict[str, list[list[Any]]] | None = None, tr_s
     return Cohort(store, runs)  # type: ignore[arg-type]  # all that tasks ask of a store
 
 
-def run_of(subject: str, session: str = "", frames: int = 40, number: int = 0) -> Run:
-    return Run(f"runs/{subject}/{session}-{number}", subject, session, "rest", frames, "")
+def run_of(subject: str, session: str = "", frames: int = 40, number: int = 0) -> CohortRun:
+    return CohortRun(f"runs/{subject}/{session}-{number}", subject, session, "rest", frames, "")
 
 
 def starts_by_unit(examples) -> dict[str, list[int]]:

@@ -16,7 +16,7 @@ from neurostorm.ingest.estimate import dry_run
 from neurostorm.ingest.layouts.discover import Source, discover, read_participants, source_of
 from neurostorm.ingest.survey import survey
 from neurostorm.io.object_store import ObjectPath
-from neurostorm.io.paths import Place, copy_files, files_below, place
+from neurostorm.io.paths import AnyPath, copy_files, list_files, to_path
 from neurostorm.store import FrameStore, create_store
 
 SHAPE = (26, 32, 26)
@@ -42,29 +42,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory, kit: Any) -> Path:
 @pytest.fixture
 def bucket(folder: Path, make_bucket: Callable[[], str]) -> ObjectPath:
     """The same files in a bucket, below `derivatives/bids`."""
-    target = place(make_bucket()) / "derivatives" / "bids"
+    target = to_path(make_bucket()) / "derivatives" / "bids"
     assert isinstance(target, ObjectPath)
-    copy_files(folder, target, [name for name, _ in files_below(folder)])
+    copy_files(folder, target, [name for name, _ in list_files(folder)])
     return target
 
 
 @pytest.fixture
-def far_store(make_bucket: Callable[[], str], kit: Any, small_mask: np.ndarray) -> Place:
+def far_store(make_bucket: Callable[[], str], kit: Any, small_mask: np.ndarray) -> AnyPath:
     """An empty store in another bucket, on the small grid."""
-    path = place(make_bucket()) / "store"
+    path = to_path(make_bucket()) / "store"
     create_store(path, grid=kit.small, mask=small_mask, tr_s=0.8, recipe=RECIPE)
     return path
 
 
-def relative(source: Source, root: Place) -> tuple[Any, ...]:
+def relative(source: Source, root: AnyPath) -> tuple[Any, ...]:
     """All that discovery found, with its places relative to the root."""
     places = (source.path, source.mask_path, source.participants, *source.sidecars)
     return source.run, source.format, source.refused, *(str(found).removeprefix(str(root)) for found in places)
 
 
-def shards(store: Place) -> dict[str, bytes]:
+def shards(store: AnyPath) -> dict[str, bytes]:
     """The frames of every run, as they lie."""
-    return {name: (store / name).read_bytes() for name, _ in files_below(store) if name.endswith("/0.0")}
+    return {name: (store / name).read_bytes() for name, _ in list_files(store) if name.endswith("/0.0")}
 
 
 def test_a_bucket_is_discovered_like_a_folder(proxy: Any, folder: Path, bucket: ObjectPath) -> None:
@@ -82,7 +82,7 @@ def test_a_bucket_is_discovered_like_a_folder(proxy: Any, folder: Path, bucket: 
 
 
 def test_a_run_becomes_the_same_bytes_from_and_to_any_place(
-    folder: Path, store: Path, bucket: ObjectPath, far_store: Place
+    folder: Path, store: Path, bucket: ObjectPath, far_store: AnyPath
 ) -> None:
     for source in discover(folder):
         assert attempt(source, store).status == "ingested"
@@ -90,7 +90,7 @@ def test_a_run_becomes_the_same_bytes_from_and_to_any_place(
     outcomes = [attempt(source, far_store) for source in found]
     assert [outcome.status for outcome in outcomes] == ["ingested"] * 3
     assert [outcome.size_bytes for outcome in outcomes] == [
-        sum(size for name, size in files_below(far_store) if name.startswith(source.run)) for source in found
+        sum(size for name, size in list_files(far_store) if name.startswith(source.run)) for source in found
     ]
     assert shards(far_store) == shards(store)
     facts = FrameStore.open(far_store).run_attributes(found[0].run)
@@ -110,7 +110,7 @@ def test_a_dry_run_fetches_headers_only(proxy: Any, bucket: ObjectPath, make_buc
     assert len(found.waiting) == 3
     assert found.free_bytes is None
     assert found.files == 3 * 2 + 3 + 1
-    assert not list(files_below(place(target)))
+    assert not list(list_files(to_path(target)))
 
 
 def test_an_object_that_is_gone_costs_its_own_run(bucket: ObjectPath, store: Path) -> None:
@@ -152,7 +152,7 @@ def test_trouble_that_stays_names_the_run_after_a_bounded_time(
     assert attempt(second, store).status == "ingested"
 
 
-def test_a_store_that_refuses_is_not_the_files_fault(proxy: Any, folder: Path, far_store: Place) -> None:
+def test_a_store_that_refuses_is_not_the_files_fault(proxy: Any, folder: Path, far_store: AnyPath) -> None:
     source = discover(folder)[0]
     proxy.plan = lambda method, key: "503" if method in ("PUT", "POST") else ""
     outcome = attempt(source, far_store)
@@ -162,7 +162,9 @@ def test_a_store_that_refuses_is_not_the_files_fault(proxy: Any, folder: Path, f
     assert attempt(source, far_store).status == "ingested"
 
 
-def test_a_process_killed_in_the_middle_of_an_upload_leaves_no_run(proxy: Any, folder: Path, far_store: Place) -> None:
+def test_a_process_killed_in_the_middle_of_an_upload_leaves_no_run(
+    proxy: Any, folder: Path, far_store: AnyPath
+) -> None:
     """Its put is never answered; the same run again, by another process, is whole."""
     source = discover(folder)[0]
     proxy.plan = lambda method, key: "swallow" if method in ("PUT", "POST") and "0.0" in key else ""

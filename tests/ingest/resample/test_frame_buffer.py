@@ -6,22 +6,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from neurostorm.ingest.nifti import open_run, read_stored
-from neurostorm.ingest.resample.frame_buffer import Kept, Mixed, Taken, collect
+from neurostorm.ingest.nifti import open_nifti, read_stored
+from neurostorm.ingest.resample.frame_buffer import ResampledBuffer, SourceBuffer, VoxelBuffer, buffer_frames
 from neurostorm.ingest.resample.standardize import SpatialPlan, Standardised, plan_spatial, plan_temporal, standardise
 from neurostorm.store import INT8_16
 
 KINDS = {
-    Taken: ("LPS", (22, 26, 22), 8.0, (-1, -18, 3)),  # centred so that voxels coincide with the small grid's
-    Kept: ("LPS", (15, 17, 15), 12.0, (0.0, -18.0, 6.0)),
-    Mixed: ("LPS", (36, 42, 36), 5.0, (0.0, -18.0, 6.0)),
+    VoxelBuffer: ("LPS", (22, 26, 22), 8.0, (-1, -18, 3)),  # centred so that voxels coincide with the small grid's
+    SourceBuffer: ("LPS", (15, 17, 15), 12.0, (0.0, -18.0, 6.0)),
+    ResampledBuffer: ("LPS", (36, 42, 36), 5.0, (0.0, -18.0, 6.0)),
 }
 
 
 def a_run(kit: Any, kind: type, frames: int = 21) -> tuple[np.ndarray, np.ndarray]:
     """A phantom run (X, Y, Z, T) float32 and its affine, such that it is held as `kind` on the small grid."""
     axes, shape, step_mm, centre_mm = KINDS[kind]
-    if kind is Taken:
+    if kind is VoxelBuffer:
         centre_mm = tuple(kit.small.origin_mm + kit.small.voxel_mm * (np.asarray(kit.small.shape) - 1) / 2)
     affine = kit.affine_of(axes, step_mm, shape, centre_mm)
     return kit.phantom(shape, affine, frames, 1.7), affine
@@ -31,7 +31,8 @@ def held_as(monkeypatch: pytest.MonkeyPatch) -> list[type]:
     """Records which kind of hold each run gets."""
     found: list[type] = []
     monkeypatch.setattr(
-        "neurostorm.ingest.resample.standardize.collect", lambda *a: found.append(type(made := collect(*a))) or made
+        "neurostorm.ingest.resample.standardize.buffer_frames",
+        lambda *a: found.append(type(made := buffer_frames(*a))) or made,
     )
     return found
 
@@ -52,7 +53,11 @@ def test_every_hold_and_number_type_equals_matrix_products(
     found = held_as(monkeypatch)
     frames = (frame.ravel(order="F") for frame in np.moveaxis(stored, -1, 0))
     result = standardise(frames, 21, spatial, temporal, scaling=(slope, intercept))
-    assert found == [Kept if (kind, dtype[-1]) in {(Mixed, "2"), (Mixed, "1")} and few(spatial, dtype) else kind]
+    assert found == [
+        SourceBuffer
+        if (kind, dtype[-1]) in {(ResampledBuffer, "2"), (ResampledBuffer, "1")} and few(spatial, dtype)
+        else kind
+    ]
     packed = temporal.matrix @ (spatial.matrix @ values.reshape(-1, 21, order="F")).T.astype(np.float64)
     inside = spatial.inside
     np.testing.assert_allclose(result.mean[inside], packed.mean(axis=0)[inside], rtol=1e-5)
@@ -73,7 +78,7 @@ def test_threads_change_no_byte(tmp_path: Path, kit: Any, small_mask: np.ndarray
     monkeypatch.setattr("neurostorm.ingest.resample.standardize._LEAST_BLOCK", 100)
     monkeypatch.setattr("neurostorm.ingest.resample.standardize._BLOCK_VALUES", 1)
     run, affine = a_run(kit, kind)
-    header = open_run(kit.save(tmp_path / "run.nii.gz", run, affine, tr_s=1.7))
+    header = open_nifti(kit.save(tmp_path / "run.nii.gz", run, affine, tr_s=1.7))
     spatial = plan_spatial(header.shape, affine, kit.small.affine, small_mask)
     assert len(spatial.inside) > 1000
     results = [

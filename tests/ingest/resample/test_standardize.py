@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from neurostorm.ingest.nifti import RunError, open_run, read_stored
+from neurostorm.ingest.nifti import RunError, open_nifti, read_stored
 from neurostorm.ingest.resample.standardize import SpatialPlan, plan_spatial, plan_temporal, standardise
 from neurostorm.store import GRIDS, INT8_16
 
@@ -324,7 +324,7 @@ def test_memory_stays_below_three_runs(tmp_path: Path, kit: Any, small_mask: np.
     mask = kit.brain(points).reshape(grid.shape)
     tracemalloc.start()
     try:
-        header = open_run(path)
+        header = open_nifti(path)
         spatial, temporal = plan_spatial(shape, affine, grid.affine, mask), plan_temporal(60, 0.72, 0.8)
         result = standardise(read_stored(header), 60, spatial, temporal)
         peak_bytes = tracemalloc.get_traced_memory()[1]

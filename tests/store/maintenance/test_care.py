@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from neurostorm.io.paths import place
+from neurostorm.io.paths import to_path
 from neurostorm.io.processes import machine_tag
 from neurostorm.store import (
     StoreError,
@@ -29,7 +29,14 @@ from neurostorm.store import (
 )
 from neurostorm.store.files import find_runs
 from neurostorm.store.maintenance import care as care_module
-from neurostorm.store.maintenance.care import find_subject, holding, names_subject, readmit, repair, withdraw
+from neurostorm.store.maintenance.care import (
+    allow_removed,
+    find_subject,
+    holding,
+    names_subject,
+    remove_subject,
+    repair,
+)
 from neurostorm.store.maintenance.verify import verify
 
 UNFINISHED = f"{machine_tag()}-abc"  # a name that this machine's writers give
@@ -130,7 +137,7 @@ def test_runs_that_cannot_be_read_just_now_are_never_dropped(store: Any, monkeyp
 
 def test_a_subject_who_withdraws_leaves_no_trace_but_their_name(store: Any) -> None:
     others = {name: data for name, data in files(store.path / "runs").items() if "made/sub-02" not in name}
-    assert withdraw(store.path, "made", "sub-02") == holding_of_sub_02()
+    assert remove_subject(store.path, "made", "sub-02") == holding_of_sub_02()
     assert files(store.path / "runs") == others
     assert "sub-02" not in str(read_manifest(store.path).to_pydict())
     assert read_participants(store.path).column("participant_id").to_pylist() == ["sub-01", "01"]
@@ -138,7 +145,7 @@ def test_a_subject_who_withdraws_leaves_no_trace_but_their_name(store: Any) -> N
     assert withdrawn_subjects(store.path) == {("made", "sub-02")}
     assert verify(store.path).problems == ()
     when = read_withdrawn(store.path)
-    assert withdraw(store.path, "made", "sub-02").runs == 0
+    assert remove_subject(store.path, "made", "sub-02").runs == 0
     assert read_withdrawn(store.path).equals(when), "the first time counts"
 
 
@@ -152,7 +159,7 @@ def holding_of_sub_02() -> Any:
 
 
 def test_the_last_subject_of_a_dataset_takes_its_group_along_and_no_label_stays(store: Any) -> None:
-    withdraw(store.path, "other", "sub-01")
+    remove_subject(store.path, "other", "sub-01")
     assert not (store.path / "runs" / "other").exists()
     assert (store.path / RUN.format("made", "sub-01") / "zarr.json").is_file(), "another person of the same id"
     assert read_participants(store.path).column("participant_id").to_pylist() == ["sub-01", "sub-02"]
@@ -179,12 +186,12 @@ def test_a_removal_that_is_cut_off_is_finished_by_the_next(
     with monkeypatch.context() as patched:
         patched.setattr(care_module, step, killed)
         with pytest.raises(Killed):
-            withdraw(store.path, "made", "sub-02")
+            remove_subject(store.path, "made", "sub-02")
     if step != "add_withdrawn":
         assert withdrawn_subjects(store.path) == {("made", "sub-02")}, "recorded before anything is deleted"
     if step == "remove_tree":
         assert len(find_runs(store.path)) == 2, "no run is left that looks whole"
-    withdraw(store.path, *find_subject(store.path, "sub-02"))
+    remove_subject(store.path, *find_subject(store.path, "sub-02"))
     assert len(find_runs(store.path)) == read_manifest(store.path).num_rows == 2
     assert not (store.path / "runs" / "made" / "sub-02").exists()
     assert read_participants(store.path).num_rows == 2 and read_quarantine(store.path).num_rows == 1
@@ -192,7 +199,7 @@ def test_a_removal_that_is_cut_off_is_finished_by_the_next(
 
 
 def test_nobody_who_withdrew_comes_back_through_a_table(store: Any) -> None:
-    withdraw(store.path, "made", "sub-02")
+    remove_subject(store.path, "made", "sub-02")
     write_participants(store.path, people(("made", "sub-02"), ("made", "02"), ("made", "sub-03"), ("other", "sub-02")))
     keys = read_participants(store.path).select(["dataset", "participant_id"]).to_pylist()
     assert [tuple(key.values()) for key in keys] == [
@@ -200,14 +207,14 @@ def test_nobody_who_withdrew_comes_back_through_a_table(store: Any) -> None:
     ]  # fmt: skip
     store.add_true("sub-02", "made", seed=1)  # an ingest that had begun before
     assert len(find_runs(store.path)) == 3 and build_manifest(store.path).num_rows == 2
-    assert readmit(store.path, "made", "sub-02") and not readmit(store.path, "made", "sub-02")
+    assert allow_removed(store.path, "made", "sub-02") and not allow_removed(store.path, "made", "sub-02")
     assert withdrawn_subjects(store.path) == set() and build_manifest(store.path).num_rows == 3
 
 
 def test_frames_that_a_killed_ingest_left_go_with_their_subject(store: Any) -> None:
     (store.path / ".partial" / UNFINISHED).mkdir(parents=True)
     (store.path / ".partial" / UNFINISHED / "0.0").write_bytes(b"frames of sub-02")
-    withdraw(store.path, "made", "sub-02")
+    remove_subject(store.path, "made", "sub-02")
     assert not (store.path / ".partial" / UNFINISHED).exists()
 
 
@@ -220,7 +227,7 @@ def test_an_id_is_found_wherever_it_stands_and_never_guessed(store: Any) -> None
     with pytest.raises(StoreError, match="no subject 'made/sub-07'; the nearest: made/sub-0"):
         find_subject(store.path, "made/sub-07")
     with pytest.raises(ValueError, match="cannot name"):
-        withdraw(store.path, "made", "../other")
+        remove_subject(store.path, "made", "../other")
     assert withdrawn_subjects(store.path) == set()
 
 
@@ -248,8 +255,8 @@ def test_whose_file_a_path_is(source: str, subject: str, expected: bool) -> None
         repair,
         verify,
         lambda path: find_subject(path, "sub-01"),
-        lambda path: withdraw(path, "made", "sub-01"),
-        lambda path: readmit(path, "made", "sub-01"),
+        lambda path: remove_subject(path, "made", "sub-01"),
+        lambda path: allow_removed(path, "made", "sub-01"),
     ],
 )
 def test_an_unknown_format_is_refused_and_left_alone(store: Any, action: Callable[[Path], object]) -> None:
@@ -265,7 +272,7 @@ def test_an_unknown_format_is_refused_and_left_alone(store: Any, action: Callabl
 def test_an_object_store_is_cared_for_in_the_same_way(
     make_bucket: Callable[[], str], example: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = place(f"{make_bucket()}/stores/care")
+    path = to_path(f"{make_bucket()}/stores/care")
     create_store(path, **example.properties)
     for number in (1, 2, 3):
         write_run(path, RUN.format("made", f"sub-{number}"), **example.true_arrays(seed=number))
@@ -282,10 +289,10 @@ def test_an_object_store_is_cared_for_in_the_same_way(
     monkeypatch.setattr(time, "time", lambda: now + 4000)
     done = repair(path, drop_damaged=True)
     assert done.leftovers == (RUN.format("made", "sub-4"),) and [p.where for p in done.dropped] == [problem.where]
-    assert withdraw(path, *find_subject(path, "sub-2")).runs == 1
+    assert remove_subject(path, *find_subject(path, "sub-2")).runs == 1
     assert sorted(find_runs(path)) == [RUN.format("made", "sub-1")]
     assert not (path / "runs" / "made" / "sub-2").exists()
     assert read_participants(path).column("participant_id").to_pylist() == ["sub-1"]
     assert verify(path).problems == ()
-    withdraw(path, "made", "sub-1")
+    remove_subject(path, "made", "sub-1")
     assert not (path / "runs" / "made").exists() and holding(path, "made", "sub-1").withdrawn

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import zarr
 
-from neurostorm.io.paths import place
+from neurostorm.io.paths import to_path
 from neurostorm.store import INT8_16, ClipReadError, FrameStore
 from neurostorm.store.maintenance import export as export_module
 from neurostorm.store.maintenance.export import nifti_zarr_name, write_nifti, write_nifti_zarr
@@ -117,7 +117,7 @@ def test_the_nifti_zarr_is_the_run_in_source_units(example: Any, tmp_path: Path)
 
 def test_a_nifti_zarr_in_a_bucket(make_bucket: Callable[[], str], example: Any) -> None:
     run = example.add(frames=9)
-    folder = place(f"{make_bucket()}/viewer/run.nii.zarr")
+    folder = to_path(f"{make_bucket()}/viewer/run.nii.zarr")
     assert write_nifti_zarr(FrameStore.open(example.path), run, folder)
     store = zarr.storage.ObjectStore(folder.client, read_only=True)
     check_nifti_zarr(zarr.open_group(store, path=folder.key, mode="r"), example, 9)

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from neurostorm.io.paths import place
+from neurostorm.io.paths import to_path
 from neurostorm.store import (
     StoreError,
     add_quarantine,
@@ -25,7 +25,7 @@ from neurostorm.store import (
 )
 from neurostorm.store.files import find_runs
 from neurostorm.store.maintenance import merge as merge_module
-from neurostorm.store.maintenance.care import withdraw
+from neurostorm.store.maintenance.care import remove_subject
 from neurostorm.store.maintenance.merge import merge
 from neurostorm.store.maintenance.verify import verify
 
@@ -137,15 +137,15 @@ def test_a_damaged_run_is_not_taken(stores: Any, compression: str, place_in_file
 def test_who_withdrew_from_either_store_does_not_come(stores: Any) -> None:
     one, two = stores
     two.add_true("sub-4", seed=4)
-    withdraw(one.path, "made", "sub-3")
-    withdraw(two.path, "made", "sub-2")
+    remove_subject(one.path, "made", "sub-3")
+    remove_subject(two.path, "made", "sub-2")
     done = merge(one.path, [two.path])
     assert (done.copied, done.refused) == (1, 1)
     assert [(p.where, p.fix) for p in done.problems] == [("made/sub-2", "start `remove --subject made/sub-2`")]
     assert withdrawn_subjects(one.path) == {("made", "sub-2"), ("made", "sub-3")}
     assert read_manifest(one.path).column("subject").to_pylist() == ["sub-1", "sub-4"]
     assert "sub-3" not in read_participants(one.path).column("participant_id").to_pylist()
-    withdraw(one.path, "made", "sub-2")
+    remove_subject(one.path, "made", "sub-2")
     assert verify(one.path).problems == () and merge(one.path, [two.path]).problems == []
 
 
@@ -179,7 +179,7 @@ def test_an_unknown_format_is_refused(stores: Any, which: int) -> None:
 
 def test_a_store_moves_into_a_bucket_and_back(make_bucket: Callable[[], str], stores: Any, tmp_path: Path) -> None:
     one, two = stores
-    bucket = place(f"{make_bucket()}/corpus")
+    bucket = to_path(f"{make_bucket()}/corpus")
     assert merge(bucket, [one.path, two.path]).copied == 3
     assert verify(bucket).problems == ()
     write_run(two.path, RUN.format("made", "sub-9"), **two.true_arrays(seed=9))

@@ -180,14 +180,14 @@ def test_nothing_is_committed_before_all_ranks_have_written(two):
 
 def test_the_marker_is_the_last_file_to_appear(folder, monkeypatch):
     appeared = []
-    replace = checkpoints.replace
+    replace = checkpoints.atomic_write
 
     def watched(target, data):
         there = sorted(path.name for path in target.parent.rglob("*") if path.is_file())
         appeared.append((target.name, there))
         replace(target, data)
 
-    monkeypatch.setattr(checkpoints, "replace", watched)
+    monkeypatch.setattr(checkpoints, "atomic_write", watched)
     save(folder, 10)
     once = [("trainer.json", ["rank-0.bin"]), ("COMMITTED", ["rank-0.bin", "trainer.json"])]
     assert appeared == [*once, ("COMMITTED", ["rank-0.bin", "trainer.json"])]  # the copy's files are not made by it

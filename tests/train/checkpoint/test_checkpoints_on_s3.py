@@ -6,8 +6,8 @@ import logging
 import pytest
 
 from neurostorm.io import paths
-from neurostorm.io.object_store import ObjectPath, PlaceError
-from neurostorm.io.paths import files_below, place
+from neurostorm.io.object_store import ObjectPath, ObjectStoreError
+from neurostorm.io.paths import list_files, to_path
 from neurostorm.train.checkpoint import checkpoints
 from neurostorm.train.checkpoint.checkpoints import CheckpointError
 
@@ -16,7 +16,7 @@ OWN = {rank: f"state/rank-{rank}.bin" for rank in range(2)}
 
 @pytest.fixture
 def folder(make_bucket):
-    return place(make_bucket()) / "runs" / "mine" / "checkpoints"
+    return to_path(make_bucket()) / "runs" / "mine" / "checkpoints"
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def restore_two(ranks):
             given = {}
 
             def load(path):
-                given.update({name: (path / name).read_text() for name, _ in files_below(path)})
+                given.update({name: (path / name).read_text() for name, _ in list_files(path)})
                 given["path"] = path
 
             found = checkpoints.choose(folder, gather=gather, rank=rank)
@@ -82,7 +82,7 @@ def test_what_two_ranks_save_is_committed_found_and_restored(folder, two, restor
     found = checkpoints.newest(folder)
     assert (found.step, found.path) == (100, folder / "step-00000100")
     assert found.trainer == {"step": 100, "workers": 2}
-    names = {name for name, _ in files_below(found.path)}
+    names = {name for name, _ in list_files(found.path)}
     assert names == {*OWN.values(), "trainer.json", "COMMITTED"}
     marker = json.loads((found.path / "COMMITTED").read_text())
     assert set(marker["files"]) == names - {"COMMITTED"} and marker["ranks"] == [[OWN[0]], [OWN[1]]]
@@ -141,10 +141,10 @@ def test_what_a_listing_shows_is_passed_over_at_once(name, damage, words, two, r
 
 def test_a_store_that_does_not_answer_is_no_broken_checkpoint(two, monkeypatch):
     def refuse(self):
-        raise PlaceError(f"{self}: 503")
+        raise ObjectStoreError(f"{self}: 503")
 
     monkeypatch.setattr(ObjectPath, "read_bytes", refuse)
-    with pytest.raises(PlaceError, match="503"):
+    with pytest.raises(ObjectStoreError, match="503"):
         checkpoints.newest(two)
 
 
@@ -153,7 +153,7 @@ def test_an_interrupted_upload_commits_nothing_and_is_later_replaced(two, save_t
 
     def interrupted(client, key, *arguments, **options):
         if key.endswith(OWN[1]):
-            raise PlaceError("connection lost")
+            raise ObjectStoreError("connection lost")
         return put(client, key, *arguments, **options)
 
     (two / "step-00000150" / "state" / "rank-7.bin").write_bytes(b"of an earlier attempt with more workers")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from neurostorm.data.clips import ClipBatch
-from neurostorm.io.paths import place
+from neurostorm.io.paths import to_path
 from neurostorm.train.health.barrier import StepClips
 from neurostorm.train.health.limits import DamagedClips, NonFiniteError, SkipGuard, UnreadableClipsError, clip_names
 
@@ -114,7 +114,7 @@ def test_ranks_without_damage_of_their_own_stop_with_the_others(tmp_path):
 
 
 def test_in_an_object_store_names_are_kept_at_a_checkpoint_and_when_the_run_stops(make_bucket):
-    folder = place(make_bucket()) / "run"
+    folder = to_path(make_bucket()) / "run"
     clips = DamagedClips(folder, 1, max_fraction=0.002)
     clips.note(batch([True]), RUNS, 3, step_of(1, 1))
     assert not folder.exists()

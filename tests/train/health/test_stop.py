@@ -48,7 +48,7 @@ def test_a_request_that_cannot_be_written_is_said(tmp_path, caplog, monkeypatch)
     def away(*arguments):
         raise UnavailableError("s3://bucket: 503")
 
-    monkeypatch.setattr("neurostorm.train.health.stop.replace", away)
+    monkeypatch.setattr("neurostorm.train.health.stop.atomic_write", away)
     with stops_on_usr1(tmp_path):
         os.kill(os.getpid(), signal.SIGUSR1)
         wait_for(lambda: "cannot be asked to stop (s3://bucket: 503)" in caplog.text)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from neurostorm.io.paths import files_below, place
+from neurostorm.io.paths import list_files, to_path
 from neurostorm.train.records.jsonl import Journal
 
 
@@ -31,21 +31,21 @@ def test_a_full_disk_is_named(tmp_path):
 
 
 def test_in_an_object_store_a_checkpoint_keeps_the_lines_since_the_one_before(make_bucket):
-    folder = place(make_bucket()) / "run" / "ledger"
+    folder = to_path(make_bucket()) / "run" / "ledger"
     journal = Journal(folder, "rank-0")
     journal.keep(0)
     for step in range(7):
         journal.add(step=step)
         if step in (2, 5):
             journal.keep(step + 1)
-    assert sorted(name for name, _ in files_below(folder)) == [f"rank-0/step-0000000{n}.jsonl" for n in (3, 6)]
+    assert sorted(name for name, _ in list_files(folder)) == [f"rank-0/step-0000000{n}.jsonl" for n in (3, 6)]
     assert [lines(folder / "rank-0" / f"step-0000000{n}.jsonl") for n in (3, 6)] == [[0, 1, 2], [3, 4, 5]]
     assert str(journal) == f"{folder}/rank-0"
 
 
 def test_a_run_that_does_steps_again_replaces_their_lines_and_keeps_the_earlier(make_bucket):
     """The first start dies after step 5 was noted and before its checkpoint; the second goes on after step 2."""
-    folder = place(make_bucket()) / "ledger"
+    folder = to_path(make_bucket()) / "ledger"
     for steps in (range(5), range(2, 8)):
         journal = Journal(folder, "rank-1")
         for step in steps:

@@ -9,10 +9,10 @@ import pytest
 from neurostorm.config import ConfigError
 from neurostorm.data.corpus import PLANNED_COLUMNS, open_corpus
 from neurostorm.data.withdrawals import subject_of
-from neurostorm.io.paths import copy_files, files_below, place, replace
+from neurostorm.io.paths import atomic_write, copy_files, list_files, to_path
 from neurostorm.runtime.run_folder import keep_config
 from neurostorm.store import write_manifest
-from neurostorm.store.maintenance.care import withdraw
+from neurostorm.store.maintenance.care import remove_subject
 from neurostorm.train.checkpoint import checkpoints
 from neurostorm.train.controller import feed
 from neurostorm.train.records import pinned_manifest
@@ -80,7 +80,7 @@ def test_a_manifest_that_an_earlier_version_kept_says_no_layouts_and_is_planned_
     first = begin(step=4)
     sink = pa.BufferOutputStream()
     pq.write_table(first.manifest.select(PLANNED_COLUMNS), sink)
-    replace(place(str(config.run.folder)) / pinned_manifest.KEPT, sink.getvalue().to_pybytes())
+    atomic_write(to_path(str(config.run.folder)) / pinned_manifest.KEPT, sink.getvalue().to_pybytes())
     for corpus in (pinned_manifest.planned(config), pinned_manifest.choose(config)):
         assert same(corpus, first)
         assert not corpus.reader.read(corpus.plan.step_rows(0, 0, 1))["bad"].any()
@@ -89,8 +89,8 @@ def test_a_manifest_that_an_earlier_version_kept_says_no_layouts_and_is_planned_
 def test_a_worker_asks_an_object_store_for_little_before_its_first_clips(
     ball_config, ball_store, make_bucket, s3_server, monkeypatch
 ):
-    far, output = place(make_bucket()) / "store", make_bucket()
-    copy_files(ball_store, far, [name for name, _ in files_below(ball_store) if not name.endswith(".lock")])
+    far, output = to_path(make_bucket()) / "store", make_bucket()
+    copy_files(ball_store, far, [name for name, _ in list_files(ball_store) if not name.endswith(".lock")])
     config = ball_config(data={"store": far, "normalise": "global"}, run={"output": output})
     pinned_manifest.keep(config, pinned_manifest.choose(config))
     with bad_network(s3_server, monkeypatch) as network:
@@ -127,7 +127,7 @@ def person(corpus, rows):
 def test_a_run_goes_on_without_the_clips_of_a_subject_who_withdrew(config, begin, caplog):
     first = begin(step=4)
     gone = next(iter(sorted(first.trained_subjects)))
-    withdraw(config.data.store, *gone.split("/"))
+    remove_subject(config.data.store, *gone.split("/"))
     for corpus in (pinned_manifest.choose(config), pinned_manifest.planned(config)):
         assert same(corpus, first), "the plan stays"
         assert list(corpus.withdrawn) == [gone] and corpus.trained_subjects == first.trained_subjects
@@ -143,7 +143,7 @@ def test_a_run_goes_on_without_the_clips_of_a_subject_who_withdrew(config, begin
 def test_what_is_lost_beside_a_withdrawal_is_refused_by_name(config, begin):
     first = begin(step=4)
     gone, lost = sorted(first.trained_subjects)[:2]
-    withdraw(config.data.store, *gone.split("/"))
+    remove_subject(config.data.store, *gone.split("/"))
     shutil.rmtree(config.data.store / "runs" / lost)
     write_manifest(config.data.store)
     with pytest.raises(ConfigError, match=rf"content of .*/store: runs/{lost}/task-rest removed"):
@@ -153,11 +153,11 @@ def test_what_is_lost_beside_a_withdrawal_is_refused_by_name(config, begin):
 def test_a_run_that_loses_all_held_out_subjects_says_so_and_one_without_training_subjects_ends(config, begin, caplog):
     first = begin(step=4)
     for gone in sorted(person(first, first.validation)):
-        withdraw(config.data.store, *gone.split("/"))
+        remove_subject(config.data.store, *gone.split("/"))
     assert same(pinned_manifest.choose(config), first)
     assert "Everybody who was held out withdrew: from now on there is no held-out loss" in caplog.text
     for gone in first.trained_subjects:
-        withdraw(config.data.store, *gone.split("/"))
+        remove_subject(config.data.store, *gone.split("/"))
     with pytest.raises(ConfigError, match=rf"everybody whom {config.run.folder} trains on withdrew .*--name"):
         pinned_manifest.choose(config)
 
@@ -186,6 +186,6 @@ def test_a_run_that_was_ingested_anew_from_another_file_is_another_content(confi
 
 def test_a_kept_table_that_cannot_be_read_is_named(config, begin):
     begin(step=4)
-    replace(place(str(config.run.folder)) / pinned_manifest.KEPT, b"PAR1")
+    atomic_write(to_path(str(config.run.folder)) / pinned_manifest.KEPT, b"PAR1")
     with pytest.raises(ConfigError, match=r"manifest\.parquet cannot be read"):
         pinned_manifest.planned(config)

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neurostorm.io.paths import place
+from neurostorm.io.paths import to_path
 from neurostorm.train.records import time_account
-from neurostorm.train.records.time_account import ACCOUNT, PARTS, Account, LatestFile, in_words, now_ns
+from neurostorm.train.records.time_account import ACCOUNT, PARTS, LatestFile, TimeAccount, in_words, now_ns
 
 S = 10**9
 
@@ -49,7 +49,7 @@ def train(account, clock, steps, step_s=10, wait_s=1):
 
 
 def test_each_second_of_a_start_stands_in_its_part(tmp_path, clock):
-    account = Account(tmp_path, clock() - 7 * S, clock)
+    account = TimeAccount(tmp_path, clock() - 7 * S, clock)
     clock.turn(5)
     account.charge("startup")
     train(account, clock, [1, 2])
@@ -71,14 +71,14 @@ def test_each_second_of_a_start_stands_in_its_part(tmp_path, clock):
 
 def test_a_killed_run_counts_down_time_and_the_steps_it_repeats(tmp_path, clock):
     """Checkpoint after step 2, account kept after step 4, killed in step 6; the next driver starts 100 s later."""
-    account = Account(tmp_path, clock(), clock)
+    account = TimeAccount(tmp_path, clock(), clock)
     train(account, clock, [1, 2])
     account.saved()
     train(account, clock, [3, 4])
     account.keep("log")
     train(account, clock, [5])
     clock.turn(100)
-    again = Account(tmp_path, clock(), clock.turn(8))
+    again = TimeAccount(tmp_path, clock(), clock.turn(8))
     assert spent_s(again) == {"wait": 4, "step": 40, "down": 11 + 100, "startup": 8}
     assert again.metrics()["checkpoint/age_s"] == 22 + 111 + 8, "as old as it was, and the time that passed"
     train(again, clock, range(3, 8))
@@ -89,52 +89,52 @@ def test_a_killed_run_counts_down_time_and_the_steps_it_repeats(tmp_path, clock)
 
 def test_a_third_start_knows_what_the_second_repeated(tmp_path, clock):
     for first in (1, 3):
-        account = Account(tmp_path, clock(), clock)
+        account = TimeAccount(tmp_path, clock(), clock)
         train(account, clock, range(first, 5))
         account.keep("log")
-    last = Account(tmp_path, clock(), clock)
+    last = TimeAccount(tmp_path, clock(), clock)
     train(last, clock, [4, 5])
     assert spent_s(last) == {"wait": 8, "step": 50, "repeated": 30}
 
 
 def test_workers_that_the_same_driver_starts_again_were_down_since_the_last_sign_of_life(tmp_path, clock):
     started_ns = clock()
-    account = Account(tmp_path, started_ns, clock.turn(6))
+    account = TimeAccount(tmp_path, started_ns, clock.turn(6))
     train(account, clock, [1])
     account.keep("log")
-    again = Account(tmp_path, started_ns, clock.turn(9))
+    again = TimeAccount(tmp_path, started_ns, clock.turn(9))
     clock.turn(2)
     again.charge("startup")
     assert spent_s(again) == {"startup": 8, "wait": 1, "step": 10, "down": 9}
 
 
 def test_a_start_that_died_before_its_first_log_line_counts_too(tmp_path, clock):
-    Account(tmp_path, clock(), clock.turn(5))
-    again = Account(tmp_path, clock.turn(30)(), clock)
+    TimeAccount(tmp_path, clock(), clock.turn(5))
+    again = TimeAccount(tmp_path, clock.turn(30)(), clock)
     assert spent_s(again) == {"startup": 5, "down": 30}
 
 
 def test_ranks_without_a_folder_write_nothing(tmp_path, clock, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    account = Account(clock_ns=clock)
+    account = TimeAccount(clock_ns=clock)
     account.keep("log")
     account.saved()
     assert not list(tmp_path.iterdir())
 
 
 def test_the_account_of_a_run_in_an_object_store_goes_on(make_bucket, clock):
-    folder = place(make_bucket()) / "runs" / "one"
-    train(account := Account(folder, clock(), clock), clock, [1])
+    folder = to_path(make_bucket()) / "runs" / "one"
+    train(account := TimeAccount(folder, clock(), clock), clock, [1])
     account.keep("log")
     account.flush()
-    assert spent_s(Account(folder, clock.turn(5)(), clock)) == {"wait": 1, "step": 10, "down": 5}
+    assert spent_s(TimeAccount(folder, clock.turn(5)(), clock)) == {"wait": 1, "step": 10, "down": 5}
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"spent_ns": {}}'])
 def test_a_file_that_is_no_account_is_named_with_what_to_do(content, tmp_path, clock):
     (tmp_path / ACCOUNT).write_text(content)
     with pytest.raises(ValueError, match=rf"{tmp_path}/{ACCOUNT} is no account.*delete it"):
-        Account(tmp_path, clock(), clock)
+        TimeAccount(tmp_path, clock(), clock)
 
 
 EVENT = st.one_of(
@@ -146,7 +146,7 @@ EVENT = st.one_of(
 def happen(events, folder, clock):
     """Lets (event, seconds before it) pass on a run that is killed and resumes; gives the account after each."""
     started_ns, done = clock(), 0
-    account = Account(folder, started_ns, clock)
+    account = TimeAccount(folder, started_ns, clock)
     for event, by_s in events:
         clock.turn(by_s)
         if event == "stepped":
@@ -157,7 +157,7 @@ def happen(events, folder, clock):
             account.saved()
         elif event.endswith("killed"):
             started_ns, done = started_ns if event.startswith("worker") else clock() - S, max(0, done - 2)
-            account = Account(folder, started_ns, clock)
+            account = TimeAccount(folder, started_ns, clock)
         else:
             account.charge(event)
         yield account
@@ -184,7 +184,7 @@ def test_no_part_ever_shrinks_when_clocks_step_back(events, tmp_path_factory):
 
 
 def test_a_clock_that_was_set_back_is_counted_on_from_where_it_is(tmp_path, clock):
-    account = Account(tmp_path, clock(), clock)
+    account = TimeAccount(tmp_path, clock(), clock)
     clock.turn(-3600)
     account.charge("wait")
     train(account, clock, [1])
@@ -192,10 +192,10 @@ def test_a_clock_that_was_set_back_is_counted_on_from_where_it_is(tmp_path, cloc
 
 
 def test_a_driver_whose_clock_is_behind_the_workers_takes_no_time_back(tmp_path, clock):
-    account = Account(tmp_path, clock(), clock)
+    account = TimeAccount(tmp_path, clock(), clock)
     train(account, clock, [1])
     account.keep("log")
-    again = Account(tmp_path, clock() - 50 * S, clock.turn(4))
+    again = TimeAccount(tmp_path, clock() - 50 * S, clock.turn(4))
     assert spent_s(again) == {"wait": 1, "step": 10, "startup": 4}
 
 
@@ -205,7 +205,7 @@ def test_time_is_unix_time_and_goes_forward():
 
 
 def test_the_line_for_people_begins_with_the_largest_part(clock):
-    account = Account(clock_ns=clock)
+    account = TimeAccount(clock_ns=clock)
     train(account, clock, [1, 2, 3])
     shown = in_words(account.metrics())
     assert shown.startswith("33 s, goodput 91%: step 30 s, wait 3 s, ")
@@ -219,26 +219,26 @@ def test_a_summary_from_before_there_were_accounts_can_be_told():
 @pytest.fixture
 def writes(monkeypatch):
     made = []
-    plain = time_account.replace
+    plain = time_account.atomic_write
 
     def write(file, content):
         made.append(content)
         plain(file, content)
 
-    monkeypatch.setattr(time_account, "replace", write)
+    monkeypatch.setattr(time_account, "atomic_write", write)
     return made
 
 
 def test_the_newest_content_is_written_and_older_content_is_passed_over(tmp_path, writes, monkeypatch):
     free, begun = threading.Event(), threading.Event()
-    plain = time_account.replace
+    plain = time_account.atomic_write
 
     def slow(file, content):
         begun.set()
         free.wait(60)
         plain(file, content)
 
-    monkeypatch.setattr(time_account, "replace", slow)
+    monkeypatch.setattr(time_account, "atomic_write", slow)
     file = LatestFile(tmp_path / "account.json")
     file.put(b"0")
     begun.wait(60)
@@ -262,7 +262,7 @@ def test_a_failure_is_said_once_and_ends_nothing(tmp_path, caplog, writes):
 
 def test_a_store_that_hangs_does_not_hold_up_the_end(tmp_path, monkeypatch):
     free = threading.Event()
-    monkeypatch.setattr(time_account, "replace", lambda file, content: free.wait(60))
+    monkeypatch.setattr(time_account, "atomic_write", lambda file, content: free.wait(60))
     file = LatestFile(tmp_path / "account.json")
     file.put(b"0")
     assert not file.flush(0.05)

@@ -11,9 +11,9 @@ from neurostorm.data.clips import ClipBatch
 from neurostorm.data.corpus import open_corpus
 from neurostorm.data.plan.split import subject_hash
 from neurostorm.data.withdrawals import subject_of
-from neurostorm.io.paths import place
+from neurostorm.io.paths import to_path
 from neurostorm.store import read_withdrawn
-from neurostorm.store.maintenance.care import withdraw
+from neurostorm.store.maintenance.care import remove_subject
 from neurostorm.train.checkpoint import checkpoints
 from neurostorm.train.records import pinned_manifest
 from neurostorm.train.records.withdrawn_clips import LeftOut, removed
@@ -37,7 +37,7 @@ def corpus(ball_config, ball_store, tmp_path):
 
 @pytest.mark.parametrize("where", ["local", "s3"])
 def test_those_who_withdrew_are_listed_by_hash_date_and_first_step(where, corpus, tmp_path, make_bucket, caplog):
-    folder = place(tmp_path / "run" if where == "local" else make_bucket())
+    folder = to_path(tmp_path / "run" if where == "local" else make_bucket())
     gone, held_out = corpus.trained_subjects[0], subject_of(corpus.runs[corpus.validation["run"][0]])
     run = next(number for number, path in enumerate(corpus.runs) if subject_of(path) == gone)
     caplog.set_level(logging.WARNING)
@@ -55,7 +55,7 @@ def test_those_who_withdrew_are_listed_by_hash_date_and_first_step(where, corpus
             file.write('{"step": 1, "row"')
     assert caplog.text.count(f"{gone} withdrew: their clips are left out") == 2, "once in each worker"
     for subject in (gone, held_out):
-        withdraw(corpus.store.path, *subject.split("/"))
+        remove_subject(corpus.store.path, *subject.split("/"))
     assert corpus.withdrawn == {}, "this process has met none of it"
     dates = {row["subject"]: row["when"] for row in read_withdrawn(corpus.store.path).to_pylist()}
     expected = [
@@ -93,7 +93,7 @@ def runs(ball_config_in, ball_store, run_ranks, tmp_path_factory):
     corpus = pinned_manifest.choose(left)
     gone = sorted(person_of(corpus, corpus.plan.rows(8 * CHANGED, 8)))[0]
     for subject in (gone, *sorted(person_of(corpus, corpus.validation))):
-        withdraw(left.data.store, *subject.split("/"))
+        remove_subject(left.data.store, *subject.split("/"))
     pinned_manifest.keep(left, pinned_manifest.choose(left))
     run_ranks([whole, left], [-1, -1])
     return whole, left, gone
