@@ -30,7 +30,7 @@ import matplotlib.image
 import numpy as np
 
 from neurostorm.commands.store_options import parse
-from neurostorm.io.paths import atomic_write
+from neurostorm.io.atomic import atomic_write
 from neurostorm.runtime.progress import progress, tracked
 from neurostorm.store import FrameStore, StoreError
 from neurostorm.store.layout import RUNS

@@ -4,8 +4,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
+from neurostorm.io.atomic import atomic_write
 from neurostorm.io.errors import UserError
-from neurostorm.io.paths import AnyPath, atomic_write
+from neurostorm.io.paths import AnyPath
 
 ERRORS = "errors"  # folder of a run with the tracebacks of its trials
 

@@ -22,8 +22,9 @@ from neurostorm.downstream.prepare import Wanted, prepare
 from neurostorm.downstream.record import record_end, record_epoch, record_start, record_test, uri_of
 from neurostorm.downstream.statistics.metrics import chance_text
 from neurostorm.downstream.trial import PREDICTIONS, Outcome, Trial, test_trial, train_trial
+from neurostorm.io.atomic import atomic_write
 from neurostorm.io.errors import UserError, reason_of
-from neurostorm.io.paths import AnyPath, atomic_write
+from neurostorm.io.paths import AnyPath
 from neurostorm.runtime.lease import hold_lease
 from neurostorm.runtime.run_folder import keep_config, refuse_other
 from neurostorm.tracking.tracker import closing_words

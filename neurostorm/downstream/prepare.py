@@ -22,7 +22,8 @@ from neurostorm.downstream.methods.parcels import Parcels
 from neurostorm.downstream.splits import Split, save_split
 from neurostorm.downstream.tasks.task import Task
 from neurostorm.downstream.trial import Trial, file_name
-from neurostorm.io.paths import AnyPath, atomic_write
+from neurostorm.io.atomic import atomic_write
+from neurostorm.io.paths import AnyPath
 from neurostorm.runtime.capacity import Demand
 from neurostorm.runtime.progress import progress
 from neurostorm.runtime.resources import require

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from neurostorm.io import paths
+from neurostorm.io import atomic
 from neurostorm.io.errors import UserError
 from neurostorm.io.paths import AnyPath
 
@@ -112,7 +112,7 @@ def save_split(file: AnyPath, split: Split) -> None:
     """Check a split and write its file in one step, with the folders above it. OSError when it cannot be written."""
     split.check()
     file.parent.mkdir(parents=True, exist_ok=True)
-    paths.atomic_write(file, split.to_json().encode())
+    atomic.atomic_write(file, split.to_json().encode())
 
 
 def load_split(file: AnyPath, subjects: Collection[str]) -> Split:

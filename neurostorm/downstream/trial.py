@@ -35,9 +35,10 @@ from neurostorm.downstream.splits import Split
 from neurostorm.downstream.statistics.reid import same_scan_released
 from neurostorm.downstream.tasks.examples import Examples
 from neurostorm.downstream.tasks.task import Task
+from neurostorm.io.atomic import atomic_write as put
+from neurostorm.io.atomic import put_if_absent
 from neurostorm.io.local_copies import local_copy, upload_folder
-from neurostorm.io.paths import AnyPath, put_if_absent
-from neurostorm.io.paths import atomic_write as put
+from neurostorm.io.paths import AnyPath
 from neurostorm.train.schedule import seed_for
 
 RESULT, TEST, TRAINED, PREDICTIONS, SPLIT = (

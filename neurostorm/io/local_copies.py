@@ -15,7 +15,8 @@ from pathlib import Path
 from stat import S_IMODE, S_IXUSR
 from tempfile import TemporaryDirectory
 
-from neurostorm.io.paths import AnyPath, copy_files, fsync, list_files, make_folder
+from neurostorm.io.atomic import fsync, make_folder
+from neurostorm.io.paths import AnyPath, copy_files, list_files
 
 _PREFIX = "neurostorm-"
 

@@ -11,7 +11,7 @@ import io
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import obstore
@@ -21,6 +21,7 @@ from neurostorm.io.object_requests import ObjectStoreError, UnavailableError, cl
 __all__ = [
     "SCHEMES",
     "STREAM_BYTES",
+    "AnyPath",
     "ObjectPath",
     "ObjectStat",
     "ObjectStoreError",
@@ -256,3 +257,6 @@ class _Stream(io.RawIOBase):
         if not self.closed:
             self._reader.close()
         super().close()
+
+
+AnyPath = Path | ObjectPath

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from neurostorm.config.base import ConfigError
+from neurostorm.io.atomic import atomic_update, put_if_absent
 from neurostorm.io.errors import UserError
-from neurostorm.io.paths import AnyPath, atomic_update, put_if_absent
+from neurostorm.io.paths import AnyPath
 from neurostorm.io.processes import is_alive, this_process
 from neurostorm.runtime.interrupts import end_with
 from neurostorm.runtime.run_folder import require_writable

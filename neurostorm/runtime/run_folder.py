@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 from neurostorm.config import AugmentConfig, Config, ConfigError
-from neurostorm.io.paths import AnyPath, atomic_write
+from neurostorm.io.atomic import atomic_write
+from neurostorm.io.paths import AnyPath
 from neurostorm.tracking.tracker import RUN_FILE
 
 CONFIG_FILE = "config.yaml"

@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from neurostorm.io.paths import AnyPath, atomic_update, path_component
+from neurostorm.io.atomic import atomic_update
+from neurostorm.io.paths import AnyPath, path_component
 from neurostorm.store.files import StorePath, find_runs, read_header, read_many, store_place, unreadable
 from neurostorm.store.layout import (
     MANIFEST,

@@ -23,9 +23,10 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from neurostorm.io.atomic import copy_if_absent, fsync, put_if_absent
 from neurostorm.io.locks import open_locked, temporary_name
 from neurostorm.io.object_store import ObjectPath, ObjectStoreError
-from neurostorm.io.paths import AnyPath, copy_if_absent, fsync, list_files, put_if_absent
+from neurostorm.io.paths import AnyPath, list_files
 from neurostorm.store.codec import INT8_16, FrameCodec
 from neurostorm.store.files import StorePath, is_node, read_header, store_place
 from neurostorm.store.layout import (

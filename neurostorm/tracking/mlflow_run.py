@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from neurostorm.io.atomic import atomic_write
 from neurostorm.io.local_copies import local_copy
-from neurostorm.io.paths import AnyPath, atomic_write, to_path
+from neurostorm.io.paths import AnyPath, to_path
 from neurostorm.tracking import unsent
 from neurostorm.tracking.async_logger import Verdict
 from neurostorm.tracking.mlflow_client import make_database, unhurried

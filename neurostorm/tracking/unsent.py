@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from neurostorm.io.paths import AnyPath, atomic_write, list_files, remove_tree
+from neurostorm.io.atomic import atomic_write
+from neurostorm.io.paths import AnyPath, list_files, remove_tree
 
 FOLDER, RUN = "unsent", "run.json"
 METRICS, IMAGE, ARTIFACT, TAG, END = "metrics", "image", "artifact", "tag", "end"

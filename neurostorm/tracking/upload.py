@@ -12,7 +12,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from neurostorm.io.paths import AnyPath, atomic_write, list_files, to_path
+from neurostorm.io.atomic import atomic_write
+from neurostorm.io.paths import AnyPath, list_files, to_path
 from neurostorm.tracking import unsent
 from neurostorm.tracking.async_logger import AsyncLogger
 from neurostorm.tracking.mlflow_run import MlflowRun

@@ -19,7 +19,7 @@ from neurostorm.config import Config
 from neurostorm.data.corpus import Corpus
 from neurostorm.data.loader import batches
 from neurostorm.data.pinned import Cuda, DeviceCopies
-from neurostorm.io.paths import atomic_write
+from neurostorm.io.atomic import atomic_write
 from neurostorm.tracking.tracker import Tracker, code_revision, open_run, tracking_uri
 from neurostorm.train.build import assemble, export
 from neurostorm.train.checkpoint import checkpoints

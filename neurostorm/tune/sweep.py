@@ -29,8 +29,9 @@ from neurostorm.downstream.prepare import prepare
 from neurostorm.downstream.record import KIND, SELECTED, record_test, uri_of
 from neurostorm.downstream.statistics.metrics import higher_is_better
 from neurostorm.downstream.trial import TEST, Trial, read_outcome, test_trial, train_trial
+from neurostorm.io.atomic import atomic_write
 from neurostorm.io.errors import UserError
-from neurostorm.io.paths import AnyPath, atomic_write
+from neurostorm.io.paths import AnyPath
 from neurostorm.runtime.lease import hold_lease
 from neurostorm.runtime.progress import progress
 from neurostorm.runtime.run_folder import CONFIG_FILE, PLACED, keep_config, refuse_other

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from neurostorm.io.atomic import atomic_write
 from neurostorm.io.local_copies import local_copy, upload_folder
-from neurostorm.io.paths import atomic_write, list_files, to_path
+from neurostorm.io.paths import list_files, to_path
 
 
 @pytest.fixture(params=["local", "s3"])

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from neurostorm.io import locks
+from neurostorm.io.atomic import atomic_update, atomic_write
 from neurostorm.io.locks import locked, open_locked, orphaned, remove_if_orphaned, temporary_name
-from neurostorm.io.paths import atomic_update, atomic_write
 
 HOLDS = """
 import sys
@@ -77,9 +77,9 @@ def test_what_another_machine_wrote_has_to_be_old_as_its_lock_may_not_be_seen_he
 COUNTS = """
 import sys
 from pathlib import Path
-from neurostorm.io.paths import update
+from neurostorm.io.atomic import atomic_update
 for _ in range(int(sys.argv[2])):
-    update(Path(sys.argv[1]), lambda old: str(int(old or b"0") + 1).encode())
+    atomic_update(Path(sys.argv[1]), lambda old: str(int(old or b"0") + 1).encode())
 """
 NO_FLOCK = """
 import errno, fcntl

@@ -18,17 +18,9 @@ import obstore
 import pytest
 
 from neurostorm.io import object_requests
+from neurostorm.io.atomic import atomic_update, atomic_write, put_if_absent
 from neurostorm.io.object_store import ObjectPath, ObjectStoreError, UnavailableError
-from neurostorm.io.paths import (
-    atomic_update,
-    atomic_write,
-    copy_files,
-    is_unavailable,
-    list_files,
-    put_if_absent,
-    remove_tree,
-    to_path,
-)
+from neurostorm.io.paths import copy_files, is_unavailable, list_files, remove_tree, to_path
 from tests.faulty_s3 import Network, bad_network
 
 BIG = bytes(range(256)) * (12 << 12)  # 12 MiB: three parts of an upload, two pieces of a stream

@@ -15,19 +15,10 @@ import obstore
 import pytest
 from obstore.exceptions import BaseError, PreconditionError
 
-from neurostorm.io import paths
+from neurostorm.io import atomic, paths
+from neurostorm.io.atomic import atomic_update, atomic_write, copy_if_absent, put_if_absent
 from neurostorm.io.object_store import ObjectPath
-from neurostorm.io.paths import (
-    AnyPath,
-    atomic_update,
-    atomic_write,
-    copy_files,
-    copy_if_absent,
-    list_files,
-    put_if_absent,
-    remove_tree,
-    to_path,
-)
+from neurostorm.io.paths import AnyPath, copy_files, list_files, remove_tree, to_path
 
 KINDS = ["local", "s3"]
 
@@ -245,7 +236,7 @@ def test_a_change_survives_that_the_object_goes_meanwhile(
 
 def test_too_many_others_are_an_error(make_place: Callable[[str], AnyPath], monkeypatch: pytest.MonkeyPatch) -> None:
     home = make_place("s3")
-    monkeypatch.setattr(paths, "_UPDATES", 2)
+    monkeypatch.setattr(atomic, "_UPDATES", 2)
     count = iter(range(99))
 
     def disturbed(old: bytes | None) -> bytes:
@@ -334,14 +325,14 @@ def test_a_copy_that_fails_in_the_middle_is_not_to_be_seen(tmp_path: Path, monke
                 raise OSError(errno.ENOSPC, "No space left on device")
             return int(self.file.write(data))
 
-    opened = paths.open_locked
+    opened = atomic.open_locked
 
     @contextlib.contextmanager
     def full_disk(file: Path) -> Any:
         with opened(file) as handle:
             yield Full(handle)
 
-    monkeypatch.setattr(paths, "open_locked", full_disk)
+    monkeypatch.setattr(atomic, "open_locked", full_disk)
     with pytest.raises(OSError, match=r"No space left on device.*a/x.*b/x"):
         copy_files(tmp_path / "a", tmp_path / "b", ["x"])
     assert (tmp_path / "b" / "x").read_bytes() == b"old" and len(list((tmp_path / "b").iterdir())) == 1

@@ -20,8 +20,8 @@ from neurostorm.runtime.lease import LEASE, LeaseLostError, hold_lease
 HOLD = """
 import sys, time
 from pathlib import Path
-from neurostorm.runtime.lease import held
-with held(Path(sys.argv[1])):
+from neurostorm.runtime.lease import hold_lease
+with hold_lease(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """

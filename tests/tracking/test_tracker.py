@@ -17,7 +17,7 @@ from PIL import Image
 
 import neurostorm.tracking.tracker as tracker_module
 from neurostorm.config import Config
-from neurostorm.io import paths
+from neurostorm.io import atomic, paths
 from neurostorm.tracking.tracker import Tracker, code_revision, open_run, tracking_uri
 from neurostorm.train import worker
 
@@ -215,7 +215,7 @@ def test_an_output_in_an_object_store_has_no_database_of_its_own(place):
 def test_a_run_in_an_object_store_keeps_its_artifacts_beside_the_database(place, make_bucket):
     folder = paths.to_path(make_bucket()) / "runs" / "mine"
     for name in ("config.yaml", "model/deep/weights"):
-        paths.atomic_write(folder / name, name.encode())
+        atomic.atomic_write(folder / name, name.encode())
 
     def opened():
         uri = f"sqlite:///{place / 'mlflow.db'}"

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from neurostorm.config import Config
 from neurostorm.data.batch_stream import BatchStream
-from neurostorm.io.paths import atomic_write
+from neurostorm.io.atomic import atomic_write
 from neurostorm.tracking.tracker import Tracker
 from neurostorm.train.build import assemble, export
 from neurostorm.train.engine import import_deepspeed

@@ -11,7 +11,7 @@ import pytest
 
 from neurostorm.config import Config, ConfigError
 from neurostorm.data.corpus import Corpus, open_corpus
-from neurostorm.io.paths import atomic_write
+from neurostorm.io.atomic import atomic_write
 from neurostorm.runtime import resources
 from neurostorm.runtime.run_folder import keep_config
 from neurostorm.store import GRIDS, StoreError, write_manifest

@@ -24,7 +24,8 @@ from neurostorm.config import ConfigError, EmbedConfig
 from neurostorm.downstream.embed.parts import RunToEmbed
 from neurostorm.downstream.embed.pretrained import check_fits, open_pretrained
 from neurostorm.ingest.layouts.discover import Source, discover
-from neurostorm.io.paths import AnyPath, atomic_write
+from neurostorm.io.atomic import atomic_write
+from neurostorm.io.paths import AnyPath
 from neurostorm.model.hub.pretrained import CONFIG, NeuroStorm
 from neurostorm.store import FrameStore, read_manifest
 from neurostorm.tracking.tracker import code_revision

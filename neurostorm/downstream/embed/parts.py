@@ -22,8 +22,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from neurostorm.ingest.layouts.discover import Source
+from neurostorm.io.atomic import atomic_write
 from neurostorm.io.local_copies import upload_folder
-from neurostorm.io.paths import AnyPath, atomic_write, list_files
+from neurostorm.io.paths import AnyPath, list_files
 from neurostorm.runtime.progress import tracked
 
 PARTS = "parts"

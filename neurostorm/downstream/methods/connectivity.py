@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neurostorm.downstream.methods.parcels import Parcels, parcels_from_atlas, parcels_from_mask, region_means
-from neurostorm.io.paths import AnyPath, atomic_write
+from neurostorm.io.atomic import atomic_write
+from neurostorm.io.paths import AnyPath
 from neurostorm.store import FrameStore
 
 Kind = Literal["correlation", "partial correlation", "tangent"]

@@ -15,7 +15,7 @@ class HubError(UserError, ValueError):
 
 
 def place_of(address: str | os.PathLike[str]) -> AnyPath:
-    """`neurostorm.io.paths.place`, with a HubError for an address that is not understood."""
+    """`neurostorm.io.paths.to_path`, with a HubError for an address that is not understood."""
     try:
         return to_path(address)
     except ValueError as error:

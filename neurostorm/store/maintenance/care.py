@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from neurostorm.io.paths import AnyPath, list_files, put_if_absent, remove_tree
+from neurostorm.io.atomic import put_if_absent
+from neurostorm.io.paths import AnyPath, list_files, remove_tree
 from neurostorm.store.files import StorePath, is_node, read_header, read_many, store_place
 from neurostorm.store.layout import (
     MANIFEST,

@@ -22,8 +22,9 @@ import zarr
 from nibabel.openers import Opener
 from numpy.typing import NDArray
 
+from neurostorm.io.atomic import atomic_write
 from neurostorm.io.object_store import ObjectPath
-from neurostorm.io.paths import AnyPath, atomic_write, remove_tree
+from neurostorm.io.paths import AnyPath, remove_tree
 from neurostorm.store.files import is_node
 from neurostorm.store.layout import METADATA, RUNS
 from neurostorm.store.maintenance.inventory import Progress, silent

@@ -30,10 +30,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from neurostorm.io.atomic import atomic_write, fsync
 from neurostorm.io.errors import UserError
 from neurostorm.io.local_copies import local_copy, upload_folder
 from neurostorm.io.object_store import ObjectStoreError
-from neurostorm.io.paths import AnyPath, atomic_write, copy_files, fsync, list_files, relative_path, remove_tree
+from neurostorm.io.paths import AnyPath, copy_files, list_files, relative_path, remove_tree
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from neurostorm.io.atomic import atomic_write
 from neurostorm.io.errors import UserError
-from neurostorm.io.paths import AnyPath, atomic_write
+from neurostorm.io.paths import AnyPath
 
 logger = logging.getLogger(__name__)
 

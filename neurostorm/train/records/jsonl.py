@@ -11,7 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from neurostorm.io.paths import AnyPath, atomic_write, name_errors
+from neurostorm.io.atomic import atomic_write, name_errors
+from neurostorm.io.paths import AnyPath
 
 
 class Journal:

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 from neurostorm.config import Config, ConfigError
 from neurostorm.data.corpus import KEPT_COLUMNS, Corpus, open_corpus, read_kept
 from neurostorm.data.withdrawals import subject_of
-from neurostorm.io.paths import AnyPath, atomic_write
+from neurostorm.io.atomic import atomic_write
+from neurostorm.io.paths import AnyPath
 from neurostorm.runtime.run_folder import MANIFEST, saved_store
 from neurostorm.store.manifest import check_paths, with_columns
 from neurostorm.train.checkpoint import checkpoints

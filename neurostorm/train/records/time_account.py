@@ -22,7 +22,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from neurostorm.io.paths import AnyPath, atomic_write
+from neurostorm.io.atomic import atomic_write
+from neurostorm.io.paths import AnyPath
 
 logger = logging.getLogger(__name__)
 EVERY_S = 10.0

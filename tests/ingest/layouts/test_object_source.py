@@ -173,8 +173,8 @@ def test_a_process_killed_in_the_middle_of_an_upload_leaves_no_run(
         "from pathlib import Path\n"
         "from neurostorm.ingest.convert import attempt\n"
         "from neurostorm.ingest.layouts.discover import discover\n"
-        "from neurostorm.io.paths import place\n"
-        "attempt(discover(Path(sys.argv[1]))[0], place(sys.argv[2]))\n"
+        "from neurostorm.io.paths import to_path\n"
+        "attempt(discover(Path(sys.argv[1]))[0], to_path(sys.argv[2]))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(folder), str(far_store)])
     try:

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from neurostorm.io import paths
+from neurostorm.io import atomic
 from neurostorm.io.object_store import ObjectPath, ObjectStoreError
 from neurostorm.io.paths import list_files, to_path
 from neurostorm.train.checkpoint import checkpoints
@@ -149,7 +149,7 @@ def test_a_store_that_does_not_answer_is_no_broken_checkpoint(two, monkeypatch):
 
 
 def test_an_interrupted_upload_commits_nothing_and_is_later_replaced(two, save_two, restore_two, monkeypatch):
-    put = paths.obstore.put
+    put = atomic.obstore.put
 
     def interrupted(client, key, *arguments, **options):
         if key.endswith(OWN[1]):
@@ -157,7 +157,7 @@ def test_an_interrupted_upload_commits_nothing_and_is_later_replaced(two, save_t
         return put(client, key, *arguments, **options)
 
     (two / "step-00000150" / "state" / "rank-7.bin").write_bytes(b"of an earlier attempt with more workers")
-    monkeypatch.setattr(paths.obstore, "put", interrupted)
+    monkeypatch.setattr(atomic.obstore, "put", interrupted)
     first, second = save_two(two, 150, keep=1)
     assert isinstance(first, BrokenPipeError) and "connection lost" in str(second)
     monkeypatch.undo()

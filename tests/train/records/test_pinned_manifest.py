@@ -9,7 +9,8 @@ import pytest
 from neurostorm.config import ConfigError
 from neurostorm.data.corpus import PLANNED_COLUMNS, open_corpus
 from neurostorm.data.withdrawals import subject_of
-from neurostorm.io.paths import atomic_write, copy_files, list_files, to_path
+from neurostorm.io.atomic import atomic_write
+from neurostorm.io.paths import copy_files, list_files, to_path
 from neurostorm.runtime.run_folder import keep_config
 from neurostorm.store import write_manifest
 from neurostorm.store.maintenance.care import remove_subject
