@@ -1,12 +1,14 @@
-"""Makes the synthetic cohort: `python tools/make_cohort.py OUT` (see --help for its size and what is in it)."""
+"""Makes the synthetic cohort: `neurostorm cohort OUT` (see --help for its size and what is in it)."""
 
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
+from neurostorm.commands import program
 from neurostorm.synthetic.cohort import CohortError, CohortPlan, make_cohort
 from neurostorm.synthetic.sites import SITES
 
@@ -30,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
         for site in SITES
     )
     parser = argparse.ArgumentParser(
-        prog="python tools/make_cohort.py",
+        prog=program("cohort", "python tools/make_cohort.py"),
         description="Make a deterministic synthetic fMRI cohort: BIDS derivatives of real NIfTI files.",
         epilog=SIZES + sites,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -55,9 +57,9 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    """Makes the cohort and says what to do with it; exit status 2 with the reason when it cannot be made."""
-    options = vars(parser().parse_args())
+def main(argv: Sequence[str] | None = None) -> int:
+    """Makes the cohort and says what to do with it; returns 2, with the reason on stderr, when it cannot be made."""
+    options = vars(parser().parse_args(argv))
     folder, jobs = options.pop("out"), options.pop("jobs")
     began_s = time.monotonic()
     try:
@@ -66,13 +68,10 @@ def main() -> None:
             summary = make_cohort(folder, plan, jobs=jobs, on_subject=lambda label: bar.update())
     except (CohortError, OSError) as error:
         print(f"make_cohort: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     made = "was there already" if not summary.made else f"{summary.made} made in {time.monotonic() - began_s:.0f} s"
     print(
         f"{folder}: {summary.subjects} subjects ({made}), {summary.runs} runs, {summary.size_bytes / 1e6:.0f} MB. "
-        f"Next: python jobs/ingest.py --source {folder} --store STORE"
+        f"Next: {program('ingest', 'python jobs/ingest.py')} --source {folder} --store STORE"
     )
-
-
-if __name__ == "__main__":
-    main()
+    return 0

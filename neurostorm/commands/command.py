@@ -22,6 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from neurostorm.commands import console_command
 from neurostorm.commands.options import (
     Tree,
     argparse_options,
@@ -55,7 +56,7 @@ class Job:
     """One entry point.
 
     Attributes:
-        name: of `jobs/NAME.py`.
+        name: of `neurostorm NAME` and `jobs/NAME.py`.
         purpose: one sentence for `--help`.
         settings: what it reads of the configuration: whole sections, or single `section.field`.
         aliases: short option -> `section.field`.
@@ -119,8 +120,15 @@ class Job:
             self._say(f"{reason_of(error)}\nThe traceback is in {file}")
             return 1
 
+    @property
+    def program(self) -> str:
+        """What was started, for messages: `neurostorm pretrain` or `jobs/pretrain.py`."""
+        return f"{console} {self.name}" if (console := console_command()) else f"jobs/{self.name}.py"
+
     def command(self, name: str) -> str:
-        """How to start the job `name` from the directory in which this one was started."""
+        """How to start the job `name` from the directory in which this one was started, in the way that it was."""
+        if console := console_command():
+            return f"{console} {name}"
         script = Path(sys.argv[0]).with_name(f"{name}.py")
         return f"python {shlex.quote(str(script))}" if script.is_file() else f"python jobs/{name}.py"
 
@@ -155,7 +163,7 @@ class Job:
     def parser(self) -> argparse.ArgumentParser:
         """An argparse parser with one option per setting of the job, and the aliases."""
         parser = argparse.ArgumentParser(
-            prog=f"python jobs/{self.name}.py",
+            prog=f"{console_command()} {self.name}" if console_command() else f"python jobs/{self.name}.py",
             usage="%(prog)s [--help] [OPTION VALUE ...]",
             description=self.purpose,
             allow_abbrev=False,
@@ -234,7 +242,7 @@ class Job:
             )
 
     def _say(self, text: object) -> None:
-        print(f"jobs/{self.name}.py: {text}", file=sys.stderr, flush=True)
+        print(f"{self.program}: {text}", file=sys.stderr, flush=True)
 
 
 def submitted() -> bool:

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Look after a frame store: check it, repair it, take a participant out, merge, count, look at and export runs.
 
 store.py stats STORE                                    datasets, hours of scan, quality, labels, quarantine, disk
@@ -29,6 +28,7 @@ from typing import Any
 import matplotlib.image
 import numpy as np
 
+from neurostorm.commands import program
 from neurostorm.commands.store_options import parse
 from neurostorm.io.atomic import atomic_write
 from neurostorm.runtime.progress import progress, tracked
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (StoreError, OSError) as error:
-        print(f"store.py {options.name}: {error}", file=sys.stderr)
+        print(f"{program('store', 'store.py')} {options.name}: {error}", file=sys.stderr)
         return 1
 
 
@@ -330,7 +330,3 @@ def readable_bytes(size_bytes: float) -> str:
             return f"{size_bytes:.3g} {unit}"
         size_bytes /= 1000
     return f"{size_bytes:,.3g} TB"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

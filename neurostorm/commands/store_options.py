@@ -1,4 +1,4 @@
-"""The command line of store.py: its commands, their options, and what makes no sense together."""
+"""The command line of `neurostorm store`: its commands, their options, and what makes no sense together."""
 
 import argparse
 import sys
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from neurostorm.commands import program
 from neurostorm.io.paths import to_path
 from neurostorm.store.maintenance.inventory import OLDER_THAN_S
 
@@ -15,7 +16,9 @@ WORKERS_HELP = "runs read at a time, 32 MB each (64 MB in an object store); defa
 
 def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Namespace:
     """The command line; exits with status 2 and the reason when it makes no sense."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=program("store", "store.py"), description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
     for add in (add_stats, add_list, add_show, add_verify, add_repair, add_remove, add_merge, add_export):
         add(commands)

@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from ray import cloudpickle
 
 from neurostorm.config import ConfigError, TaskConfig
 from neurostorm.downstream.cohort import Cohort, CohortRun
@@ -372,6 +371,8 @@ def _load(file: Path, module_name: str) -> None:
         spec.loader.exec_module(module)
     except Exception as error:
         raise ConfigError(f"{file}: cannot be imported as a task ({type(error).__name__}: {error})") from error
+    from ray import cloudpickle  # the class travels to workers, which lack the file
+
     cloudpickle.register_pickle_by_value(module)
 
 
