@@ -8,10 +8,13 @@ the newest one, which a resumed run does again; what it writes for an interval r
 """
 
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from neurostorm.places import Place, naming, replace
+
+_BLOCK_BYTES = 1 << 16
 
 
 class Journal:
@@ -20,6 +23,7 @@ class Journal:
     def __init__(self, folder: Place, name: str) -> None:
         self._folder, self._name = folder, name
         self._waiting: list[str] = []
+        self._end: int | None = None  # of the whole lines in the file; a full disk or a kill may leave a part of one
 
     def __str__(self) -> str:
         return str(self._folder / (f"{self._name}.jsonl" if isinstance(self._folder, Path) else self._name))
@@ -30,8 +34,15 @@ class Journal:
         if isinstance(self._folder, Path):
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / f"{self._name}.jsonl"
-            with naming(path), path.open("a") as file:
-                file.write(line)
+            with naming(path), path.open("r+b" if path.exists() else "x+b") as file:
+                if self._end is None:
+                    self._end = _end_of_last_line(file)
+                file.seek(self._end)
+                file.write(line.encode())
+                file.flush()
+                self._end += len(line.encode())
+                if file.seek(0, os.SEEK_END) > self._end:
+                    file.truncate(self._end)
         else:
             self._waiting.append(line)
 
@@ -40,3 +51,16 @@ class Journal:
         if self._waiting:
             replace(self._folder / self._name / f"step-{done:08d}.jsonl", "".join(self._waiting).encode())
             self._waiting = []
+
+
+def _end_of_last_line(file: BinaryIO) -> int:
+    """The number of bytes up to and with the last newline."""
+    end = file.seek(0, os.SEEK_END)
+    while end > 0:
+        first = max(0, end - _BLOCK_BYTES)
+        file.seek(first)
+        place = file.read(end - first).rfind(b"\n")
+        if place >= 0:
+            return first + place + 1
+        end = first
+    return 0

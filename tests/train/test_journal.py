@@ -23,6 +23,24 @@ def test_in_a_folder_each_line_is_there_at_once_after_those_of_earlier_starts(tm
     assert str(journal) == f"{tmp_path}/ledger/rank-0.jsonl"
 
 
+@pytest.mark.parametrize("rest", [b'{"step": 2, "cl', b'{"step": 2}', b'{"st\x00' * 20_000, b""])
+def test_a_line_that_was_cut_off_is_replaced(rest, tmp_path):
+    file = tmp_path / "rank-0.jsonl"
+    file.write_bytes(b'{"step": 1}\n' + rest)
+    journal = Journal(tmp_path, "rank-0")
+    for step in (2, 3):
+        journal.add(step=step)
+    assert lines(file) == [1, 2, 3]
+
+
+def test_a_line_that_did_not_fit_on_the_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+    journal, file = Journal(tmp_path, "rank-0"), tmp_path / "rank-0.jsonl"
+    journal.add(step=1)
+    file.write_bytes(file.read_bytes() + b'{"step": 2, "c')  # what of a failed write reached the disk
+    journal.add(step=3)
+    assert lines(file) == [1, 3]
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is of Linux")
 def test_a_full_disk_is_named(tmp_path):
     (tmp_path / "rank-0.jsonl").symlink_to("/dev/full")
