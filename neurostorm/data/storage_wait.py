@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from neurostorm.store.layout import StoreUnavailableError
 
-SAY_EVERY_S = 60.0  # of a process, however many threads wait
+SAY_EVERY_S, SAY_CHANGES_EVERY_S = 60.0, 10.0  # of a process, however many threads wait
 SHORTEST_S, LONGEST_S = 0.5, 10.0  # pauses between two attempts
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -28,9 +28,10 @@ class StorageAwayError(StoreUnavailableError):
 
 @dataclass
 class _Said:
-    """When this process last said that it waits."""
+    """What this process last said of its storage, and when."""
 
     lock: threading.Lock
+    away: bool = False
     at_s: float = float("-inf")
 
 
@@ -67,21 +68,24 @@ def wait_for_storage(
                     f"{error}. Its storage was away for {waited_s:.0f} s (data.unavailable_s={limit_s:g}): when it "
                     "answers again start the same command, which resumes from the newest checkpoint"
                 ) from error
-            _say("%s; waiting for it, %.0f s so far (data.unavailable_s=%g)", str(error), waited_s, limit_s)
+            _say(True, "%s; waiting for it, %.0f s so far (data.unavailable_s=%g)", str(error), waited_s, limit_s)
             away = True
             stop.wait(min(pause_s, max(limit_s - waited_s, 0.0)))
             pause_s = min(2 * pause_s, LONGEST_S)
         else:
             waited_s = clock_s() - began_s if away else 0.0
             if away:
-                _say("storage answers again after %.0f s", waited_s)
+                _say(False, "storage answers again after %.0f s", waited_s)
             return result, waited_s
 
 
-def _say(message: str, *values: object) -> None:
+def _say(away: bool, message: str, *values: object) -> None:
+    """A warning when storage goes or comes back, once for all threads that wait, and again while it stays away."""
     with _SAID.lock:
         now_s = time.monotonic()
-        if now_s - _SAID.at_s < SAY_EVERY_S:
+        pause_s = SAY_EVERY_S if away == _SAID.away else SAY_CHANGES_EVERY_S
+        _SAID.away = away
+        if now_s - _SAID.at_s < pause_s:
             return
         _SAID.at_s = now_s
     logger.warning(message, *values)

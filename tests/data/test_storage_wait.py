@@ -78,3 +78,14 @@ def test_many_threads_say_it_once(caplog, monkeypatch):
     for _ in range(20):
         wait(failing(3))
     assert len(caplog.records) == 1 and "s3://b/run: 503; waiting for it" in caplog.text
+
+
+def test_a_second_outage_soon_after_the_first_is_said_too(caplog, monkeypatch):
+    said = storage_wait._Said(threading.Lock())
+    monkeypatch.setattr(storage_wait, "_SAID", said)
+    for _ in range(2):
+        wait(failing(3))
+        said.at_s -= storage_wait.SAY_CHANGES_EVERY_S
+    assert [record.getMessage().split(",")[0] for record in caplog.records] == [
+        "s3://b/run: 503; waiting for it", "s3://b/run: 503; waiting for it",
+    ]  # fmt: skip
