@@ -1,4 +1,4 @@
-"""Runs to vectors: `python jobs/embed.py --help`; an installed package has the same as `neurostorm embed`."""
+"""Runs to vectors: `python jobs/embed.py --help`, the command `neurostorm embed`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""One method on one task: `python jobs/finetune.py --help`; an installed package has the same as `neurostorm finetune`."""
+"""One method on one task: `python jobs/finetune.py --help`, the command `neurostorm finetune`."""
 
 import sys
 

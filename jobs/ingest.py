@@ -1,4 +1,4 @@
-"""NIfTI files into a frame store: `python jobs/ingest.py --help`; an installed package has the same as `neurostorm ingest`."""
+"""NIfTI files into a frame store: `python jobs/ingest.py --help`, the command `neurostorm ingest`."""
 
 import sys
 

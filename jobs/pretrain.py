@@ -1,4 +1,4 @@
-"""Pretraining on a cluster or on this machine: `python jobs/pretrain.py --help`; an installed package has the same as `neurostorm pretrain`."""
+"""Pretraining on a cluster or on this machine: `python jobs/pretrain.py --help`, the command `neurostorm pretrain`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The report of a sweep, from MLflow alone: `python jobs/report.py --help`; an installed package has the same as `neurostorm report`."""
+"""The report of a sweep, from MLflow alone: `python jobs/report.py --help`, the command `neurostorm report`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Downstream sweeps on Ray Tune: `python jobs/sweep.py --help`; an installed package has the same as `neurostorm sweep`."""
+"""Downstream sweeps on Ray Tune: `python jobs/sweep.py --help`, the command `neurostorm sweep`."""
 
 import sys
 

@@ -76,9 +76,9 @@ pip_install() {
 pip_install --upgrade pip || say "pip could not be upgraded; going on with the one that is here"
 
 torch=$(grep '^torch==' tools/constraints.txt)
-gpu= backend=cpu install=$extras
+gpu= backend=cpu install=all${extras:+,$extras}
 if nvidia-smi > /dev/null 2>&1; then
-    gpu=1 backend=auto install=${extras:+$extras,}gpu
+    gpu=1 backend=auto install=$install,gpu
 fi
 
 torch_from_uv() {
@@ -114,6 +114,6 @@ if [ -n "$gpu" ]; then
    than the driver. Jobs will run on the CPU. Update the driver, or install the build of $torch that fits it into .venv"
 fi
 say "installing neurostorm and what it needs (some minutes the first time; log: $log)"
-pip_install --editable ".${install:+[$install]}" || fail_with_log "pip could not install the project."
+pip_install --editable ".[$install]" || fail_with_log "pip could not install the project."
 touch "$stamp" ${extras:+"$stamp-$extras"}
 say "environment .venv is ready; use it with: source $PWD/.venv/bin/activate"

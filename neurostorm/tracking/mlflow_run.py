@@ -232,7 +232,7 @@ class MlflowRun:
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
         if not self.experiment:
-            raise NotOpen(f"{self.folder} has no MLflow run yet: python -m neurostorm.tracking.upload {self.folder}")
+            raise NotOpen(f"{self.folder} has no MLflow run yet: python -m neurostorm upload {self.folder}")
         if self.parent is not None:
             self.parent.open()
         make_database(self.uri, self.artifact_root)

@@ -163,7 +163,7 @@ class Tracker:
             mlflow_lost: entries that were dropped for want of memory or disk.
         """
         waiting = sum(_unsent(run) for run in self._runs)
-        command = f"python -m neurostorm.tracking.upload {shlex.quote(str(self._run.folder))}" if self._run else ""
+        command = f"python -m neurostorm upload {shlex.quote(str(self._run.folder))}" if self._run else ""
         return {
             "mlflow_run_id": self.run_id,
             "mlflow_unsent": waiting,

@@ -1,4 +1,4 @@
-"""Sends what a run could not log to MLflow: `python -m neurostorm.tracking.upload RUN_FOLDER`.
+"""Sends what a run could not log to MLflow: `python -m neurostorm upload RUN_FOLDER`.
 
     RUN/unsent/*  (and those of a sweep's trials below)  --> MLflow --> deleted; mlflow.json and summary.json updated
 
@@ -26,7 +26,7 @@ _PATIENCE_S = 20.0  # for a server that does not answer
 def main(argv: Sequence[str] | None = None, patience_s: float = _PATIENCE_S) -> int:
     """Returns 0 when nothing is left, 1 when something is, with the reason on stderr; 2 for a wrong folder."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    parser = argparse.ArgumentParser(prog="python -m neurostorm.tracking.upload", description=__doc__,
+    parser = argparse.ArgumentParser(prog="neurostorm upload", description=__doc__,
                                      allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("run_folder", help="the folder OUTPUT/NAME of the run, local or in an object store")

@@ -63,7 +63,7 @@ def test_finetuning_keeps_its_results_and_uploads_them_later(tmp_path: Path, mon
     summary = json.loads((tmp_path / "s" / "summary.json").read_text())
     assert summary["test"] == {"r": 0.3} and summary["mlflow_run_id"] == "" and summary["mlflow_unsent"] > 0
     said = "\n".join(done.lines())
-    assert f"python -m neurostorm.tracking.upload {tmp_path}/s" in said and "run (not open)" in said
+    assert f"python -m neurostorm upload {tmp_path}/s" in said and "run (not open)" in said
 
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     assert upload.main([str(tmp_path / "s"), "--uri", uri]) == 0

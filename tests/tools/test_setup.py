@@ -123,7 +123,7 @@ def test_with_a_gpu_uv_chooses_the_build_by_its_driver(machine: Machine) -> None
     status, output, tried = machine.run("+cpu plain uv pytorch", "dev")
     assert status == 0, output
     assert tried and all(line.startswith("uv") and "--torch-backend auto" in line for line in tried)
-    assert "--editable .[dev,gpu]" in (machine.root / "calls").read_text()
+    assert "--editable .[all,dev,gpu]" in (machine.root / "calls").read_text()
     assert "warning" not in output
 
 

@@ -167,7 +167,7 @@ def test_without_a_server_all_is_kept_and_the_upload_sends_it_once(server, folde
     tracker.close()
     facts = tracker.facts()
     assert facts["mlflow_run_id"] == "" and facts["mlflow_unsent"] == 5 and not (folder / RUN_FILE).exists()
-    assert facts["mlflow_upload"] == f"python -m neurostorm.tracking.upload {folder}"
+    assert facts["mlflow_upload"] == f"python -m neurostorm upload {folder}"
     assert facts["mlflow_upload"] in closing_words(facts)[0]
     (folder / "summary.json").write_text(json.dumps({"steps": 1, **facts}))
 

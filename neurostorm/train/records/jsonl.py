@@ -15,7 +15,6 @@ from typing import Any, BinaryIO
 from neurostorm.io.atomic import atomic_write, name_errors
 from neurostorm.io.paths import AnyPath
 
-
 _BLOCK_BYTES = 1 << 16
 
 
