@@ -28,20 +28,16 @@ from typing import NamedTuple
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
-from torch.nn.functional import embedding
+from torch import Tensor
 
 from neurostorm.model.config import SwinConfig
-from neurostorm.model.decoders.light import LightDecoder, numbers_of, put_tokens
-from neurostorm.model.decoders.paper import PatchExpanding, UpStage
-from neurostorm.model.encoder import SwinEncoder, initialise
+from neurostorm.model.decoders import DECODERS
+from neurostorm.model.encoder import SwinEncoder
 from neurostorm.model.geometry.sparse import VisibleTokens
 from neurostorm.model.geometry.tokens import Geometry, SubsetGeometry, patch_table
-from neurostorm.model.losses.chunked import Scores, Targets, patch_moments, predict_rows, score_rows, square_sums
+from neurostorm.model.losses.chunked import Scores
 from neurostorm.model.masking.masks import Blocks, MaskConfig, draw_mask, mask_blocks, mask_from_released
 from neurostorm.model.strd.dropout import StrdConfig
-
-DECODERS = ("paper", "light")
 
 
 class MaeOutput(NamedTuple):
@@ -112,22 +108,7 @@ class MaskedAutoencoder(SwinEncoder):
         self.visible = VisibleTokens(swin)
         if atlas is not None:
             self.register_buffer("atlas_map", atlas.to(torch.int32))
-        if decoder == "light":
-            self.light = LightDecoder(swin, decoder_depth)
-            self.light.apply(initialise)
-            return
-        window, atlas_kind = mask.kind == "window", mask.kind == "atlas"
-        cells = self.mask_window[0] * self.mask_window[1] * self.mask_window[2] * self.mask_window[3]
-        width = swin.embed_dim
-        self.mask_token = nn.Parameter(torch.zeros(width), requires_grad=not window and not atlas_kind)
-        self.window_mask_token = nn.Parameter(torch.zeros(cells, width), requires_grad=window)
-        self.atlas_mask_token = nn.Parameter(torch.zeros(width), requires_grad=atlas_kind)
-        self.first_patch_expanding = PatchExpanding(swin, swin.stages - 1)
-        self.layers_up = nn.ModuleList(UpStage(swin, stage) for stage in reversed(range(swin.stages - 1)))
-        self.norm_up = nn.LayerNorm(width)
-        self.decoder_pred = nn.Linear(width, swin.patch_voxels)
-        for module in (self.first_patch_expanding, self.layers_up, self.decoder_pred):
-            module.apply(initialise)
+        DECODERS[decoder].attach(self, decoder_depth)
 
     def encoder(self) -> SwinEncoder:
         """The encoder alone, sharing this model's parameters."""
@@ -223,56 +204,11 @@ class MaskedAutoencoder(SwinEncoder):
     ) -> MaeOutput:
         """As :meth:`forward` for patches (B, P, p^3); ``inside`` is bool (B, S, p^3)."""
         frames = self._frames(patches)
-        geometry = self.geometry(frames, patches.device)
+        decoder = DECODERS[self.decoder]
         if mask is None:
             where = "cpu" if generator is None else generator.device
-            mask = self.draw_mask(len(patches), frames, generator, where if self.decoder == "light" else patches.device)
-        mask = mask != 0
-        if self.decoder == "light":
-            return self._forward_visible(patches, mask, generator, inside, centre)
-        mask = mask.to(patches.device, non_blocking=True)
-        tokens = self.hide(self.patch_embed(patches), mask, geometry)
-        latent, strd_rates = self.encode(tokens, geometry)
-        prediction = self.decode(latent, geometry).float()
-        valid = self._valid(geometry, inside)
-        counted = mask.unsqueeze(-1) if valid is None else mask.unsqueeze(-1) & valid
-        target = patches.float()
-        if self.normalise_targets:
-            mean, std = patch_moments(target, valid)
-            deviation = (target - mean) / std  # the mean of what is predicted is 0
-            error = prediction - deviation
-            prediction = prediction * std + mean
-        else:
-            deviation = target if centre is None else target - centre.float()
-            error = prediction - target
-        squares, voxels = square_sums(error, counted)
-        scores = Scores(squares, square_sums(deviation, counted)[0], voxels)
-        return self._output(scores, prediction, mask, latent, strd_rates)
-
-    def _forward_visible(
-        self,
-        patches: Tensor,
-        mask: Tensor,
-        generator: torch.Generator | None,
-        inside: Tensor | None,
-        centre: Tensor | None,
-    ) -> MaeOutput:
-        """As :meth:`forward_patches` with the light decoder."""
-        geometry = self.geometry(self._frames(patches), patches.device)
-        asked = self._asked(mask, generator).to(patches.device, non_blocking=True)
-        visible = self.visible_geometry(mask, geometry)
-        seen = patches.flatten(0, 1).index_select(0, visible.levels[0].numbers_in(geometry.levels[0]))
-        encoded, strd_rates = self.encode(self.patch_embed(seen)[None], visible)
-        place = visible.levels[-1].places_in(geometry.levels[-1])
-        latent, h = self.light(encoded, place, geometry, asked, self.activation_checkpointing)
-        targets = self._targets(patches, asked, geometry, inside, centre)
-        pred = self.light.pred
-        scores = score_rows(h.flatten(0, 1), pred.weight, pred.bias, targets)
-        prediction = patches.new_zeros(len(patches), 0, patches.shape[2])
-        if not self.training:
-            with torch.no_grad():
-                prediction = put_tokens(predict_rows(pred(h.flatten(0, 1)).float(), targets), asked, patches.shape[1])
-        return self._output(scores, prediction, mask.to(patches.device, non_blocking=True), latent, strd_rates)
+            mask = self.draw_mask(len(patches), frames, generator, where if decoder.visible_alone else patches.device)
+        return decoder.reconstruct(self, patches, mask != 0, generator, inside, centre)
 
     def _output(
         self, scores: Scores, prediction: Tensor, mask: Tensor, latent: Tensor, strd_rates: Tensor
@@ -293,67 +229,9 @@ class MaskedAutoencoder(SwinEncoder):
             clip_baseline=clip_baseline,
         )
 
-    def _targets(
-        self, patches: Tensor, asked: Tensor, geometry: Geometry, inside: Tensor | None, centre: Tensor | None
-    ) -> Targets:
-        """What the tokens ``asked`` for hold, and what of it counts."""
-        samples, sample = len(patches), torch.arange(len(patches), device=patches.device)[:, None]
-        in_brain = self.loss_on == "brain"
-        if inside is not None and not in_brain:  # as in `_valid`: all voxels of a clip with any data
-            inside = inside.any(2, keepdim=True).any(1, keepdim=True).expand(-1, inside.shape[1], -1)
-        return Targets(
-            patches=patches.flatten(0, 1),
-            row=(asked + sample * patches.shape[1]).flatten(),
-            sample=sample.expand_as(asked).flatten(),
-            samples=samples,
-            centre=None if centre is None else centre.flatten(0, 1),
-            brain=self.brain_patches if in_brain else None,
-            space=geometry.levels[0].space_of_token[asked].flatten(),
-            inside=inside,
-            normalise=self.normalise_targets,
-        )
-
-    def _asked(self, mask: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Long (B, H): the hidden tokens that are predicted; in training a random share of them, as ``predicted``."""
-        hidden = numbers_of(mask)
-        count = max(1, int(hidden.shape[1] * self.predicted)) if self.training else hidden.shape[1]
-        if count == hidden.shape[1]:
-            return hidden
-        source = hidden.device if generator is None else generator.device
-        drawn = torch.rand(hidden.shape, generator=generator, device=source).argsort(1)[:, :count]
-        return hidden.gather(1, drawn.sort(1).values.to(hidden.device))
-
     def visible_geometry(self, mask: Tensor, geometry: Geometry) -> SubsetGeometry:
         """The tokens that ``mask``, bool (B, P) in the order of ``geometry``, leaves visible."""
         return self.visible.geometry(mask, geometry, self.draw_mask)
-
-    def hide(self, tokens: Tensor, mask: Tensor, geometry: Geometry) -> Tensor:
-        """Replace hidden tokens (B, P, C): by one vector, or for windows by one per place in the window ("paper")."""
-        token: Tensor = self.mask_token
-        if self.mask_config.kind == "window":
-            frames = geometry.levels[0].grid[3]
-            token = embedding(self.blocks(frames, tokens.device).position_in_block, self.window_mask_token)
-        elif self.mask_config.kind == "atlas":
-            token = self.atlas_mask_token
-        return torch.where(mask.unsqueeze(-1), token.to(tokens.dtype), tokens)
-
-    def decode(self, latent: Tensor, geometry: Geometry) -> Tensor:
-        """Tokens of the last stage (B, P', C') -> predicted patches (B, P, p^3) ("paper")."""
-        x = self.first_patch_expanding(latent, geometry.merges[-1])
-        for stage in self.layers_up:
-            x = stage(x, geometry, self.activation_checkpointing)
-        return self.decoder_pred(self.norm_up(x))
-
-    def _valid(self, geometry: Geometry, inside: Tensor | None) -> Tensor | None:
-        """Bool, broadcastable to (B, P, p^3): the voxels that may count; None for all of them."""
-        if self.loss_on == "all":  # also what lies outside the field of view, but not a clip without any data
-            return None if inside is None else inside.any(2).any(1)[:, None, None]
-        space = geometry.levels[0].space_of_token
-        valid = None if inside is None else inside[:, space]
-        if self.brain_patches is not None:
-            brain = self.brain_patches[space]
-            valid = brain if valid is None else valid & brain
-        return valid
 
 
 def _check_mae(
@@ -362,10 +240,9 @@ def _check_mae(
 ) -> None:  # fmt: skip
     if decoder not in DECODERS:
         raise ValueError(f"decoder = {decoder!r}: one of {', '.join(DECODERS)}")
-    if decoder == "light" and swin.layout == "paper":
-        raise ValueError("decoder = 'light': the paper's layout has the paper's decoder; take layout = 'clean'")
-    if not 0.0 < predicted <= 1.0 or (predicted < 1.0 and decoder == "paper"):
-        raise ValueError(f"predicted = {predicted}: above 0, up to 1; the paper's decoder predicts everything")
+    DECODERS[decoder].check(swin, predicted)
+    if not 0.0 < predicted <= 1.0:
+        raise ValueError(f"predicted = {predicted}: above 0, up to 1")
     if swin.stages < 2:
         raise ValueError(f"depths = {swin.depths}: the autoencoder needs at least two stages")
     if swin.in_chans != 1:

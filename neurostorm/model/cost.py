@@ -27,9 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from neurostorm.model.autoencoder import MaskedAutoencoder
-from neurostorm.model.decoders.paper import PatchExpanding, UpStage
+from neurostorm.model.decoders import DECODERS
+from neurostorm.model.decoders.paper import PatchExpanding
 from neurostorm.model.encoder import Block, BlockStack, Stage, SwinEncoder
-from neurostorm.model.geometry.tokens import Geometry, TokenGeometry
+from neurostorm.model.geometry.tokens import TokenGeometry
 from neurostorm.model.geometry.windows import WindowTable
 from neurostorm.model.mixers import scan_kernel
 from neurostorm.model.mixers.attention import WindowAttention
@@ -100,7 +101,7 @@ class Cost:
 
 
 @dataclass
-class _Count:
+class Count:
     """Sums over the parts of a network."""
 
     flops: Flops = Flops()
@@ -111,6 +112,17 @@ class _Count:
         for module in modules:
             if isinstance(module, nn.Linear):
                 self.flops += Flops(linear=2 * rows * module.in_features * module.out_features)
+
+    def blocks(self, stage: BlockStack, tables: list[WindowTable]) -> None:
+        """The blocks of a stage, over the windows of `tables`: without and with the shift."""
+        for number, block in enumerate(stage.blocks):
+            assert isinstance(block, Block)
+            _count_block(self, block, tables[number % 2])
+
+    def expansion(self, expanding: PatchExpanding, parents: int) -> None:
+        """The expansion of so many tokens into their children."""
+        self.linear(expanding.modules(), parents)
+        self.kept += parents * (expanding.expand.in_features + expanding.expand.out_features)
 
 
 def clip_cost(model: SwinEncoder, frames: int | None = None) -> Cost:
@@ -125,12 +137,14 @@ def clip_cost(model: SwinEncoder, frames: int | None = None) -> Cost:
     of atlas regions needs the atlas, so such a model is counted on a real device.
     """
     config, device = model.config, model.patch_embed.fc.weight.device
-    frames, light = config.frames if frames is None else frames, getattr(model, "decoder", "") == "light"
-    where = "cpu" if light or device.type == "meta" else device
+    frames = config.frames if frames is None else frames
+    decoder = DECODERS[model.decoder] if isinstance(model, MaskedAutoencoder) else None
+    alone = decoder is not None and decoder.visible_alone
+    where = "cpu" if alone or device.type == "meta" else device
     whole = model.geometry(frames, where)
     seen: TokenGeometry = whole
-    count, hidden = _Count(), 0
-    if isinstance(model, MaskedAutoencoder) and light:
+    count, hidden = Count(), 0
+    if isinstance(model, MaskedAutoencoder) and alone:
         mask = model.draw_mask(1, frames, torch.Generator().manual_seed(0), where)
         seen, hidden = model.visible_geometry(mask, whole), int(mask.sum())
     tokens = [len(level) for level in seen.levels]
@@ -139,10 +153,8 @@ def clip_cost(model: SwinEncoder, frames: int | None = None) -> Cost:
     count.kept += tokens[0] * config.patch_voxels
     _count_encoder(count, model, seen, tokens)
     if isinstance(model, MaskedAutoencoder):
-        if light:
-            _count_light(count, model, whole, max(1, int(hidden * model.predicted)))
-        else:
-            _count_decoder(count, model, whole, tokens)
+        assert decoder is not None
+        decoder.count(count, model, whole, hidden)
     return Cost(
         parameters=sum(p.numel() for p in model.parameters()),
         tokens=len(whole.levels[0]),
@@ -152,50 +164,18 @@ def clip_cost(model: SwinEncoder, frames: int | None = None) -> Cost:
     )
 
 
-def _count_encoder(count: _Count, model: SwinEncoder, geometry: TokenGeometry, tokens: list[int]) -> None:
+def _count_encoder(count: Count, model: SwinEncoder, geometry: TokenGeometry, tokens: list[int]) -> None:
     config = model.config
     for i, stage in enumerate(model.layers):
         assert isinstance(stage, Stage)
         level = geometry.levels[i]
-        _count_blocks(count, stage, [level.windows(config.windows[i], shift) for shift in (False, config.shifts(i))])
+        count.blocks(stage, [level.windows(config.windows[i], shift) for shift in (False, config.shifts(i))])
         if stage.downsample is not None:
             count.linear(stage.downsample.modules(), tokens[i + 1])
             count.kept += 2 * 8 * config.width(i) * tokens[i + 1]  # children gathered, and normalised
 
 
-def _count_decoder(count: _Count, model: MaskedAutoencoder, geometry: Geometry, tokens: list[int]) -> None:
-    config = model.config
-    _count_expansion(count, model.first_patch_expanding, tokens[-1])
-    for i, stage in zip(reversed(range(config.stages - 1)), model.layers_up, strict=True):
-        assert isinstance(stage, UpStage)
-        _count_blocks(count, stage, [geometry.levels[i].windows(config.window, shift) for shift in (False, True)])
-        if stage.upsample is not None:
-            _count_expansion(count, stage.upsample, tokens[i])
-    count.linear([model.decoder_pred], tokens[0])
-    count.kept += tokens[0] * (2 * config.embed_dim + config.patch_voxels)  # norm's input and output, error
-
-
-def _count_light(count: _Count, model: MaskedAutoencoder, geometry: Geometry, predicted: int) -> None:
-    """The light decoder over all tokens above the finest level, and the ``predicted`` ones of that."""
-    config, light = model.config, model.light
-    for i, expansion in zip(range(config.stages - 1, 1, -1), light.expansions, strict=True):
-        assert isinstance(expansion, PatchExpanding)
-        _count_expansion(count, expansion, len(geometry.levels[i]))
-    _count_blocks(count, light.blocks, [geometry.levels[1].windows(config.window, shift) for shift in (False, True)])
-    parents = len(geometry.levels[1])
-    count.linear([light.to_children], parents)
-    count.linear([light.pred], predicted)
-    count.kept += parents * light.to_children.in_features
-    count.kept += predicted * 2 * config.embed_dim  # norm's input and output; errors are made again (score.py)
-
-
-def _count_blocks(count: _Count, stage: BlockStack, tables: list[WindowTable]) -> None:
-    for number, block in enumerate(stage.blocks):
-        assert isinstance(block, Block)
-        _count_block(count, block, tables[number % 2])
-
-
-def _count_block(count: _Count, block: Block, table: WindowTable) -> None:
+def _count_block(count: Count, block: Block, table: WindowTable) -> None:
     prompts = 0 if block.prompt is None else block.prompt.shape[1]
     for mixer in block.children():
         if isinstance(mixer, WindowAttention):
@@ -209,7 +189,7 @@ def _count_block(count: _Count, block: Block, table: WindowTable) -> None:
     count.kept += table.tokens * (3 * width + 4 + (0 if made_again else 2 * hidden))
 
 
-def _count_attention(count: _Count, mixer: WindowAttention, table: WindowTable, prompts: int) -> None:
+def _count_attention(count: Count, mixer: WindowAttention, table: WindowTable, prompts: int) -> None:
     width = mixer.proj.in_features
     windows, rows = _windows(table, 0)
     count.linear([mixer.qkv], rows + prompts)  # prompts are projected once, not in each window
@@ -221,7 +201,7 @@ def _count_attention(count: _Count, mixer: WindowAttention, table: WindowTable, 
     count.kept += rows * (4 * width + mixer.heads)  # q, k, v, result, the softmax's log-sums
 
 
-def _count_scan(count: _Count, mixer: Mamba, table: WindowTable, prompts: int) -> None:
+def _count_scan(count: Count, mixer: Mamba, table: WindowTable, prompts: int) -> None:
     windows, rows = _windows(table, prompts)
     channels, states = mixer.A_log.shape
     count.linear(mixer.modules(), rows)
@@ -238,11 +218,6 @@ def _windows(table: WindowTable, prompts: int) -> tuple[list[tuple[int, int]], i
     """(windows, rows in each) per bucket of a table, and all rows, with ``prompts`` more in each window."""
     windows = [(len(bucket.index), bucket.index.shape[1] + prompts) for bucket in table.buckets]
     return windows, sum(number * size for number, size in windows)
-
-
-def _count_expansion(count: _Count, expanding: PatchExpanding, parents: int) -> None:
-    count.linear(expanding.modules(), parents)
-    count.kept += parents * (expanding.expand.in_features + expanding.expand.out_features)
 
 
 def measured_peak(device: torch.device | str, dtype: torch.dtype = torch.float32) -> float:

@@ -19,6 +19,7 @@ from neurostorm.data.batch_stream import BatchStream
 from neurostorm.data.clips import ClipReader
 from neurostorm.data.unpack import ClipUnpacker, Patches
 from neurostorm.model.autoencoder import MaeOutput, MaskedAutoencoder
+from neurostorm.model.decoders import DECODERS
 from neurostorm.tracking.tracker import Tracker
 from neurostorm.train.engine import Engine
 from neurostorm.train.health.barrier import Barrier
@@ -103,7 +104,7 @@ class Validation:
         hidden = out.mask[:1, :, None].expand_as(patches.values[:1])
         target = patches.values[:1]
         prediction = out.prediction[:1].float()
-        if self.model.decoder == "light":  # which predicts nothing that is visible
+        if DECODERS[self.model.decoder].visible_alone:  # which predicts nothing that is visible
             prediction = torch.where(hidden, prediction, target)
         boxes = (target, target.masked_fill(hidden, 0), prediction, hidden.float())
         seen, masked, predicted, unseen = [self.model.to_volume(box)[0, 0, ..., frame].cpu().numpy() for box in boxes]

@@ -26,9 +26,8 @@ from step import refuse_impossible, setting
 from neurostorm.commands.options import refuse_missing_folder
 from neurostorm.config.presets import PRESETS
 from neurostorm.model.autoencoder import MaskedAutoencoder
-from neurostorm.model.decoders.light import numbers_of
 from neurostorm.model.geometry.static import Whole
-from neurostorm.model.geometry.tokens import SubsetGeometry
+from neurostorm.model.geometry.tokens import SubsetGeometry, numbers_of
 
 
 def main() -> int:

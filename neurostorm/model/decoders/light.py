@@ -16,7 +16,10 @@ The blocks attend, whatever the encoder's mixer is: a hidden token has no place 
 as long (tools/BENCHMARKS.md).
 """
 
+from __future__ import annotations
+
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
@@ -24,8 +27,13 @@ from torch import Tensor, nn
 
 from neurostorm.model.config import SwinConfig
 from neurostorm.model.decoders.paper import PatchExpanding
-from neurostorm.model.encoder import BlockStack, PositionalEmbedding
-from neurostorm.model.geometry.tokens import Geometry
+from neurostorm.model.encoder import BlockStack, PositionalEmbedding, initialise
+from neurostorm.model.geometry.tokens import Geometry, numbers_of, put_tokens
+from neurostorm.model.losses.chunked import Targets, predict_rows, score_rows
+
+if TYPE_CHECKING:
+    from neurostorm.model.autoencoder import MaeOutput, MaskedAutoencoder
+    from neurostorm.model.cost import Count
 
 
 class LightDecoder(nn.Module):
@@ -82,21 +90,98 @@ class LightDecoder(nn.Module):
         return full, self.norm(children.index_select(0, row.flatten())).view(*asked.shape, -1)
 
 
-def numbers_of(chosen: Tensor) -> Tensor:
-    """Bool (B, P) with equally many true in each row -> their numbers, long (B, P').
+class Light:
+    """The decoder `light` of the registry: the encoder sees visible tokens alone, hidden ones alone are predicted."""
 
-    Raises:
-        ValueError: a row has more than another, as a mask from outside may.
-    """
-    count = chosen.sum(1)
-    if bool((count != count[0]).any()) or not count[0]:
-        raise ValueError(
-            f"mask: it hides, or leaves, {count.tolist()} tokens of the samples: equally many are needed, and some"
-        )
-    return chosen.nonzero()[:, 1].view(len(chosen), -1)
+    name, visible_alone = "light", True
+
+    def check(self, swin: SwinConfig, predicted: float) -> None:
+        """ValueError for the paper's layout."""
+        if swin.layout == "paper":
+            raise ValueError("decoder = 'light': the paper's layout has the paper's decoder; take layout = 'clean'")
+
+    def attach(self, model: MaskedAutoencoder, depth: int) -> None:
+        """Adds `light`, a LightDecoder."""
+        model.light = LightDecoder(model.config, depth).apply(initialise)
+
+    def reconstruct(
+        self,
+        model: MaskedAutoencoder,
+        patches: Tensor,
+        mask: Tensor,
+        generator: torch.Generator | None,
+        inside: Tensor | None,
+        centre: Tensor | None,
+    ) -> MaeOutput:
+        """See `Decoder`."""
+        geometry = model.geometry(model._frames(patches), patches.device)
+        asked = self.asked(model, mask, generator).to(patches.device, non_blocking=True)
+        visible = model.visible_geometry(mask, geometry)
+        seen = patches.flatten(0, 1).index_select(0, visible.levels[0].numbers_in(geometry.levels[0]))
+        encoded, strd_rates = model.encode(model.patch_embed(seen)[None], visible)
+        place = visible.levels[-1].places_in(geometry.levels[-1])
+        latent, h = _part(model)(encoded, place, geometry, asked, model.activation_checkpointing)
+        targets = _targets(model, patches, asked, geometry, inside, centre)
+        pred = _part(model).pred
+        scores = score_rows(h.flatten(0, 1), pred.weight, pred.bias, targets)
+        prediction = patches.new_zeros(len(patches), 0, patches.shape[2])
+        if not model.training:
+            with torch.no_grad():
+                prediction = put_tokens(predict_rows(pred(h.flatten(0, 1)).float(), targets), asked, patches.shape[1])
+        return model._output(scores, prediction, mask.to(patches.device, non_blocking=True), latent, strd_rates)
+
+    def asked(self, model: MaskedAutoencoder, mask: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Long (B, H): the hidden tokens that are predicted; in training a random share of them, as ``predicted``."""
+        hidden = numbers_of(mask)
+        count = max(1, int(hidden.shape[1] * model.predicted)) if model.training else hidden.shape[1]
+        if count == hidden.shape[1]:
+            return hidden
+        source = hidden.device if generator is None else generator.device
+        drawn = torch.rand(hidden.shape, generator=generator, device=source).argsort(1)[:, :count]
+        return hidden.gather(1, drawn.sort(1).values.to(hidden.device))
+
+    def count(self, count: Count, model: MaskedAutoencoder, geometry: Geometry, hidden: int) -> None:
+        """All tokens above the finest level, and the predicted ones of that."""
+        config, light = model.config, _part(model)
+        predicted = max(1, int(hidden * model.predicted))
+        for i, expansion in zip(range(config.stages - 1, 1, -1), light.expansions, strict=True):
+            assert isinstance(expansion, PatchExpanding)
+            count.expansion(expansion, len(geometry.levels[i]))
+        count.blocks(light.blocks, [geometry.levels[1].windows(config.window, shift) for shift in (False, True)])
+        parents = len(geometry.levels[1])
+        count.linear([light.to_children], parents)
+        count.linear([light.pred], predicted)
+        count.kept += parents * light.to_children.in_features
+        count.kept += predicted * 2 * config.embed_dim  # norm's input and output; errors are made again (losses/)
 
 
-def put_tokens(rows: Tensor, numbers: Tensor, tokens: int) -> Tensor:
-    """Rows (B * H, C) of the tokens with these numbers (B, H) -> (B, tokens, C), zero elsewhere."""
-    x = rows.view(*numbers.shape, -1)
-    return x.new_zeros(len(x), tokens, x.shape[2]).scatter_(1, numbers.unsqueeze(-1).expand_as(x), x)
+def _part(model: MaskedAutoencoder) -> LightDecoder:
+    part = model.light
+    assert isinstance(part, LightDecoder)
+    return part
+
+
+def _targets(
+    model: MaskedAutoencoder,
+    patches: Tensor,
+    asked: Tensor,
+    geometry: Geometry,
+    inside: Tensor | None,
+    centre: Tensor | None,
+) -> Targets:
+    """What the tokens ``asked`` for hold, and what of it counts."""
+    samples, sample = len(patches), torch.arange(len(patches), device=patches.device)[:, None]
+    in_brain = model.loss_on == "brain"
+    if inside is not None and not in_brain:  # as in `_valid`: all voxels of a clip with any data
+        inside = inside.any(2, keepdim=True).any(1, keepdim=True).expand(-1, inside.shape[1], -1)
+    return Targets(
+        patches=patches.flatten(0, 1),
+        row=(asked + sample * patches.shape[1]).flatten(),
+        sample=sample.expand_as(asked).flatten(),
+        samples=samples,
+        centre=None if centre is None else centre.flatten(0, 1),
+        brain=model.brain_patches if in_brain else None,
+        space=geometry.levels[0].space_of_token[asked].flatten(),
+        inside=inside,
+        normalise=model.normalise_targets,
+    )

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from neurostorm.model.config import SwinConfig
-from neurostorm.model.decoders.light import numbers_of
 from neurostorm.model.geometry.static import Room, Whole, drawn_geometry
-from neurostorm.model.geometry.tokens import Geometry, SubsetGeometry, subset_geometry
+from neurostorm.model.geometry.tokens import Geometry, SubsetGeometry, numbers_of, subset_geometry
 
 Draw = Callable[[int, int, torch.Generator, str], Tensor]  # samples, frames, generator, device -> mask (B, P)
 

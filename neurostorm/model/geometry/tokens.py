@@ -303,3 +303,23 @@ def _merge_table(child: Level, parent: Level) -> WindowTable:
     slot = slot_of_parent[np.ravel_multi_index(tuple((child.cells // _HALVES).T), grid)]
     children[slot, octant] = np.arange(len(child))
     return table_of([Bucket(torch.from_numpy(children).to(child.device))], len(child))
+
+
+def numbers_of(chosen: Tensor) -> Tensor:
+    """Bool (B, P) with equally many true in each row -> their numbers, long (B, P').
+
+    Raises:
+        ValueError: a row has more than another, as a mask from outside may.
+    """
+    count = chosen.sum(1)
+    if bool((count != count[0]).any()) or not count[0]:
+        raise ValueError(
+            f"mask: it hides, or leaves, {count.tolist()} tokens of the samples: equally many are needed, and some"
+        )
+    return chosen.nonzero()[:, 1].view(len(chosen), -1)
+
+
+def put_tokens(rows: Tensor, numbers: Tensor, tokens: int) -> Tensor:
+    """Rows (B * H, C) of the tokens with these numbers (B, H) -> (B, tokens, C), zero elsewhere."""
+    x = rows.view(*numbers.shape, -1)
+    return x.new_zeros(len(x), tokens, x.shape[2]).scatter_(1, numbers.unsqueeze(-1).expand_as(x), x)

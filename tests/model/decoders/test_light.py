@@ -10,9 +10,9 @@ from einops import rearrange
 from neurostorm.model.autoencoder import MaskedAutoencoder
 from neurostorm.model.config import SwinConfig
 from neurostorm.model.cost import clip_cost
-from neurostorm.model.decoders.light import numbers_of, put_tokens
+from neurostorm.model.decoders import DECODERS
 from neurostorm.model.encoder import Block, SwinEncoder, compile_blocks
-from neurostorm.model.geometry.tokens import subset_geometry
+from neurostorm.model.geometry.tokens import numbers_of, put_tokens, subset_geometry
 from neurostorm.model.losses import chunked
 from neurostorm.model.masking.masks import KINDS, MaskConfig
 from neurostorm.model.strd.dropout import StrdConfig
@@ -179,7 +179,7 @@ def test_the_loss_is_that_of_the_hidden_voxels_that_count(loss_on, targets):
 def test_a_share_of_the_hidden_tokens_is_predicted_in_training_and_all_of_them_otherwise():
     model = build(predicted=0.5)
     patches, mask = patches_of(model), model.draw_mask(2, FRAMES)
-    first, second = (model._asked(mask, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    first, second = (DECODERS["light"].asked(model, mask, torch.Generator().manual_seed(seed)) for seed in (0, 1))
     assert first.shape == (2, int(mask.sum(1)[0]) // 2) and not torch.equal(first, second)
     assert take_tokens(mask[..., None], first).all() and all(len(set(row.tolist())) == len(row) for row in first)
     out = model.train()(patches, mask, torch.Generator().manual_seed(0))

@@ -7,10 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from neurostorm.model.decoders.light import numbers_of
 from neurostorm.model.encoder import compile_blocks
 from neurostorm.model.geometry.static import Room, Whole, drawn_geometry, rounded_up
-from neurostorm.model.geometry.tokens import geometry_of, subset_geometry
+from neurostorm.model.geometry.tokens import geometry_of, numbers_of, subset_geometry
 from neurostorm.model.masking.masks import KINDS
 from neurostorm.model.strd.dropout import StrdConfig
 from tests.model.decoders.test_light import FRAMES, MIXERS, build, mask_of_a_corner, patches_of
