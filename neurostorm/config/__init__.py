@@ -226,7 +226,11 @@ class TrainConfig(Section):
     max_steps: Positive | None = Field(None, description="stop after this many steps, whatever epochs says")
     global_batch: Positive = Field(32, description="clips per optimiser step, over all workers")
     micro_batch: Positive = Field(8, description="clips per forward pass of one worker; the rest is accumulated")
-    lr: float = Field(5e-5, gt=0, le=1, description="peak learning rate of AdamW")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="adamw, or muon for the matrices of hidden layers and adamw for the rest (with train.zero_stage=0)",
+    )
+    lr: float = Field(5e-5, gt=0, le=1, description="peak learning rate")
     min_lr_fraction: float = Field(0.01, ge=0, le=1, description="final learning rate as a share of the peak")
     warmup_fraction: float = Field(0.05, ge=0, lt=1, description="share of the steps with rising learning rate")
     weight_decay: float = Field(0.01, ge=0, le=1, description="AdamW weight decay, on matrices only")
@@ -242,6 +246,15 @@ class TrainConfig(Section):
     max_skipped_steps: Positive = Field(10, description="stop after this many non-finite steps in a row")
     log_every: Positive = Field(10, description="steps between logged metrics")
     validate_every: Positive = Field(500, description="steps between validations")
+
+    @model_validator(mode="after")
+    def _muon_has_whole_matrices(self) -> "TrainConfig":
+        if self.optimizer == "muon" and self.zero_stage > 0:
+            raise ValueError(
+                f"optimizer=muon works on whole matrices, and zero_stage={self.zero_stage} gives each worker a part of "
+                "each: add --train.zero_stage 0"
+            )
+        return self
 
 
 class CheckpointConfig(Section):

@@ -35,7 +35,7 @@ RESUMABLE = frozenset(
 
 # What versions without a setting did.
 BEFORE: dict[str, Any] = {
-    "model.decoder": "paper", "model.decoder_depth": 2, "model.predicted": 1.0,
+    "train.optimizer": "adamw", "model.decoder": "paper", "model.decoder_depth": 2, "model.predicted": 1.0,
     **{f"augment.{name}": field.default for name, field in AugmentConfig.model_fields.items()},
 }  # fmt: skip
 

@@ -30,8 +30,8 @@ from neurostorm.model.encoder import SwinEncoder
 from neurostorm.model.geometry.tokens import patch_table
 from neurostorm.model.losses.contrastive import ContrastiveModel, instance_loss, local_local_loss
 from neurostorm.store.reader import FrameStore
-from neurostorm.train.engine import parameter_groups
 from neurostorm.train.health.limits import NonFiniteError, UnreadableClipsError, clip_names
+from neurostorm.train.optimizer import build_optimizer, parameter_groups
 from neurostorm.train.schedule import DROPOUT, learning_rate, seed_for
 
 KINDS = ("instance", "local-local", "both")
@@ -260,7 +260,7 @@ def pretrain_contrastive(
     mask = torch.from_numpy(store.mask)
     model = ContrastiveModel(SwinEncoder(swin, brain=mask)).to(device).train()
     unpack, augment = DenseUnpacker(store, swin.frames).to(device), Augment(recipe.augment, mask).to(device)
-    optimizer = torch.optim.AdamW(parameter_groups(model, recipe.weight_decay), lr=recipe.lr)
+    optimizer = build_optimizer("adamw", parameter_groups(model, recipe.weight_decay), lr=recipe.lr)
     for step, batch in enumerate(_batches(plan, ClipReader(store, runs.paths, swin.frames, normalise), recipe.steps)):
         names = clip_names(batch, runs.paths)
         _refuse_unreadable(batch, names, step)

@@ -1,6 +1,6 @@
 """DeepSpeed behind the five things that the loop needs: call, backward, step, save and load, full weights.
 
-    model -> Engine (ZeRO 0-3, AdamW of ours, fp32 or autocast to bf16) -> engine(patches) -> backward -> step(lr)
+    model, optimizer -> Engine (ZeRO 0-3, fp32 or autocast to bf16) -> engine(patches) -> backward -> step(lr)
 
 A step whose gradients are not finite on any rank changes no parameter on all of them: with ZeRO 1-3 DeepSpeed compares
 the global gradient norm before it steps, for ZeRO 0 `step` does the same here. With ZeRO 1-3, which part the gradients,
@@ -27,6 +27,7 @@ from neurostorm.config import TrainConfig
 from neurostorm.train.checkpoint.restored_state import write_state
 from neurostorm.train.checkpoint.saved_state import read_state
 from neurostorm.train.checkpoint.unpickle import tensors_only
+from neurostorm.train.optimizer import WHOLE, build_optimizer, parameter_groups
 
 
 @dataclass(frozen=True)
@@ -35,20 +36,6 @@ class StepOutcome:
 
     applied: bool
     gradient_norm: float
-
-
-def decayed(name: str, parameter: torch.Tensor) -> bool:
-    """Weight decay acts on matrices only: not on norms, biases, embeddings, mask tokens, prompts, filters and rates."""
-    return parameter.ndim == 2 and not name.endswith(("mask_token", "A_log"))
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's two groups: decayed matrices and the rest; frozen parameters are in neither."""
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for n, p in named if decayed(n, p)], "weight_decay": weight_decay},
-        {"params": [p for n, p in named if not decayed(n, p)], "weight_decay": 0.0},
-    ]
 
 
 def deepspeed_settings(train: TrainConfig, clips_per_worker: int) -> dict[str, Any]:
@@ -91,7 +78,8 @@ def norm_over_ranks(device: torch.device, gradients: Iterable[Tensor], _: Any) -
     """The L2 norm (fp32 scalar) of gradients that are parted among the ranks; a collective call, of DeepSpeed's form.
 
     DeepSpeed's own adds the ranks' squares in fp32: its last bit depends on where the parts are cut, and a clipped run
-    that changes its number of workers would leave its twin's path. In float64 it is lost when the norm is rounded.
+    that changes its number of workers would leave the path of a run that does not. In float64 it is lost when the norm
+    is rounded.
     """
     none = torch.zeros((), dtype=torch.float64, device=device)  # a rank may have no part
     norms = [torch.linalg.vector_norm(gradient.detach(), dtype=torch.float64) for gradient in gradients]
@@ -108,7 +96,8 @@ class Engine:
         groups = parameter_groups(model, train.weight_decay)
         names = {parameter: name for name, parameter in model.named_parameters()}
         self._trained = [names[parameter] for group in groups for parameter in group["params"]]
-        optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, fused=True)
+        self._converts = train.optimizer not in WHOLE  # such a state is whole on every rank, and of its own form
+        optimizer = build_optimizer(train.optimizer, groups, lr=train.lr, betas=train.betas, fused=True)
         self._stage = train.zero_stage
         self._engine, *_ = deepspeed.initialize(
             model=model.to(device),
@@ -143,7 +132,7 @@ class Engine:
             self._engine.step()
 
     def step(self, lr: float) -> StepOutcome:
-        """One AdamW step at learning rate `lr`, or none on any rank if a gradient is not finite."""
+        """One optimizer step at learning rate `lr`, or none on any rank if a gradient is not finite."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         if self._stage == 0:
@@ -180,7 +169,7 @@ class Engine:
         """
         try:
             with tensors_only():
-                if convert:
+                if convert and self._converts:
                     write_state(self._engine, self._stage, read_state(folder / "state", self._trained))
                 else:
                     self._load(folder)

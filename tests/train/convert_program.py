@@ -17,7 +17,8 @@ from torch import nn
 from neurostorm.config import TrainConfig
 from neurostorm.train.checkpoint.saved_state import MOMENTS, WEIGHT, read_state
 from neurostorm.train.checkpoint.unpickle import tensors_only
-from neurostorm.train.engine import Engine, parameter_groups
+from neurostorm.train.engine import Engine
+from neurostorm.train.optimizer import parameter_groups
 
 STAGES, WORKERS, GLOBAL_BATCH = range(4), (1, 2), 4
 

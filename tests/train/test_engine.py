@@ -6,7 +6,8 @@ from torch import nn
 
 from neurostorm.config import TrainConfig
 from neurostorm.model.hub.pretrained import load_pretrained
-from neurostorm.train.engine import deepspeed_settings, parameter_groups
+from neurostorm.train.engine import deepspeed_settings
+from neurostorm.train.optimizer import parameter_groups
 from tests.train import gradient_program
 from tests.train.ranks import run_together
 

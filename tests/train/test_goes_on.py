@@ -1,9 +1,9 @@
 """Runs that stop and go on, without Ray: with another number of workers, from a damaged checkpoint's copy, and after
 steps that have to be done again.
 
-one worker:   whole, to its end      account, to its end, then without its last checkpoint
-two workers:  stages 1, 3, 2, to step 2        stage 1's checkpoint is damaged
-one worker:   stages 1, 3, 3, from there to their end      account, once more
+one worker:   whole and muon, to their end      account, to its end, then without its last checkpoint
+two workers:  stages 1, 3, 2, and muon, to step 2        stage 1's checkpoint is damaged
+one worker:   stages 1, 3, 3, and muon, from there to their end      account, once more
 
 The runs of a line share their processes, which take longer to start than to train.
 """
@@ -41,6 +41,7 @@ class Runs(NamedTuple):
 
     whole: Config
     changed: dict[str, Config]
+    muon: tuple[Config, Config]
     accounts: tuple[dict, dict]
 
 
@@ -57,12 +58,15 @@ def runs(ball_config_in, run_ranks, tmp_path_factory) -> Runs:
     counted = counted.model_copy(update={"checkpoint": counted.checkpoint.model_copy(update={"every": 4})})
     changed = {stages: config(f"stages-{stages}", zero_stage=int(stages[-1])) for stages in STAGES}
 
-    run_ranks([whole, counted], [-1, -1])
+    muon = {"optimizer": "muon", "zero_stage": 0, "lr": 1e-3}
+    alone, two_to_one = config("muon", **muon), config("muon-changed", **muon)
+
+    run_ranks([whole, alone, counted], [-1, -1, -1])
     first = account(counted)
     for name in ("step-00000006", "copy-00000006"):  # as if it had been killed before this was saved
         shutil.rmtree(counted.run.folder / "checkpoints" / name)
     before = [config(f"stages-{stages}", zero_stage=int(stages[0])) for stages in STAGES]
-    two = [run.for_workers(2) for run in before]
+    two = [run.for_workers(2) for run in (*before, two_to_one)]
     run_ranks(two, [-1] * len(two), CHANGED)
     for run in two:
         found = checkpoints.newest(run.run.folder / "checkpoints")
@@ -70,8 +74,8 @@ def runs(ball_config_in, run_ranks, tmp_path_factory) -> Runs:
     found = checkpoints.newest(changed["1-1"].run.folder / "checkpoints")
     damage(found.path)
     assert checkpoints.newest(changed["1-1"].run.folder / "checkpoints").path != found.path, "its copy is what is left"
-    run_ranks([*changed.values(), counted], [-1] * (len(changed) + 1))
-    return Runs(whole, changed, (first, account(counted)))
+    run_ranks([*changed.values(), two_to_one, counted], [-1] * (len(changed) + 2))
+    return Runs(whole, changed, (alone, two_to_one), (first, account(counted)))
 
 
 def account(config: Config) -> dict:
@@ -91,6 +95,15 @@ def test_two_workers_become_one(stages, runs, read_ledger):
         assert steps[step]["loss"] == expected[step]["loss"], f"step {step}"
     one, other = (load_pretrained(config.run.folder / "model").state_dict() for config in (runs.whole, changed))
     assert [name for name, value in one.items() if not torch.equal(other[name], value)] == []
+
+
+def test_muon_keeps_its_momentum_when_two_workers_become_one(runs, read_ledger):
+    alone, changed = (read_ledger(config) for config in runs.muon)
+    assert sorted(alone) == sorted(changed) == list(range(STEPS))
+    assert [changed[step]["loss"] for step in changed] == pytest.approx([alone[step]["loss"] for step in changed], 1e-5)
+    one, other = (load_pretrained(config.run.folder / "model").state_dict() for config in runs.muon)
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_steps_that_a_resumed_run_does_again_are_no_useful_ones(runs):

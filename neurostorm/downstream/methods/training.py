@@ -31,8 +31,8 @@ from neurostorm.downstream.methods.inputs import (
 from neurostorm.downstream.methods.objective import Objective
 from neurostorm.downstream.statistics.metrics import higher_is_better, pool
 from neurostorm.downstream.tasks.examples import Examples
-from neurostorm.train.engine import parameter_groups
 from neurostorm.train.health.limits import NonFiniteError
+from neurostorm.train.optimizer import build_optimizer, parameter_groups
 from neurostorm.train.schedule import learning_rate
 
 WARMUP_FRACTION, MIN_LR_FRACTION, CLIP_NORM = 0.1, 0.05, 1.0
@@ -160,7 +160,7 @@ class Trainer:
                 parameters = [parameter for parameter in group["params"] if part[id(parameter)] == name]
                 if parameters:
                     groups.append({**group, "params": parameters, "lr": rate, "peak": rate})
-        return torch.optim.AdamW(groups, lr=self.settings.lr, fused=self.device.startswith("cuda"))
+        return build_optimizer("adamw", groups, lr=self.settings.lr, fused=self.device.startswith("cuda"))
 
     def _step(
         self, optimizer: torch.optim.Optimizer, place: Index, learned: Examples, views: list[Index], progress: float
