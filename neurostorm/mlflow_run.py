@@ -245,6 +245,7 @@ class MlflowRun:
             self._replace()
         elif self.resumed:
             self._client.update_run(self.run_id, status="RUNNING")
+            self._new = not self._client.get_run(self.run_id).data.params  # killed before they were logged
 
     def _continue_at(self, uri: str | None) -> None:
         """Takes the id of RUN_FILE although it names another address of the server."""
@@ -256,6 +257,7 @@ class MlflowRun:
         tags = {**self.tags, **parent, **more}
         self.run_id = self._client.create_run(self._experiment_id(), run_name=self.name, tags=tags).info.run_id
         self._new = True
+        self._note()  # at once: a process that is killed now would begin a second run when it starts again
 
     def _replace(self) -> None:
         """Begins a new run in place of one that was deleted. NotOpen when that fails."""

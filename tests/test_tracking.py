@@ -17,6 +17,7 @@ from PIL import Image
 
 from neurostorm import places, tracking
 from neurostorm.config import Config
+from neurostorm.mlflow_run import RUN_FILE, MlflowRun, NotOpen
 from neurostorm.tracking import Tracker, code_revision, open_run, tracking_uri
 from neurostorm.train import worker
 
@@ -286,3 +287,21 @@ def test_observers_see_all_metrics_with_an_mlflow_run_or_without(place):
         tracker.metrics({"loss/train": 1.0}, 3)
         tracker.metrics({"loss/train": 0.5}, 4)
         assert seen == [({"loss/train": 1.0}, 3), ({"loss/train": 0.5}, 4)]
+
+
+def test_a_start_that_died_before_its_parameters_were_logged_begins_no_second_run(place, monkeypatch):
+    def killed(run):
+        raise OSError("killed")
+
+    def run():
+        uri = f"sqlite:///{place / 'mlflow.db'}"
+        return MlflowRun(place / "mine", uri, "study", "mine", {"train.lr": "1"}, {}, str(place / "artifacts"))
+
+    with monkeypatch.context() as during, pytest.raises(NotOpen, match="killed"):
+        during.setattr(MlflowRun, "_log_parameters", killed)
+        run().open()
+    kept = json.loads((place / "mine" / RUN_FILE).read_text())["run_id"]
+    run().open()
+    client = client_of(place)
+    (only,) = client.search_runs([client.get_experiment_by_name("study").experiment_id])
+    assert only.info.run_id == kept and only.data.params == {"train.lr": "1"}
