@@ -15,7 +15,7 @@ from neurostorm.downstream.embed.parts import RunToEmbed
 from neurostorm.downstream.embed.pretrained import open_pretrained
 from neurostorm.downstream.evaluation import Evaluation, open_evaluation, split_of
 from neurostorm.downstream.methods.backbone import Backbone, backbone_of
-from neurostorm.downstream.tasks.task import find_task
+from neurostorm.downstream.tasks.find import find_task
 from neurostorm.downstream.trial import Trial
 from neurostorm.train.contrastive import ContrastiveRecipe
 

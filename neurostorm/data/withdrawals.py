@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neurostorm.store.files import StorePath
-from neurostorm.store.manifest import read_withdrawn
+from neurostorm.store.tables import read_withdrawn
 
 
 class Withdrawals:

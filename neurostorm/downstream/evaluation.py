@@ -25,7 +25,8 @@ from neurostorm.downstream.splits import (
     strata_of,
 )
 from neurostorm.downstream.tasks.examples import Examples
-from neurostorm.downstream.tasks.task import REGISTRY, Task, UnknownTask, find_task
+from neurostorm.downstream.tasks.find import find_task
+from neurostorm.downstream.tasks.task import REGISTRY, Task, UnknownTask
 from neurostorm.io.paths import AnyPath, to_path
 
 CLIP_FRAMES = 20  # without a model that says

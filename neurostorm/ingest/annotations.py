@@ -22,8 +22,15 @@ from neurostorm.ingest.nifti import RunError
 from neurostorm.ingest.stream import read_small
 from neurostorm.io.paths import AnyPath
 from neurostorm.io.tsv import number, read_tsv
-from neurostorm.store.events import EVENTS, Event, events_attribute
-from neurostorm.store.motion import DIGITS, PARAMETERS, framewise_displacement, motion_facts
+from neurostorm.store.events import (
+    DIGITS,
+    EVENTS,
+    PARAMETERS,
+    Event,
+    events_attribute,
+    framewise_displacement,
+    motion_facts,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, fields
 
 from neurostorm.model.geometry.windows import Axes, Layout
+from neurostorm.model.mixers import MIXERS
 
-MIXERS = ("attention", "mamba")
 LAYOUTS = ("clean", "paper")
 TOKENS = ("dense", "brain")
 

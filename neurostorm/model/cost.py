@@ -29,13 +29,14 @@ from torch import Tensor, nn
 from neurostorm.model.autoencoder import MaskedAutoencoder
 from neurostorm.model.decoders import DECODERS
 from neurostorm.model.decoders.paper import PatchExpanding
-from neurostorm.model.encoder import Block, BlockStack, Stage, SwinEncoder
+from neurostorm.model.encoder import SwinEncoder
 from neurostorm.model.geometry.tokens import TokenGeometry
 from neurostorm.model.geometry.windows import WindowTable
 from neurostorm.model.mixers import scan_kernel
 from neurostorm.model.mixers.attention import WindowAttention
 from neurostorm.model.mixers.mamba import Mamba
 from neurostorm.model.mixers.scan import CHUNK_TOKENS
+from neurostorm.model.ops.blocks import Block, BlockStack, Stage
 
 _SCAN_PER_STATE, _SCAN_PER_CHANNEL = 7, 3
 _ADAMW_PASSES = 7  # reads weight, gradient and two moments, writes all but the gradient

@@ -21,20 +21,22 @@ from neurostorm.store.layout import (
 )
 from neurostorm.store.manifest import (
     MANIFEST_SCHEMA,
-    add_quarantine,
     build_manifest,
-    clear_quarantine,
     read_manifest,
     read_participants,
-    read_quarantine,
-    read_withdrawn,
-    withdrawn_subjects,
     write_manifest,
     write_participants,
 )
 from neurostorm.store.partials import remove_partials
 from neurostorm.store.reader import FrameStore
 from neurostorm.store.shard import run_bytes, run_files
+from neurostorm.store.tables import (
+    add_quarantine,
+    clear_quarantine,
+    read_quarantine,
+    read_withdrawn,
+    withdrawn_subjects,
+)
 from neurostorm.store.writer import create_store, write_run
 
 __all__ = [

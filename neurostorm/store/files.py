@@ -13,7 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from neurostorm.io.object_store import ObjectPath
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from neurostorm.io.object_store import ObjectPath, errors
 from neurostorm.io.paths import AnyPath, is_unavailable, list_files, to_path
 from neurostorm.store.layout import FORMAT, METADATA, RUNS, StoreError, StoreUnavailableError
 
@@ -116,3 +120,12 @@ def run_folders(root: Path) -> list[Path]:
             if entry.is_dir() and not entry.name.startswith(".")
         ]
     return level
+
+
+def read_array(node: AnyPath) -> NDArray[Any]:
+    """A whole Zarr array."""
+    if not isinstance(node, ObjectPath):
+        return np.asarray(zarr.open_array(node, mode="r", zarr_format=3)[...])
+    with errors(node):
+        store = zarr.storage.ObjectStore(node.client, read_only=True)
+        return np.asarray(zarr.open_array(store, path=node.key, mode="r", zarr_format=3)[...])

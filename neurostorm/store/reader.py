@@ -18,10 +18,8 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
-import zarr
 from numpy.typing import NDArray
 
-from neurostorm.io.object_store import ObjectPath, errors
 from neurostorm.io.paths import AnyPath
 from neurostorm.store.codec import FRAME_CODECS, INT8_16, FrameCodec
 from neurostorm.store.files import (
@@ -29,6 +27,7 @@ from neurostorm.store.files import (
     StorePath,
     find_runs,
     is_node,
+    read_array,
     read_attributes,
     read_header,
     read_metadata,
@@ -150,7 +149,7 @@ class FrameStore:
     def mask(self) -> NDArray[np.bool_]:
         """(X, Y, Z) bool, True inside the brain."""
         try:
-            return _read_array(self.path / MASK) != 0
+            return read_array(self.path / MASK) != 0
         except OSError as error:
             raise unreadable(f"{self.path / MASK} cannot be read: {error}", error) from error
         except (ValueError, KeyError, RuntimeError) as error:
@@ -348,12 +347,3 @@ class FrameStore:
             return is_node(folder)
         except OSError as error:
             raise unreadable(f"{folder / METADATA} cannot be read: {error}", error) from error
-
-
-def _read_array(node: AnyPath) -> NDArray[Any]:
-    """A whole Zarr array."""
-    if not isinstance(node, ObjectPath):
-        return np.asarray(zarr.open_array(node, mode="r", zarr_format=3)[...])
-    with errors(node):
-        store = zarr.storage.ObjectStore(node.client, read_only=True)
-        return np.asarray(zarr.open_array(store, path=node.key, mode="r", zarr_format=3)[...])

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neurostorm import __version__
-from neurostorm.store.motion import PARAMETERS, framewise_displacement
+from neurostorm.store.events import PARAMETERS, framewise_displacement
 from neurostorm.synthetic.people import (
     DIAGNOSES,
     PHENOTYPES,

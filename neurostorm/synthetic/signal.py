@@ -17,7 +17,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from neurostorm.store.motion import HEAD_RADIUS_MM
+from neurostorm.store.events import HEAD_RADIUS_MM
 from neurostorm.synthetic.people import NAMES, NETWORK_OF_REGION, Subject, amplitude, coupling, stream
 
 Float64 = NDArray[np.float64]

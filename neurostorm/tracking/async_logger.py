@@ -13,7 +13,6 @@ for too long; `release` keeps the rest in files and ends the waiting.
 A process that is killed while its server is away loses what it logged since entries were last kept: `keep_after_s`.
 """
 
-import enum
 import logging
 import math
 import threading
@@ -22,48 +21,14 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from textwrap import shorten
-from typing import Protocol
 from weakref import WeakKeyDictionary
 
+from neurostorm.tracking.sink import Sink, Verdict
 from neurostorm.tracking.unsent import IMAGE, Entry, Part
 
 logger = logging.getLogger(__name__)
 
 _LONGEST_REASON = 300  # characters
-
-
-class Verdict(enum.Enum):
-    """What to do with an entry that could not be sent."""
-
-    AWAY = enum.auto()  # the server cannot be reached: try again
-    REFUSED = enum.auto()  # it would be refused again: drop
-    LATER = enum.auto()  # it fails although the server answers: keep in a file, go on
-
-
-class Sink(Protocol):
-    """Where entries go. All methods are called by the thread; `keep` also by `AsyncLogger.release`."""
-
-    @property
-    def title(self) -> str:
-        """For messages, such as "the MLflow run of OUTPUT/NAME"."""
-
-    def send(self, entry: Entry | None) -> None:
-        """Sends one entry; None only opens the sink. Any exception is judged."""
-
-    def judge(self, error: Exception, entry: Entry | None, tries: int) -> Verdict:
-        """What an exception of `send` means, after so many tries of this entry."""
-
-    def keep(self, entries: list[Entry]) -> Part:
-        """Writes entries to a file. OSError when that fails."""
-
-    def read(self, part: Part) -> list[Entry]:
-        """The entries of such a file. OSError or ValueError when that fails."""
-
-    def remove(self, part: Part) -> None:
-        """Deletes such a file. OSError when that fails."""
-
-    def count(self, *, refused: int = 0, lost: int = 0) -> None:
-        """Takes note of entries that were refused, or lost for want of memory."""
 
 
 @dataclass(eq=False)

@@ -1,9 +1,11 @@
 """How MLflow's client is set up: how long it waits for a server, and where a new database and its artifacts lie."""
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from neurostorm.config.base import SQLITE
 from neurostorm.io.paths import AnyPath
@@ -61,3 +63,26 @@ def make_database(uri: str, root: str | None) -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     SqlAlchemyStore(uri, root)
+
+
+_EXPERIMENTS = 100
+logger = logging.getLogger(__name__)
+
+
+class NotOpen(Exception):
+    """The MLflow run cannot be opened now; the message says why."""
+
+
+def experiment_id(client: Any, wanted: str, artifact_root: str | None) -> str:
+    """The experiment of that name; `NAME-2` and so on if it was deleted, because MLflow keeps its name."""
+    for number in range(1, _EXPERIMENTS):
+        name = wanted if number == 1 else f"{wanted}-{number}"
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            # The kind opens MLflow's pages for training rather than those for language models.
+            kind = {"mlflow.experimentKind": "custom_model_development"}
+            return str(client.create_experiment(name, artifact_location=artifact_root, tags=kind))
+        if found.lifecycle_stage == "active":
+            return str(found.experiment_id)
+        logger.warning("the MLflow experiment %s was deleted: runs go to %s-%d", name, wanted, number + 1)
+    raise NotOpen(f"the experiments {wanted} to {name} are all deleted: choose another --tracking.experiment")

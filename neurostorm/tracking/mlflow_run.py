@@ -18,8 +18,8 @@ from neurostorm.io.atomic import atomic_write
 from neurostorm.io.local_copies import local_copy
 from neurostorm.io.paths import AnyPath, to_path
 from neurostorm.tracking import unsent
-from neurostorm.tracking.async_logger import Verdict
-from neurostorm.tracking.mlflow_client import make_database, unhurried
+from neurostorm.tracking.mlflow_client import NotOpen, experiment_id, make_database, unhurried
+from neurostorm.tracking.sink import Verdict
 from neurostorm.tracking.unsent import ARTIFACT, END, IMAGE, METRICS, TAG, Entry, Part
 
 logger = logging.getLogger(__name__)
@@ -29,16 +29,11 @@ REPLACES = "neurostorm.replaces"  # tag of a run that took the place of a delete
 PARENT = "mlflow.parentRunId"
 _PARAMETERS_PER_CALL = 100  # MLflow takes no more
 _TRIES = 5  # of an entry that fails while the server answers
-_EXPERIMENTS = 100
 # What the server would refuse again. All else (no answer, 5xx, 401 and 403 of a login that ended) may pass.
 _REFUSED = {
     "INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "ALREADY_EXISTS",
     "INVALID_STATE", "MALFORMED_REQUEST", "RESOURCE_CONFLICT", "NOT_IMPLEMENTED",
 }  # fmt: skip
-
-
-class NotOpen(Exception):
-    """The MLflow run cannot be opened now; the message says why."""
 
 
 class _Missing(Exception):
@@ -256,7 +251,9 @@ class MlflowRun:
     def _create(self, more: dict[str, str]) -> None:
         parent = {} if self.parent is None else {PARENT: self.parent.run_id}
         tags = {**self.tags, **parent, **more}
-        self.run_id = self._client.create_run(self._experiment_id(), run_name=self.name, tags=tags).info.run_id
+        self.run_id = self._client.create_run(
+            experiment_id(self._client, self.experiment, self.artifact_root), run_name=self.name, tags=tags
+        ).info.run_id
         self._new = True
         self._note()  # at once: a process that is killed now would begin a second run when it starts again
 
@@ -341,19 +338,3 @@ class MlflowRun:
         except Exception:
             return False
         return True
-
-    def _experiment_id(self) -> str:
-        """The experiment of that name; `NAME-2` and so on if it was deleted, because MLflow keeps its name."""
-        for number in range(1, _EXPERIMENTS):
-            name = self.experiment if number == 1 else f"{self.experiment}-{number}"
-            found = self._client.get_experiment_by_name(name)
-            if found is None:
-                # The kind opens MLflow's pages for training rather than those for language models.
-                kind = {"mlflow.experimentKind": "custom_model_development"}
-                return str(self._client.create_experiment(name, artifact_location=self.artifact_root, tags=kind))
-            if found.lifecycle_stage == "active":
-                return str(found.experiment_id)
-            logger.warning("the MLflow experiment %s was deleted: runs go to %s-%d", name, self.experiment, number + 1)
-        raise NotOpen(
-            f"the experiments {self.experiment} to {name} are all deleted: choose another --tracking.experiment"
-        )

@@ -13,7 +13,8 @@ from neurostorm.config import ConfigError, SplitConfig, TaskConfig
 from neurostorm.downstream.cohort import open_cohort
 from neurostorm.downstream.evaluation import Evaluation, open_evaluation, split_of, task_of
 from neurostorm.downstream.splits import PARTS, Split, SplitError, save_split
-from neurostorm.downstream.tasks.task import REGISTRY, find_task
+from neurostorm.downstream.tasks.find import find_task
+from neurostorm.downstream.tasks.task import REGISTRY
 from neurostorm.store import Grid, create_store, run_path, write_manifest, write_participants, write_run
 
 PEOPLE = tuple(f"sub-{number:02d}" for number in range(24))

@@ -19,8 +19,7 @@ from neurostorm.ingest.layouts.discover import Source, discover
 from neurostorm.ingest.nifti import RunError
 from neurostorm.io.paths import AnyPath, to_path
 from neurostorm.store import FrameStore, create_store
-from neurostorm.store.events import Event, run_events
-from neurostorm.store.motion import framewise_displacement, motion_facts
+from neurostorm.store.events import Event, framewise_displacement, motion_facts, run_events
 from neurostorm.synthetic.cohort import CohortPlan, make_cohort
 from neurostorm.synthetic.render import render_run
 

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from neurostorm.downstream.evaluation import open_evaluation, split_of
-from neurostorm.downstream.tasks.task import find_task
+from neurostorm.downstream.tasks.find import find_task
 from neurostorm.downstream.trial import RESULT, TEST
 from neurostorm.store.shard import SHARD_FILE
 from tests.people_store import CLIP_FRAMES, write_model, write_people

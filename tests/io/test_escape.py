@@ -26,7 +26,8 @@ from neurostorm.store import FrameStore, StoreError, read_manifest, run_path
 from neurostorm.store.layout import RUN_PATTERN, split_run
 from neurostorm.store.maintenance.care import remove_subject
 from neurostorm.store.maintenance.merge import merge
-from neurostorm.store.manifest import add_withdrawn, write_participants
+from neurostorm.store.manifest import write_participants
+from neurostorm.store.tables import add_withdrawn
 from neurostorm.train.checkpoint.checkpoints import MARKER, newest
 from neurostorm.train.records.pinned_manifest import KEPT, planned
 

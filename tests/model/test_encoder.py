@@ -3,11 +3,12 @@ import dataclasses
 import pytest
 import torch
 
-from neurostorm.model import encoder as encoder_module
 from neurostorm.model.config import SwinConfig
-from neurostorm.model.encoder import DropPath, PatchMerging, SwinEncoder
+from neurostorm.model.encoder import SwinEncoder
 from neurostorm.model.geometry.windows import Bucket, table_of
 from neurostorm.model.mixers import scan_kernel
+from neurostorm.model.ops import blocks as blocks_module
+from neurostorm.model.ops.blocks import DropPath, PatchMerging
 from neurostorm.model.strd.dropout import StrdConfig
 
 TINY = SwinConfig((12, 12, 12, 6), (3, 3, 3, 1), embed_dim=8, depths=(2, 2), heads=(2, 2), window=(2, 2, 2, 4))
@@ -133,8 +134,8 @@ def test_bfloat16_autocast_stays_near_float32(mixer):
 def test_under_autocast_windows_are_formed_in_its_dtype_and_nothing_else_changes(mixer, monkeypatch):
     config = dataclasses.replace(TINY, mixer=mixer)
     encoder, volume = SwinEncoder(config).train(), torch.randn(1, 1, 12, 12, 12, 6)
-    gather, seen = encoder_module.gather_rows, []
-    monkeypatch.setattr(encoder_module, "gather_rows", lambda x, table: seen.append(x.dtype) or gather(x, table))
+    gather, seen = blocks_module.gather_rows, []
+    monkeypatch.setattr(blocks_module, "gather_rows", lambda x, table: seen.append(x.dtype) or gather(x, table))
 
     def outcome():
         encoder.zero_grad()
@@ -145,7 +146,7 @@ def test_under_autocast_windows_are_formed_in_its_dtype_and_nothing_else_changes
 
     narrow = outcome()
     assert set(seen) == {torch.bfloat16}
-    monkeypatch.setattr(encoder_module, "product_dtype", lambda x: x.dtype)
+    monkeypatch.setattr(blocks_module, "product_dtype", lambda x: x.dtype)
     assert all(torch.equal(one, other) for one, other in zip(narrow, outcome(), strict=True))
     assert torch.float32 in seen
 

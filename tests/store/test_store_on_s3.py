@@ -231,7 +231,7 @@ def test_a_writer_that_is_killed_leaves_no_run_and_never_another_ones_frames(
     kill_before("copy_if_absent", remote, seed=1)
     (left,) = [name for name, _ in list_files(remote.path / ".partial")]
     assert FrameStore.open(remote.path).runs() == []
-    kill_before("create", remote, seed=1)
+    kill_before("put_if_absent", remote, seed=1)
     assert (remote.path / RUN / "0.0").exists() and FrameStore.open(remote.path).runs() == []
     with pytest.raises(StoreError, match=r"tools/store\.py repair"):
         write_run(remote.path, RUN, **remote.arrays(seed=2))
@@ -272,7 +272,7 @@ def test_two_writers_of_one_run_end_in_one_of_them(
     remote: Any, monkeypatch: pytest.MonkeyPatch, order: str, seeds: tuple[int, int]
 ) -> None:
     turns = Turns(order)
-    for step in ("copy_if_absent", "create"):
+    for step in ("copy_if_absent", "put_if_absent"):
         do = getattr(writer, step)
 
         def in_turn(*given: Any, do: Any = do) -> Any:

@@ -14,7 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from neurostorm.store.motion import framewise_displacement
+from neurostorm.store.events import framewise_displacement
 from neurostorm.synthetic.cohort import CohortError, CohortPlan, make_cohort, write_run
 from neurostorm.synthetic.people import PHENOTYPES, make_subject
 from neurostorm.synthetic.render import render_run

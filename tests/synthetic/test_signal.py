@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neurostorm.store.motion import framewise_displacement
+from neurostorm.store.events import framewise_displacement
 from neurostorm.synthetic.people import NAMES, make_subject
 from neurostorm.synthetic.signal import STATES, Recording, TaskEvent, task_response
 

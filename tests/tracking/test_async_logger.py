@@ -7,7 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from neurostorm.tracking.async_logger import AsyncLogger, Verdict
+from neurostorm.tracking.async_logger import AsyncLogger
+from neurostorm.tracking.sink import Verdict
 from neurostorm.tracking.unsent import IMAGE, METRICS, Entry, Part
 
 

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from neurostorm.model.config import SwinConfig
 from neurostorm.model.decoders.paper import PatchExpanding
-from neurostorm.model.encoder import BlockStack, PositionalEmbedding, initialise
 from neurostorm.model.geometry.tokens import Geometry, numbers_of, put_tokens
 from neurostorm.model.losses.chunked import Targets, predict_rows, score_rows
+from neurostorm.model.ops.blocks import BlockStack, PositionalEmbedding, initialise
 
 if TYPE_CHECKING:
     from neurostorm.model.autoencoder import MaeOutput, MaskedAutoencoder

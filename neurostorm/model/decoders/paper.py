@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from neurostorm.model.config import SwinConfig
-from neurostorm.model.encoder import BlockStack, initialise
 from neurostorm.model.geometry.tokens import Geometry
 from neurostorm.model.geometry.windows import WindowTable, join_windows
 from neurostorm.model.losses.chunked import Scores, patch_moments, square_sums
+from neurostorm.model.ops.blocks import BlockStack, initialise
 
 if TYPE_CHECKING:
     from neurostorm.model.autoencoder import MaeOutput, MaskedAutoencoder

@@ -1,22 +1,17 @@
-"""How the tokens of a window meet: the base class of mixers, and one module for each."""
+"""How the tokens of a window meet: one module for each mixer, found by name in MIXERS.
 
-from torch import Tensor, nn
+A new mixer is a class that derives from `mixer.Mixer` in a module of its own, its line here, and its name among the
+values of `model.mixer` in the configuration.
+"""
 
-from neurostorm.model.geometry.windows import Bucket
-from neurostorm.model.strd.dropout import StageDropout
+from collections.abc import Callable
 
+from neurostorm.model.mixers.attention import WindowAttention
+from neurostorm.model.mixers.mamba import Mamba
+from neurostorm.model.mixers.mixer import Mixer
 
-class Mixer(nn.Module):
-    """Base of the mixers; built with (width, heads, qkv_bias)."""
-
-    def project_in(self, rows: Tensor) -> Tensor:
-        """What is done to each token before windows are formed: (..., C) -> (..., C')."""
-        return rows
-
-    def forward(self, x: Tensor, bucket: Bucket, strd: StageDropout | None = None) -> Tensor:
-        """(windows, N, C') -> (windows, N, C); what absent slots get is dropped."""
-        raise TypeError(f"{type(self).__name__} does not say how tokens meet")
-
-    def project_out(self, rows: Tensor) -> Tensor:
-        """What is done to each token after windows are dissolved: (..., C) -> (..., C)."""
-        return rows
+# mixer -> (name of its parameters in the released models, constructor of (width, heads, qkv_bias))
+MIXERS: dict[str, tuple[str, Callable[[int, int, bool], Mixer]]] = {
+    "attention": ("attn", WindowAttention),
+    "mamba": ("mamba", Mamba),
+}

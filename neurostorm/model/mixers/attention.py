@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from neurostorm.model.geometry.windows import Bucket
-from neurostorm.model.mixers import Mixer
+from neurostorm.model.mixers.mixer import Mixer
 from neurostorm.model.strd.dropout import StageDropout
 
 

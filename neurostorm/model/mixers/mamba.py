@@ -28,7 +28,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv1d, linear, silu, softplus
 
 from neurostorm.model.geometry.windows import Bucket
-from neurostorm.model.mixers import Mixer, scan_kernel
+from neurostorm.model.mixers import scan_kernel
+from neurostorm.model.mixers.mixer import Mixer
 from neurostorm.model.mixers.scan import ScanInputs, empty_states, scan_backward, scan_forward, triton_applies_to
 from neurostorm.model.ops.dispatch import autocast_for, product_dtype, without_autocast
 from neurostorm.model.strd.dropout import StageDropout

@@ -29,17 +29,10 @@ from neurostorm.store.layout import (
 from neurostorm.store.maintenance.check_run import Problem
 from neurostorm.store.maintenance.inventory import OLDER_THAN_S, Inventory, Progress, silent, take_inventory
 from neurostorm.store.maintenance.verify import check_runs
-from neurostorm.store.manifest import (
-    add_withdrawn,
-    drop_rows,
-    is_withdrawn,
-    read_participants,
-    read_quarantine,
-    withdrawn_subjects,
-    write_manifest,
-)
+from neurostorm.store.manifest import drop_rows, read_participants, write_manifest
 from neurostorm.store.partials import remove_partials
 from neurostorm.store.reader import FrameStore
+from neurostorm.store.tables import add_withdrawn, is_withdrawn, read_quarantine, withdrawn_subjects
 from neurostorm.store.writer import make_groups
 
 __all__ = [

@@ -20,19 +20,17 @@ from neurostorm.store.layout import METADATA, PARTICIPANTS, RUNS, StoreError, sp
 from neurostorm.store.maintenance.care import names_subject
 from neurostorm.store.maintenance.check_run import Problem
 from neurostorm.store.maintenance.inventory import Advance, Progress, silent, take_inventory
-from neurostorm.store.manifest import (
-    add_quarantine,
-    add_withdrawn,
-    clear_quarantine,
-    read_participants,
-    read_quarantine,
-    withdrawn_subjects,
-    write_manifest,
-    write_participants,
-)
+from neurostorm.store.manifest import read_participants, write_manifest, write_participants
 from neurostorm.store.reader import FrameStore
 from neurostorm.store.run_file import RunFile, read_range
 from neurostorm.store.shard import SHARD_FILE, ShardError, check, layout_of, read_index
+from neurostorm.store.tables import (
+    add_quarantine,
+    add_withdrawn,
+    clear_quarantine,
+    read_quarantine,
+    withdrawn_subjects,
+)
 from neurostorm.store.writer import create_store, publish
 
 WORKERS = 4  # runs copied at a time

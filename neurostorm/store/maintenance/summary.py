@@ -16,14 +16,9 @@ import pyarrow as pa
 from neurostorm.store.files import StorePath
 from neurostorm.store.layout import FORMAT, MANIFEST, RUNS, StoreError, split_run
 from neurostorm.store.maintenance.inventory import Inventory, take_inventory
-from neurostorm.store.manifest import (
-    build_manifest,
-    read_manifest,
-    read_participants,
-    read_quarantine,
-    withdrawn_subjects,
-)
+from neurostorm.store.manifest import build_manifest, read_manifest, read_participants
 from neurostorm.store.reader import FrameStore
+from neurostorm.store.tables import read_quarantine, withdrawn_subjects
 
 _NUMBER = re.compile(r"\d[\d.,]*")
 _BLOCK_FRAMES = 60  # read at a time: 14 MB of bytes at 2 mm

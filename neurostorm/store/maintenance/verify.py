@@ -22,14 +22,9 @@ from neurostorm.store.files import StorePath, read_header
 from neurostorm.store.layout import MANIFEST, MASK, METADATA, PARTICIPANTS, StoreError, mask_hash, split_run
 from neurostorm.store.maintenance.check_run import Problem, check_run
 from neurostorm.store.maintenance.inventory import Inventory, Progress, find_run, silent, take_inventory
-from neurostorm.store.manifest import (
-    is_withdrawn,
-    read_manifest,
-    read_participants,
-    read_quarantine,
-    withdrawn_subjects,
-)
+from neurostorm.store.manifest import read_manifest, read_participants
 from neurostorm.store.reader import FrameStore
+from neurostorm.store.tables import is_withdrawn, read_quarantine, withdrawn_subjects
 
 MAX_WORKERS = 8
 _REPAIR = "start `repair`"

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from neurostorm.config import Config, ConfigError
 from neurostorm.downstream.cohort import Cohort, CohortRun
+from neurostorm.downstream.tasks.find import find_task
 from neurostorm.downstream.tasks.overlap import DROP, FIRST, merged, overlaps, settle
-from neurostorm.downstream.tasks.task import Cut, find_task
+from neurostorm.downstream.tasks.task import Cut
 from neurostorm.store.events import Event
 
 BLOCKS = [[0.0, 20.0, "tap"], [12.0, 20.0, "rest"], [40.0, 8.0, "tap"]]  # 12 to 20 s are both

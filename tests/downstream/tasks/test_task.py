@@ -16,16 +16,8 @@ from ray import cloudpickle
 
 from neurostorm.config import ConfigError
 from neurostorm.downstream.cohort import Cohort, CohortRun
-from neurostorm.downstream.tasks.task import (
-    REGISTRY,
-    Age,
-    Classification,
-    Cut,
-    Task,
-    class_weights,
-    event_starts,
-    find_task,
-)
+from neurostorm.downstream.tasks.find import find_task
+from neurostorm.downstream.tasks.task import REGISTRY, Age, Classification, Cut, Task, class_weights, event_starts
 
 CASES = settings(deadline=None, max_examples=100)
 OWN = """

@@ -11,10 +11,11 @@ from neurostorm.model.autoencoder import MaskedAutoencoder
 from neurostorm.model.config import SwinConfig
 from neurostorm.model.cost import clip_cost
 from neurostorm.model.decoders import DECODERS
-from neurostorm.model.encoder import Block, SwinEncoder, compile_blocks
+from neurostorm.model.encoder import SwinEncoder, compile_blocks
 from neurostorm.model.geometry.tokens import numbers_of, put_tokens, subset_geometry
 from neurostorm.model.losses import chunked
 from neurostorm.model.masking.masks import KINDS, MaskConfig
+from neurostorm.model.ops.blocks import Block
 from neurostorm.model.strd.dropout import StrdConfig
 from tests.model.test_autoencoder import smooth_clips
 

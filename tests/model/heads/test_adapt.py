@@ -6,11 +6,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from neurostorm.model.autoencoder import MaskedAutoencoder
-from neurostorm.model.config import MIXERS, SwinConfig
+from neurostorm.model.config import SwinConfig
 from neurostorm.model.encoder import SwinEncoder
 from neurostorm.model.heads.adapt import METHODS, AttentionPool, adapt
 from neurostorm.model.heads.pooled import build_head
 from neurostorm.model.masking.masks import MaskConfig
+from neurostorm.model.mixers import MIXERS
 from neurostorm.model.strd.dropout import StrdConfig
 
 TINY = SwinConfig((8, 8, 8, 4), (2, 2, 2, 1), embed_dim=8, depths=(2, 1), heads=(1, 2), window=(2, 2, 2, 2))

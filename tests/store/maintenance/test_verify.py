@@ -16,7 +16,7 @@ from neurostorm.io.processes import machine_tag
 from neurostorm.store import StoreError, create_store, run_path, write_manifest, write_participants, write_run
 from neurostorm.store.maintenance import check_run as check_run_module
 from neurostorm.store.maintenance.verify import Verified, verify
-from neurostorm.store.manifest import add_withdrawn
+from neurostorm.store.tables import add_withdrawn
 
 UNFINISHED = f"{machine_tag()}-abc"  # a name that this machine's writers give
 
