@@ -13,7 +13,7 @@ from neurostorm.report.compare import find, unpaired
 from neurostorm.report.figures.drawing import Drawn
 from neurostorm.report.markup import CSS, Links, bullets, facts, figure, paragraph, tables
 from neurostorm.report.methods import CONNECTIVITY, look, references_of
-from neurostorm.report.results import CLASSIFICATION, REGRESSION, Results, Task
+from neurostorm.report.results import CLASSIFICATION, REGRESSION, Results, TaskRow
 from neurostorm.report.table import Table, decimals, minus, p_text, percent
 from neurostorm.report.tables import NO_CORRELATION, metric_label, results_table, summary_text
 
@@ -189,7 +189,7 @@ def _counts(results: Results) -> str:
     return f"{count}, of which {tested} were selected and tested and {failed} failed"
 
 
-def _against(results: Results, made: Sequence[Comparison], task: Task) -> str:
+def _against(results: Results, made: Sequence[Comparison], task: TaskRow) -> str:
     """How the best method that has references does against these, in a sentence; "" if there is none."""
     present = [one for one in results.methods(task.name) if results.at(task.name, one)]
     asking = tuple(one for one in present if references_of(one, present))
@@ -212,7 +212,7 @@ def _titled(one: Drawn, links: Links) -> str:
     return f"<h3>{escape(one.title)}</h3>{figure(one, links)}"
 
 
-def _task(results: Results, made: Sequence[Comparison], task: Task, drawn: Sequence[Drawn], links: Links) -> str:
+def _task(results: Results, made: Sequence[Comparison], task: TaskRow, drawn: Sequence[Drawn], links: Links) -> str:
     """One task: what it is, its table without the columns that say so, its figures."""
     table = results_table(results, made, [task])
     keep = [at for at, column in enumerate(table.columns) if column.name not in _SAID_ABOVE]
