@@ -287,9 +287,7 @@ def _labels(results: Results) -> str:
 
 
 def _without_empty(table: Table) -> Table:
-    keep = [at for at in range(len(table.columns)) if any(row[at].text != NONE for row in table.rows)]
-    columns, rows = tuple(table.columns[at] for at in keep), tuple(tuple(row[at] for at in keep) for row in table.rows)
-    return Table(table.name, table.title, columns, rows, table.note)
+    return table.only(at for at in range(len(table.columns)) if any(row[at].text != NONE for row in table.rows))
 
 
 def _method(method: str) -> Cell:

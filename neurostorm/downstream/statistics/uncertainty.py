@@ -193,7 +193,7 @@ def paired_bootstrap(
     low, high, used, skipped = _percentiles(values, level)
     if np.isnan(low):
         return PairedInterval(value, low, high, used, skipped, NAN)
-    side = min(np.count_nonzero(values <= 0), np.count_nonzero(values >= 0))
+    side = int(min(np.count_nonzero(values <= 0), np.count_nonzero(values >= 0)))
     return PairedInterval(value, low, high, used, skipped, min(1.0, 2 * (side + 1) / (used + 1)))
 
 
