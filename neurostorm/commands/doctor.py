@@ -32,8 +32,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "ingest": (*CORE, *RAY, "nilearn"),
     "pretrain": (*CORE, *RAY, *TRACKING, "deepspeed", "ninja"),
     "finetune": (*CORE, *RAY, *TRACKING, *TABLES, "nilearn"),
-    "sweep": (*CORE, *RAY, *TRACKING, *TABLES, "nilearn", "matplotlib"),
-    "report": (*CORE, *TRACKING, "pandas", "matplotlib"),
+    "sweep": (*CORE, *RAY, *TRACKING, *TABLES, "nilearn", "matplotlib", "jinja2"),
+    "report": (*CORE, *TRACKING, "pandas", "matplotlib", "jinja2"),
     "store": (*CORE, "tqdm", "matplotlib"),
 }
 EXTRA = {"embed": "eval", "ingest": "train", "pretrain": "train", "finetune": "eval", "sweep": "eval", "report": "eval",

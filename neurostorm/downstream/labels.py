@@ -10,7 +10,6 @@ report, and two rows of one subject that disagree are refused.
 
 import csv
 import difflib
-import io
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import pyarrow.parquet as pq
 from neurostorm.ingest.layouts.layout import safe_label, slug
 from neurostorm.io.errors import UserError
 from neurostorm.io.paths import AnyPath
-from neurostorm.io.tsv import Row, number, read_tsv
+from neurostorm.io.tsv import number, read_rows
 from neurostorm.store import StoreError, read_participants
 from neurostorm.store.layout import PARTICIPANTS
 
@@ -297,18 +296,12 @@ def _from_arrow(where: str, names: Sequence[str], table: pa.Table) -> _Table:
 
 def _from_text(where: str, data: bytes, delimiter: str, wanted: set[str]) -> _Table:
     """Every cell stays the text that it is: an id keeps its leading zeros."""
-    if delimiter == "\t":
-        names, rows = read_tsv(data)
-        fix = "take the tabs out of its cells"
-    else:
-        lines = csv.reader(io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline=""), delimiter=delimiter)
-        names = [name.strip() for name in next(lines, [])]
-        rows = [Row(lines.line_num, cells) for cells in lines if any(cell.strip() for cell in cells)]
-        fix = "quote cells that hold the delimiter"
+    names, rows = read_rows(data, delimiter)
+    fix = "take the tabs out of its cells" if delimiter == "\t" else "quote cells that hold the delimiter"
     places = {name: names.index(name) for name in wanted if name in names}
     cells: dict[str, list[str | None]] = {name: [] for name in places}
     for row in rows:
-        if any(cell.strip() for cell in row.cells[len(names) :]):
+        if any(row.cells[len(names) :]):
             raise LabelError(
                 f"{where}: line {row.line} has {len(row.cells)} cells, but the header has {len(names)}: {fix}"
             )

@@ -5,7 +5,9 @@
                                                                       '--nested_fractions--> fewer training subjects
 
 Groups (families, sites) stay whole. They are placed one by one, the large ones first and those of one size by a hash of
-(seed, name), each in the part that lacks most of what it brings; then the sizes are evened out.
+(seed, name), each in the part that lacks most of what it brings; then the sizes are evened out. scikit-learn's
+splitters do not serve: GroupShuffleSplit does not stratify, StratifiedGroupKFold has no shares and refuses a class with
+fewer subjects than folds. Both would assign other subjects to a known seed.
 
 A split follows from the set of subjects, strata, groups and the seed, whatever their order. When subjects are added,
 others may change sides for the balance: a study that grows keeps its split file.
@@ -31,7 +33,6 @@ Array = NDArray[np.float64]
 PARTS = ("train", "validation", "test")
 FORMAT = 1
 MIN_PER_BIN = 3
-EXAMPLES = 3
 TIE_DIGITS = 9  # gains that are equal to so many decimals are a tie, so that no processor's rounding decides
 _Group = tuple[str, str]  # ("group", its name) or ("subject", who has none)
 
@@ -196,10 +197,9 @@ def leave_one_out(
         raise SplitError(f"no subject has the value {value}; there are {_examples(there, 10)}")
     taken = {_group(subject, groups) for subject in test}
     rest = [subject for subject in everybody if subject in columns and _group(subject, groups) not in taken]
-    left_out = sorted(set(everybody) - set(test) - set(rest))
     train, held = _assign(rest, (1 - validation, validation), f"{seed}/without {value}", strata, groups)
     facts: dict[str, JSON] = {"scheme": "leave_one_out", "seed": seed, "value": value, "validation": validation}
-    return _made([train, held, test], {**facts, "left_out": left_out}, strata, groups)
+    return _made([train, held, test], {**facts, "left_out": sorted({*everybody} - {*test, *rest})}, strata, groups)
 
 
 def nested_fractions(split: Split, share: float, *, seed: int, strata: Names, groups: Names) -> Split:
@@ -285,8 +285,7 @@ def _fill(counts: Array, wanted: Array) -> tuple[NDArray[np.int64], Array]:
     """Each group's part (K), and what the parts lack then (P, 1 + S) of `wanted`; no part is left empty.
 
     `counts` (K, 1 + S) is what each group brings: subjects in all, then of each of the S classes. A group goes where
-    the sum of lack^2 / wanted falls most; for single subjects of one class this is the divisor method of Webster and
-    Sainte-Laguë, which keeps close to the shares all along.
+    the sum of lack^2 / wanted falls most; for single subjects of one class this is Webster's divisor method.
     """
     lack, part, empty = wanted.copy(), np.zeros(len(counts), np.int64), np.ones(len(wanted), bool)
     for row, count in enumerate(counts):
@@ -347,5 +346,5 @@ def _digest(*parts: str) -> bytes:
     return hashlib.sha256("/".join(parts).encode()).digest()
 
 
-def _examples(names: Sequence[str], most: int = EXAMPLES) -> str:
+def _examples(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

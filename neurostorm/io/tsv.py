@@ -1,14 +1,17 @@
-"""Tab-separated tables as BIDS defines them: no quoting, so a quotation mark is a character like any other.
+"""Tables of text. Tab-separated ones are as BIDS defines them: a quotation mark is a character like any other.
 
-Some programs (R) still put quotation marks around whole cells; these are taken off. They never join lines or cells.
+    bytes --read_tsv, read_rows--> header, rows with their line numbers --number--> finite floats
 
-bytes --read_tsv--> header, rows with their line numbers --number--> finite floats
+Some programs (R) still put quotation marks around whole cells of a .tsv; these are taken off. They never join lines or
+cells. The parser is the csv module's: pandas pads short rows, refuses a further empty cell, and counts no lines, so a
+wrong row could not be named.
 """
 
 import csv
 import io
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 # What Python's float takes beyond this (1_1, inf, nan, Arabic digits) is no number in a table of people.
@@ -28,11 +31,24 @@ def read_tsv(data: bytes) -> tuple[list[str], list[Row]]:
 
     ValueError (UnicodeDecodeError) for what is no UTF-8 text, csv.Error for a cell of more than 131,072 characters.
     """
-    lines = io.StringIO(data.decode("utf-8-sig"), newline="")
-    reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-    header = [_bare(name) for name in next(reader, [])]
-    rows = (Row(reader.line_num, [_bare(cell) for cell in cells]) for cells in reader)
-    return header, [row for row in rows if any(row.cells)]
+    header, rows = read_rows(data, "\t")
+    return header, list(rows)
+
+
+def read_rows(data: bytes, delimiter: str) -> tuple[list[str], Iterator[Row]]:
+    """As `read_tsv` for any delimiter, row by row; the errors come with the row.
+
+    Args:
+        data: the file.
+        delimiter: a tab, or one such as a comma, with which quotation marks quote (RFC 4180).
+    """
+    tabs = delimiter == "\t"
+    clean = _bare if tabs else str.strip
+    lines = io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline="")
+    reader = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
+    header = [clean(name) for name in next(reader, [])]
+    rows = (Row(reader.line_num, [clean(cell) for cell in cells]) for cells in reader)
+    return header, (row for row in rows if any(row.cells))
 
 
 def _bare(cell: str) -> str:

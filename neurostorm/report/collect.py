@@ -1,6 +1,6 @@
 """Read a sweep back from MLflow: the parent run, its trials, and the predictions of those that were selected.
 
-    parent id --search children--> tags, params, metrics --checked--> Trial --predictions.parquet--> Results
+    parent id --search children--> tags, params, metrics --checked--> TrialRow --predictions.parquet--> Results
 
 Nothing but MLflow is read, so a report can be made on another machine, years later. What contradicts itself (two
 selected trials of one seed, a task with two metrics) is refused by run id rather than averaged.
@@ -29,8 +29,8 @@ from neurostorm.report.results import (
     Predictions,
     ReportError,
     Results,
-    Task,
-    Trial,
+    TaskRow,
+    TrialRow,
 )
 from neurostorm.runtime.progress import tracked
 
@@ -133,15 +133,15 @@ def _number(run: Any, name: str) -> Any:
         ) from error
 
 
-def _tasks(runs: Iterable[Any]) -> dict[str, Task]:
-    tasks: dict[str, tuple[Task, str]] = {}
+def _tasks(runs: Iterable[Any]) -> dict[str, TaskRow]:
+    tasks: dict[str, tuple[TaskRow, str]] = {}
     for run in runs:
         name, kind, metric = _tag(run, "task"), _tag(run, "task_kind", KINDS), _tag(run, "metric")
         try:
             higher_is_better(metric)
         except ValueError as error:
             raise ReportError(f"run {run.info.run_id}: the tag neurostorm.metric: {error}") from error
-        task = Task(name, kind, metric, run.data.tags.get("neurostorm.unit", ""), _classes(run, kind))
+        task = TaskRow(name, kind, metric, run.data.tags.get("neurostorm.unit", ""), _classes(run, kind))
         known, first = tasks.setdefault(name, (task, run.info.run_id))
         if known != task:
             raise ReportError(
@@ -164,14 +164,14 @@ def _classes(run: Any, kind: str) -> tuple[str, ...]:
     return tuple(map(str, found))
 
 
-def _trial(run: Any) -> Trial:
+def _trial(run: Any) -> TrialRow:
     tags, params, metrics = run.data.tags, run.data.params, run.data.metrics
 
     def under(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
         return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
 
     selected, test = tags.get("neurostorm.selected") == "true", under("test/", metrics)
-    return Trial(
+    return TrialRow(
         run_id=run.info.run_id,
         experiment_id=str(run.info.experiment_id),
         name=run.info.run_name or "",
@@ -205,7 +205,7 @@ def _overlap(run: Any) -> float | None:
         ) from error
 
 
-def _refuse_twice_selected(trials: Iterable[Trial]) -> None:
+def _refuse_twice_selected(trials: Iterable[TrialRow]) -> None:
     chosen: dict[tuple[str, str, float, int], str] = {}
     for trial in trials:
         if trial.selected:
@@ -217,10 +217,10 @@ def _refuse_twice_selected(trials: Iterable[Trial]) -> None:
                 )
 
 
-def _with_predictions(client: Any, results: Results, tasks: dict[str, Task]) -> tuple[Trial, ...]:
+def _with_predictions(client: Any, results: Results, tasks: dict[str, TaskRow]) -> tuple[TrialRow, ...]:
     """The trials, those with all labels with their predictions; identification keeps embeddings instead."""
 
-    def read(trial: Trial) -> Trial:
+    def read(trial: TrialRow) -> TrialRow:
         task = tasks[trial.task]
         if not trial.test or trial.fraction != results.fraction or task.kind == IDENTIFICATION:
             return trial
@@ -234,7 +234,7 @@ def _with_predictions(client: Any, results: Results, tasks: dict[str, Task]) -> 
         return tuple(tracked(found, len(results.trials), "report: predictions", "trial"))
 
 
-def _predictions(client: Any, run_id: str, task: Task, folder: str) -> Predictions:
+def _predictions(client: Any, run_id: str, task: TaskRow, folder: str) -> Predictions:
     where = f"run {run_id}: {PREDICTIONS}"
     try:
         rows = pq.read_table(Path(client.download_artifacts(run_id, PREDICTIONS, folder)))

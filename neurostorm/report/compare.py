@@ -23,7 +23,7 @@ from neurostorm.downstream.statistics.uncertainty import (
     with_holm,
 )
 from neurostorm.report.methods import references_of
-from neurostorm.report.results import Pair, ReportError, Results, Task, Trial
+from neurostorm.report.results import Pair, ReportError, Results, TaskRow, TrialRow
 from neurostorm.runtime.progress import tracked
 
 DRAWS = 1000  # of the bootstrap: its p is then known to about 0.007 at 0.05
@@ -79,7 +79,7 @@ def find(made: Sequence[Comparison], task: str, a: str, b: str) -> Comparison | 
     return next((one for one in made if (one.task, one.a, one.b) == (task, a, b)), None)
 
 
-def pooled(first: Sequence[Trial], second: Sequence[Trial]) -> Pooled | None:
+def pooled(first: Sequence[TrialRow], second: Sequence[TrialRow]) -> Pooled | None:
     """Predictions of the trials of two methods, paired by seed, split and test unit; None if they share none.
 
     Raises ReportError when they disagree about a unit's target.
@@ -100,7 +100,7 @@ def unpaired(results: Results, task: str, a: str, b: str) -> tuple[Pair, ...]:
     return tuple(sorted(pair for pair in first ^ second if pair.seed in seeds))
 
 
-def _boot(results: Results, task: Task, a: str, b: str, draws: int, seed: int) -> PairedInterval | None:
+def _boot(results: Results, task: TaskRow, a: str, b: str, draws: int, seed: int) -> PairedInterval | None:
     rows = pooled(results.at(task.name, a), results.at(task.name, b))
     if rows is None:
         return None
@@ -108,7 +108,7 @@ def _boot(results: Results, task: Task, a: str, b: str, draws: int, seed: int) -
     return paired_bootstrap(rows.subjects, rows.target, rows.a, rows.b, metric, draws=draws, seed=seed)
 
 
-def _common(one: Trial, other: Trial) -> Pooled:
+def _common(one: TrialRow, other: TrialRow) -> Pooled:
     first, second = one.predictions, other.predictions
     assert first is not None and second is not None
     place = {unit: row for row, unit in enumerate(second.units)}

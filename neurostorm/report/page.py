@@ -1,24 +1,32 @@
 """The page: what was asked, the answer first, then the evidence, then how it was tested and what is missing.
 
-head, glance, headline table --> figures --> each task --> comparisons --> methods and statistics --> failed, runs
+    Results, Comparisons, Tables, Drawn --what to say--> templates/report.html (parts.html, style.css) --> one file
+
+The file needs no other: no script, no font, no address outside but MLflow's own.
 """
 
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from html import escape
+from functools import cache, partial
+from typing import Any
+from urllib.parse import quote
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from neurostorm.downstream.statistics.metrics import chance_text, higher_is_better
 from neurostorm.downstream.statistics.uncertainty import Comparison, stars
 from neurostorm.report.collect import without_credentials
 from neurostorm.report.compare import find, unpaired
 from neurostorm.report.figures.drawing import Drawn
-from neurostorm.report.markup import CSS, Links, bullets, facts, figure, paragraph, tables
 from neurostorm.report.methods import CONNECTIVITY, look, references_of
-from neurostorm.report.results import CLASSIFICATION, REGRESSION, Results, Task
+from neurostorm.report.results import CLASSIFICATION, REGRESSION, Results, TaskRow
 from neurostorm.report.table import Table, decimals, minus, p_text, percent
 from neurostorm.report.tables import NO_CORRELATION, metric_label, results_table, summary_text
 
 _SAID_ABOVE = ("Task", "Chance")  # of a table that is about one task
 REPEAT = "Start the sweep again with --replicates 5; what is done is kept"
+_TABLE_COLUMNS = 8  # of a table of means, beside its first: more are shown as several tables
 _GALLERY = ("tasks", "phenotypes", "identification", "label_efficiency", "radar")
 
 
@@ -43,30 +51,23 @@ def page(
         revision: of the code that made the report.
         draws: of the bootstrap.
     """
-    links = Links(results.uri, {one.run_id: one.experiment_id for one in results.trials})
-    table = {one.name: one for one in built}
-    sections = {
-        "Results": tables(table["headline"], links) if "headline" in table else "",
-        "Figures": "".join(_titled(one, links) for one in drawn if one.name in _GALLERY and not one.task),
-        "Tasks": "".join(_task(results, made, task, drawn, links) for task in results.tasks),
-        "Comparisons": tables(table["comparisons"], links) if "comparisons" in table else "",
-        "Label efficiency": tables(table["label_efficiency"], links) if "label_efficiency" in table else "",
-        "Methods and statistics": bullets(notes(results, made, draws)),
-        "Failed and missing trials": _failed(table, links),
-        "Runs": _runs(results, table, links),
-    }
-    sections = {title: body for title, body in sections.items() if body}
-    anchors = {title: title.lower().replace(" ", "-") for title in sections}
-    nav = "".join(f'<a href="#{anchor}">{escape(title)}</a>' for title, anchor in anchors.items())
-    body = "".join(
-        f'<section id="{anchors[title]}"><h2>{title}</h2>{text}</section>' for title, text in sections.items()
-    )
-    head = _head(results, made, written=written, revision=revision, nav=nav)
+    experiment_of = {one.run_id: one.experiment_id for one in results.trials}
     return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(results.name)} · NeuroSTORM report</title><style>{CSS}</style></head>"
-        f"<body>{head}<main>{body}</main></body></html>\n"
+        _environment()
+        .get_template("report.html")
+        .render(
+            address_of=partial(_address, results.uri, experiment_of),
+            parts_of=_parts,
+            name=results.name,
+            facts=_facts(results, written=written, revision=revision),
+            warnings=warnings(results, made),
+            glance=glance(results, made),
+            notes=notes(results, made, draws),
+            tables={one.name: one for one in built},
+            gallery=[one for one in drawn if one.name in _GALLERY and not one.task],
+            tasks=[_task(results, made, task, drawn) for task in results.tasks],
+            settings=[(name, without_credentials(value)) for name, value in results.parameters.items()],
+        )
     )
 
 
@@ -151,24 +152,18 @@ def notes(results: Results, made: Sequence[Comparison], draws: int) -> list[str]
     return told
 
 
-def _head(results: Results, made: Sequence[Comparison], *, written: str, revision: str, nav: str) -> str:
-    told = "".join(paragraph(text, "warning") for text in warnings(results, made))
-    what = facts(
-        [
-            ("Tasks", ", ".join(f"{task.name} ({task.kind})" for task in results.tasks)),
-            ("Methods", ", ".join(look(one).label for one in results.methods())),
-            ("Seeds", ", ".join(map(str, sorted({one.seed for one in results.trials if one.test})))),
-            ("Training labels", ", ".join(map(percent, results.fractions))),
-            ("Trials", _counts(results)),
-            ("Sweep", f"begun {moment(results.date)}, run {results.run_id} in {results.uri}"),
-            ("Report", f"written {moment(written)}"),
-            ("Code", _code(results.revision, revision)),
-        ]
-    )
-    return (
-        f'<header><div class="kicker">NeuroSTORM · downstream evaluation</div><h1>{escape(results.name)}</h1>{what}'
-        f"<nav>{nav}</nav></header>{told}<h2>At a glance</h2>{bullets(glance(results, made))}"
-    )
+def _facts(results: Results, *, written: str, revision: str) -> list[tuple[str, str]]:
+    """What was run and reported, by name."""
+    return [
+        ("Tasks", ", ".join(f"{task.name} ({task.kind})" for task in results.tasks)),
+        ("Methods", ", ".join(look(one).label for one in results.methods())),
+        ("Seeds", ", ".join(map(str, sorted({one.seed for one in results.trials if one.test})))),
+        ("Training labels", ", ".join(map(percent, results.fractions))),
+        ("Trials", _counts(results)),
+        ("Sweep", f"begun {moment(results.date)}, run {results.run_id} in {results.uri}"),
+        ("Report", f"written {moment(written)}"),
+        ("Code", _code(results.revision, revision)),
+    ]
 
 
 def moment(iso: str) -> str:
@@ -189,7 +184,7 @@ def _counts(results: Results) -> str:
     return f"{count}, of which {tested} were selected and tested and {failed} failed"
 
 
-def _against(results: Results, made: Sequence[Comparison], task: Task) -> str:
+def _against(results: Results, made: Sequence[Comparison], task: TaskRow) -> str:
     """How the best method that has references does against these, in a sentence; "" if there is none."""
     present = [one for one in results.methods(task.name) if results.at(task.name, one)]
     asking = tuple(one for one in present if references_of(one, present))
@@ -208,42 +203,58 @@ def _against(results: Results, made: Sequence[Comparison], task: Task) -> str:
     return f" {subject} {'; '.join(parts)}."
 
 
-def _titled(one: Drawn, links: Links) -> str:
-    return f"<h3>{escape(one.title)}</h3>{figure(one, links)}"
-
-
-def _task(results: Results, made: Sequence[Comparison], task: Task, drawn: Sequence[Drawn], links: Links) -> str:
+def _task(results: Results, made: Sequence[Comparison], task: TaskRow, drawn: Sequence[Drawn]) -> dict[str, Any]:
     """One task: what it is, its table without the columns that say so, its figures."""
-    table = results_table(results, made, [task])
-    keep = [at for at, column in enumerate(table.columns) if column.name not in _SAID_ABOVE]
-    columns, rows = tuple(table.columns[at] for at in keep), tuple(tuple(row[at] for at in keep) for row in table.rows)
-    inner, chance = Table(table.name, table.title, columns, rows, table.note), results.chance(task.name)
+    table, chance = results_table(results, made, [task]), results.chance(task.name)
     units = sorted({len(one.predictions.units) for one in results.trials if one.task == task.name and one.predictions})
-    sizes = "" if not units else f"{units[0]}" if len(units) == 1 else f"{units[0]} to {units[-1]}"
-    what = facts(
-        [
-            ("Question", f"{task.kind}, primary metric {metric_label(task)}"),
-            ("Target", f"in {task.unit}" if task.kind == REGRESSION and task.unit else ""),
-            ("Classes", ", ".join(task.classes) if task.kind == CLASSIFICATION else ""),
-            ("Chance", chance_text(task.metric, chance, 3) if chance == chance else "depends on the target"),
-            ("Test units per replicate", sizes),
-        ]
+    facts = [
+        ("Question", f"{task.kind}, primary metric {metric_label(task)}"),
+        ("Target", f"in {task.unit}" if task.kind == REGRESSION and task.unit else ""),
+        ("Classes", ", ".join(task.classes) if task.kind == CLASSIFICATION else ""),
+        ("Chance", chance_text(task.metric, chance, 3) if chance == chance else "depends on the target"),
+        ("Test units per replicate", " to ".join(dict.fromkeys(map(str, units[:1] + units[-1:])))),
+    ]
+    return {
+        "name": task.name,
+        "facts": facts,
+        "table": table.only(at for at, column in enumerate(table.columns) if column.name not in _SAID_ABOVE),
+        "figures": [one for one in drawn if one.task == task.name],
+    }
+
+
+@cache
+def _environment() -> Environment:
+    """The templates; every value that they print is escaped, and a name that they lack is an error."""
+    environment = Environment(
+        loader=PackageLoader("neurostorm.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    figures = "".join(figure(one, links) for one in drawn if one.task == task.name)
-    return f"<h3>{escape(task.name)}</h3>{what}{tables(inner, links) if inner.rows else ''}{figures}"
+    environment.filters["base64"] = lambda data: b64encode(data).decode()
+    environment.globals["classes"] = _classes
+    return environment
 
 
-def _failed(table: Mapping[str, Table], links: Links) -> str:
-    if "failed" not in table:
-        return paragraph("No trial failed, and none is missing.")
-    return tables(table["failed"], links)
+def _classes(**kinds: bool) -> Markup:
+    """The names of those `kinds` that hold, as an attribute. A macro would take most of the time of a long table."""
+    held = " ".join(name for name, holds in kinds.items() if holds)
+    return Markup(f' class="{held}"') if held else Markup("")
 
 
-def _runs(results: Results, table: Mapping[str, Table], links: Links) -> str:
-    every = table["runs"]
-    listed = f'<details class="fold"><summary>{len(every.rows)} runs</summary>{tables(every, links)}</details>'
-    parameters = [(name, without_credentials(value)) for name, value in results.parameters.items()]
-    settings = (
-        f'<details class="fold"><summary>{len(parameters)} settings of the sweep</summary>{facts(parameters)}</details>'
-    )
-    return listed + (settings if parameters else "")
+def _address(uri: str, experiment_of: Mapping[str, str], run_id: str) -> str:
+    """MLflow's page of a run; "" unless MLflow (`uri`, without credentials) is an HTTP server and so has pages."""
+    if not uri.startswith(("http://", "https://")):
+        return ""
+    experiment = quote(experiment_of.get(run_id, ""), safe="")
+    return f"{uri.rstrip('/')}/#/experiments/{experiment}/runs/{quote(run_id, safe='')}"
+
+
+def _parts(table: Table) -> list[Table]:
+    """The table; if it has more columns of means than the page is wide, several with the first column in each."""
+    width = len(table.columns)
+    if width <= _TABLE_COLUMNS + 1 or not all(column.spread for column in table.columns[1:]):
+        return [table]
+    starts = range(1, width, _TABLE_COLUMNS)
+    return [table.only([0, *range(at, min(width, at + _TABLE_COLUMNS))]) for at in starts]

@@ -34,7 +34,7 @@ class Pair(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Task:
+class TaskRow:
     """One question. `metric` is the primary one, `unit` that of a regression's target, `classes` a classification's."""
 
     name: str
@@ -62,7 +62,7 @@ class Predictions:
 
 
 @dataclass(frozen=True)
-class Trial:
+class TrialRow:
     """One child run of the sweep.
 
     Attributes:
@@ -129,12 +129,12 @@ class Results:
     date: str
     revision: str
     parameters: Mapping[str, str]
-    tasks: tuple[Task, ...]
-    trials: tuple[Trial, ...]
+    tasks: tuple[TaskRow, ...]
+    trials: tuple[TrialRow, ...]
 
     @cached_property
-    def _cells(self) -> dict[tuple[str, str, float], tuple[Trial, ...]]:
-        cells: dict[tuple[str, str, float], list[Trial]] = {}
+    def _cells(self) -> dict[tuple[str, str, float], tuple[TrialRow, ...]]:
+        cells: dict[tuple[str, str, float], list[TrialRow]] = {}
         for trial in self.trials:
             if trial.test:
                 cells.setdefault((trial.task, trial.method, trial.fraction), []).append(trial)
@@ -154,7 +154,7 @@ class Results:
         """Methods with a tested trial in one of `tasks` (without names: in any task), in the report's order."""
         return ordered({one.method for one in self.trials if one.test and (not tasks or one.task in tasks)})
 
-    def at(self, task: str, method: str, fraction: float | None = None) -> tuple[Trial, ...]:
+    def at(self, task: str, method: str, fraction: float | None = None) -> tuple[TrialRow, ...]:
         """The tested trials of one cell, by seed; without `fraction` those of the main tables."""
         return self._cells.get((task, method, self.fraction if fraction is None else fraction), ())
 
@@ -173,7 +173,7 @@ class Results:
         levels = [one.chance for one in self.trials if one.task == task and np.isfinite(one.chance)]
         return float(np.mean(levels)) if levels else np.nan
 
-    def best(self, task: Task, among: tuple[str, ...] | None = None) -> str:
+    def best(self, task: TaskRow, among: tuple[str, ...] | None = None) -> str:
         """The method with the best mean of the primary metric, "" if none has one; the first in order among equals."""
         sign = 1 if higher_is_better(task.metric) else -1
         methods = self.methods(task.name) if among is None else among
@@ -181,7 +181,7 @@ class Results:
         means = {one: mean for one, mean in means.items() if np.isfinite(mean)}
         return max(means, key=lambda one: means[one]) if means else ""
 
-    def replicates(self, task: Task) -> int:
+    def replicates(self, task: TaskRow) -> int:
         """How many replicates the best method of a task has; with fewer than two, differences may be noise."""
         return len(self.values(task.name, self.best(task), task.metric))
 

@@ -1,16 +1,18 @@
 """A table that knows where its numbers come from, as CSV, as Markdown, and cell by cell for the page.
 
-    Cell(text for people, value and spread for machines, run ids) --> Table --csv | markdown--> text
+    Cell(text for people, value and spread for machines, run ids) --> Table --frame--> pandas --csv--> text
+                                                                    '--markdown--> text
 
 CSV has numbers at full precision, the spread in columns of its own and the run ids of each row; Markdown has what the
 page shows.
 """
 
-import csv
-import io
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
 
 from neurostorm.downstream.statistics.uncertainty import Summary, summary
 
@@ -62,20 +64,30 @@ class Table:
         if wrong:
             raise ValueError(f"table {self.name}: a row has {wrong[0]} cells, there are {len(self.columns)} columns")
 
+    def only(self, keep: Iterable[int]) -> "Table":
+        """The same table with the columns at the places `keep`."""
+        at = list(keep)
+        rows = tuple(tuple(row[place] for place in at) for row in self.rows)
+        return replace(self, columns=tuple(self.columns[place] for place in at), rows=rows)
+
+    def frame(self) -> pd.DataFrame:
+        """The values at full precision: a mean is followed by `NAME sd` and `NAME n`; `runs`, the ids, comes last."""
+        columns: list[tuple[str, list[Any]]] = []
+        for place, column in enumerate(self.columns):
+            cells = [row[place] for row in self.rows]
+            columns.append((column.name, [cell.text if cell.value is None else cell.value for cell in cells]))
+            if column.spread:
+                columns.append((f"{column.name} sd", [cell.spread.sd if cell.spread else math.nan for cell in cells]))
+                columns.append((f"{column.name} n", [cell.spread.n if cell.spread else 0 for cell in cells]))
+        columns.append(
+            ("runs", [" ".join(dict.fromkeys(run for cell in row for run in cell.runs)) for row in self.rows])
+        )
+        # As objects: an integer beside a nan stays one, and two columns of one name stay two.
+        return pd.concat([pd.Series(values, name=name, dtype=object) for name, values in columns], axis=1)
+
     def csv(self) -> str:
-        """Comma-separated values (RFC 4180): a mean is followed by `NAME sd` and `NAME n`; `runs` comes last."""
-        names: list[str] = []
-        for column in self.columns:
-            names += [column.name, f"{column.name} sd", f"{column.name} n"] if column.spread else [column.name]
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow([*names, "runs"])
-        for row in self.rows:
-            fields: list[str] = []
-            for column, cell in zip(self.columns, row, strict=True):
-                fields += _fields(column, cell)
-            writer.writerow([*fields, " ".join(dict.fromkeys(run for cell in row for run in cell.runs))])
-        return out.getvalue()
+        """`frame` as comma-separated values (RFC 4180); nan is an empty field."""
+        return str(self.frame().to_csv(index=False, lineterminator="\n"))
 
     def markdown(self) -> str:
         """A heading, a GitHub-flavoured table and the note."""
@@ -138,19 +150,6 @@ def percent(share: float) -> str:
 def grouped(count: float) -> str:
     """A count with thousands set apart."""
     return f"{count:,.0f}".replace(",", _THIN)
-
-
-def _fields(column: Column, cell: Cell) -> list[str]:
-    value = _plain(cell.text if cell.value is None else cell.value)
-    if not column.spread:
-        return [value]
-    return [value, *(("", "0") if cell.spread is None else (_plain(cell.spread.sd), str(cell.spread.n)))]
-
-
-def _plain(value: float | int | str) -> str:
-    if isinstance(value, float):
-        return "" if math.isnan(value) else repr(value)
-    return str(value)
 
 
 def _markdown(text: str) -> str:

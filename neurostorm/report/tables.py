@@ -14,7 +14,7 @@ from functools import partial
 from neurostorm.downstream.statistics.uncertainty import Comparison, stars, summary
 from neurostorm.report.compare import find
 from neurostorm.report.methods import CONNECTIVITY, look, references_of
-from neurostorm.report.results import REGRESSION, Results, Task, Trial
+from neurostorm.report.results import REGRESSION, Results, TaskRow, TrialRow
 from neurostorm.report.table import (
     NONE,
     Cell,
@@ -84,7 +84,7 @@ def headline(results: Results) -> Table:
     return Table("headline", f"Primary metric, {_labels(results)}", tuple(columns), tuple(rows), note)
 
 
-def results_table(results: Results, made: Sequence[Comparison], tasks: Sequence[Task] | None = None) -> Table:
+def results_table(results: Results, made: Sequence[Comparison], tasks: Sequence[TaskRow] | None = None) -> Table:
     """Task x method with all labels; columns that no row fills are left out. `tasks`: of these only."""
     chosen = results.tasks if tasks is None else tasks
     metrics = _metrics(results, chosen)
@@ -191,14 +191,14 @@ def runs(results: Results) -> Table:
     return Table("runs", "Every run", columns, tuple(rows))
 
 
-def metric_label(task: Task) -> str:
+def metric_label(task: TaskRow) -> str:
     """The primary metric's name as it is read; errors with the target's unit."""
     label = METRICS.get(task.metric, task.metric)
     return f"{label} ({task.unit})" if task.metric in ("mae", "rmse") and task.unit else label
 
 
 def _result_row(
-    results: Results, made: Sequence[Comparison], task: Task, method: str, metrics: Sequence[str]
+    results: Results, made: Sequence[Comparison], task: TaskRow, method: str, metrics: Sequence[str]
 ) -> tuple[Cell, ...]:
     trials, best = results.at(task.name, method), _outstanding(results, task)
     ids = [trial.run_id for trial in trials]
@@ -218,13 +218,13 @@ def _result_row(
             _mean({one.run_id: one.seconds for one in trials}))  # fmt: skip
 
 
-def _outstanding(results: Results, task: Task) -> str:
+def _outstanding(results: Results, task: TaskRow) -> str:
     """The method that is set in bold: the best of several replicates; "" if there is one only."""
     return "" if task.name in results.single else results.best(task)
 
 
 def _by_reference(
-    results: Results, made: Sequence[Comparison], task: Task, method: str
+    results: Results, made: Sequence[Comparison], task: TaskRow, method: str
 ) -> Mapping[str, Comparison | None]:
     """The method's comparisons with its network without pretraining, and with connectivity."""
     asked = references_of(method, [one for one in results.methods(task.name) if results.at(task.name, one)])
@@ -235,7 +235,7 @@ def _by_reference(
     }
 
 
-def _overlap(trials: Sequence[Trial]) -> Cell:
+def _overlap(trials: Sequence[TrialRow]) -> Cell:
     """The mean share over the trials; unknown if it is for one of them."""
     ids, shares = [trial.run_id for trial in trials], [trial.overlap for trial in trials]
     known = [share for share in shares if share is not None]
@@ -254,7 +254,13 @@ def _mean(values: Mapping[str, float], *, whole: bool = False) -> Cell:
 
 
 def _replicated(
-    results: Results, task: Task, method: str, metric: str = "", *, fraction: float | None = None, strong: bool = False
+    results: Results,
+    task: TaskRow,
+    method: str,
+    metric: str = "",
+    *,
+    fraction: float | None = None,
+    strong: bool = False,
 ) -> Cell:
     metric = metric or task.metric
     finite = results.values(task.name, method, metric, fraction)
@@ -262,7 +268,7 @@ def _replicated(
     return replicated({one.run_id: finite[one.pair] for one in trials if one.pair in finite}, strong)
 
 
-def _metrics(results: Results, tasks: Iterable[Task]) -> list[str]:
+def _metrics(results: Results, tasks: Iterable[TaskRow]) -> list[str]:
     """Metrics of these tasks, the primary ones first, then those that this module names, then others."""
     names = {task.name for task in tasks}
     found = {metric for one in results.trials if one.task in names for metric in one.test}
@@ -281,20 +287,18 @@ def _labels(results: Results) -> str:
 
 
 def _without_empty(table: Table) -> Table:
-    keep = [at for at in range(len(table.columns)) if any(row[at].text != NONE for row in table.rows)]
-    columns, rows = tuple(table.columns[at] for at in keep), tuple(tuple(row[at] for at in keep) for row in table.rows)
-    return Table(table.name, table.title, columns, rows, table.note)
+    return table.only(at for at in range(len(table.columns)) if any(row[at].text != NONE for row in table.rows))
 
 
 def _method(method: str) -> Cell:
     return Cell(look(method).label, value=method)
 
 
-def _cell(trial: Trial) -> tuple[str, str, float, int]:
+def _cell(trial: TrialRow) -> tuple[str, str, float, int]:
     return trial.task, trial.method, trial.fraction, trial.seed
 
 
-def _cells(trial: Trial) -> tuple[Cell, ...]:
+def _cells(trial: TrialRow) -> tuple[Cell, ...]:
     labels, seed = number(trial.fraction, percent(trial.fraction)), number(trial.seed, str(trial.seed))
     return words(trial.task), _method(trial.method), labels, seed
 
@@ -307,7 +311,7 @@ def _digits(value: float) -> int:
     return 3 if math.isnan(value) else decimals(value)
 
 
-def summary_text(results: Results, task: Task, method: str) -> str:
+def summary_text(results: Results, task: TaskRow, method: str) -> str:
     """The primary metric of a method in words, as `r 0.61 ± 0.02`, with its unit; "" if it has none."""
     values = results.values(task.name, method, task.metric)
     if not values:

@@ -5,6 +5,7 @@ import json
 import random
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +27,12 @@ from neurostorm.downstream.splits import (
 from neurostorm.io.paths import to_path
 
 CASES = settings(deadline=None, max_examples=35)
+KNOWN = {
+    "holdout": "11105d49dc062a08",
+    "kfold": "936102a7070e2012",
+    "leave_one_out": "77403435236a9a0c",
+    "nested_fractions": "5140f0fe140204cd",
+}
 SMALL = Split(("d/sub-3", "d/sub-1"), ("d/sub-2",), ("d/sub-4",), {"scheme": "made"})
 
 
@@ -151,6 +158,23 @@ def test_seeds_differ_and_a_split_stays_what_it_was() -> None:
     made = [holdout(names(30), test=0.2, validation=0.2, seed=n, strata=None, groups=None) for n in range(6)]
     assert len({split.sha256 for split in made}) == 6
     assert made[0].test == ("d/sub-006", "d/sub-008", "d/sub-022", "d/sub-024", "d/sub-028", "d/sub-029")
+
+
+def test_every_scheme_assigns_the_subjects_that_it_always_did() -> None:
+    """A sweep that goes on makes its splits again from the seed: another assignment would mix two studies."""
+    subjects = names(120)
+    strata = {subject: "aaabbc"[number * number % 6] for number, subject in enumerate(subjects[:110])}
+    groups = {subject: str(number * 7 % 50) for number, subject in enumerate(subjects[20:])}
+    sites = {subject: "AB"[number % 5 == 0] for number, subject in enumerate(subjects)}
+    common: dict[str, Any] = {"validation": 0.2, "seed": 3, "strata": strata, "groups": groups}
+    split = holdout(subjects, test=0.2, **common)
+    made = {
+        "holdout": split,
+        "kfold": kfold(subjects, folds=5, fold=2, **common),
+        "leave_one_out": leave_one_out(subjects, columns=sites, value="B", **common),
+        "nested_fractions": nested_fractions(split, 0.25, seed=3, strata=strata, groups=groups),
+    }
+    assert {name: one.sha256[:16] for name, one in made.items()} == KNOWN
 
 
 def test_one_site_tests_and_its_relatives_are_left_out() -> None:

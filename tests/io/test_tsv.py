@@ -1,10 +1,14 @@
 """Tab-separated tables: quotation marks are characters, numbers are what people write, codes keep their zeros."""
 
+import csv
+import io
+
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neurostorm.io.tsv import is_code, number, read_tsv
+from neurostorm.io.tsv import is_code, number, read_rows, read_tsv
 
 CELL = st.text(st.characters(exclude_characters="\t\r\n", exclude_categories=["Cs", "Zl", "Zp", "Cc"]), max_size=8)
 
@@ -23,6 +27,25 @@ def test_every_row_with_a_cell_comes_back(rows):
     found = [row.cells for row in read_tsv(text.encode())[1]]
     assert len(found) == sum(any(bare(cell) for cell in row) for row in rows)
     assert found == [[bare(cell) for cell in row] for row in rows if any(bare(cell) for cell in row)]
+
+
+@given(st.lists(st.lists(st.text("ab0 \"',;.-é", max_size=5), min_size=3, max_size=3), min_size=1, max_size=5))
+def test_a_regular_table_reads_as_with_pandas(rows):
+    """Text throughout: an id keeps its zeros, and neither n/a nor an empty cell becomes a number."""
+    rows = [["007", "n/a", ""], *rows]
+    for delimiter, quoting in (("\t", csv.QUOTE_NONE), (",", csv.QUOTE_ALL)):
+        text = io.StringIO()
+        csv.writer(text, delimiter=delimiter, quoting=quoting, quotechar='"' if delimiter == "," else None).writerows(
+            rows
+        )
+        frame = pd.read_csv(
+            io.StringIO(text.getvalue()), sep=delimiter, quoting=quoting, dtype=str, keep_default_na=False, header=None,
+            skip_blank_lines=False,
+        )  # fmt: skip
+        header, found = read_rows(text.getvalue().encode(), delimiter)
+        clean = bare if delimiter == "\t" else str.strip
+        cells = [[clean(cell) for cell in row] for row in frame.to_numpy().tolist()]
+        assert [header, *(row.cells for row in found)] == [row for row in cells if any(row)]
 
 
 def bare(cell: str) -> str:

@@ -155,6 +155,19 @@ def test_links_lead_to_a_server_and_carry_no_password(results: Results) -> None:
     assert "secret" not in hidden
 
 
+def test_a_table_of_many_tasks_is_several_tables_with_the_methods_in_each(results: Results) -> None:
+    (age,) = (task for task in results.tasks if task.name == "age")
+    tasks = tuple(replace(age, name=f"age{number:02d}") for number in range(10))
+    trials = tuple(replace(one, task=task.name) for task in tasks for one in results.trials if one.task == "age")
+    html = page_of(results, tasks=tasks, trials=trials)
+    section = re.sub(r"<(meta|img)([^>]*)>", r"<\1\2/>", html[html.index("<main>") : html.index("</section>")])
+    found = ET.fromstring(section.removeprefix("<main>") + "</section>").findall("table")
+    names = [[head.text for head in table.iter("th")] for table in found]
+    assert names == [["Method", *(f"{one.name}, r" for one in tasks[:8])], ["Method", "age08, r", "age09, r"]]
+    cells = [[cell.get("class") for cell in table.findall("tbody/tr")[1]] for table in found]
+    assert cells[0] == ["words", *["n left"] * 4, *["n"] * 4] and cells[1] == ["words", "n left", "n"]
+
+
 def test_the_report_is_an_artifact_of_the_sweep(report: ReportResult, sweep: Any) -> None:
     logged = {
         one.path

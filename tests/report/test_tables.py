@@ -118,6 +118,13 @@ def test_the_bootstrap_pools_subjects_over_the_paired_replicates(
     assert reid is not None and np.isnan(reid.boot_p)  # it keeps embeddings, no predictions
 
 
+def test_every_number_of_a_table_can_be_read_as_one(results: Results, made: tuple[Comparison, ...]) -> None:
+    for table in tables.all_tables(results, made):
+        numbers = {column.name for column in table.columns if column.number} - {"Pairs"}
+        for row in read(table):
+            [float(row[name]) for name in numbers if row[name] not in ("", "unknown")]
+
+
 def test_label_efficiency_is_by_share(results: Results, sweep: Any) -> None:
     rows = {(row["Task"], row["Method"]): row for row in read(tables.label_efficiency(results))}
     values = logged(sweep, "age", "full", 0.25)

@@ -3,6 +3,10 @@
     replicates (seeds, fractions) of two methods --pair--> paired_t ------------+
     test subjects with two methods' predictions --resample--> paired_bootstrap -+--holm--> Comparison
 
+The t-test is SciPy's. The bootstrap draws what `scipy.stats.bootstrap` draws (a test compares them) but keeps a
+subject's rows together and counts the draws that leave a metric undefined, of which SciPy makes a nan interval. Holm's
+correction is not in SciPy.
+
 Two kinds of chance are kept apart. The t-test is over trainings: would other seeds say the same? The bootstrap is over
 subjects: would other people say the same? Neither stands for the other, so a comparison shows both.
 """
@@ -193,7 +197,7 @@ def paired_bootstrap(
     low, high, used, skipped = _percentiles(values, level)
     if np.isnan(low):
         return PairedInterval(value, low, high, used, skipped, NAN)
-    side = min(np.count_nonzero(values <= 0), np.count_nonzero(values >= 0))
+    side = int(min(np.count_nonzero(values <= 0), np.count_nonzero(values >= 0)))
     return PairedInterval(value, low, high, used, skipped, min(1.0, 2 * (side + 1) / (used + 1)))
 
 
@@ -303,8 +307,6 @@ def _percentiles(values: Real, level: float) -> tuple[float, float, int, int]:
     """Low and high of the middle `level` of `values`, how many were defined, and how many were not."""
     if not 0 < level < 1:
         raise ValueError(f"level {level} must be between 0 and 1")
-    defined = values[~np.isnan(values)]
-    if not len(defined):
-        return NAN, NAN, 0, len(values)
-    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high), len(defined), len(values) - len(defined)
+    defined = int(np.count_nonzero(~np.isnan(values)))
+    low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2]) if defined else (NAN, NAN)
+    return float(low), float(high), defined, len(values) - defined

@@ -27,7 +27,7 @@ from neurostorm.report.figures.drawing import (
     short,
 )
 from neurostorm.report.methods import look
-from neurostorm.report.results import Results, Task
+from neurostorm.report.results import Results, TaskRow
 from neurostorm.report.table import percent
 from neurostorm.report.tables import metric_label
 
@@ -84,7 +84,7 @@ def radar(results: Results) -> list[Drawn]:
     return [Drawn("radar", "All tasks at one look", caption, figure, tuple(dict.fromkeys(runs)))]
 
 
-def normalised(results: Results, task: Task, method: str) -> float:
+def normalised(results: Results, task: TaskRow, method: str) -> float:
     """(mean - chance) / (best mean - chance), at least 0; nan without a value."""
     mean = results.mean(task.name, method, task.metric)
     if math.isnan(mean):
@@ -93,22 +93,22 @@ def normalised(results: Results, task: Task, method: str) -> float:
     return max(0.0, sign * (mean - results.chance(task.name)) / _span(results, task))
 
 
-def _span(results: Results, task: Task) -> float:
+def _span(results: Results, task: TaskRow) -> float:
     """How far the best method is from chance; nan without either."""
     best = results.mean(task.name, results.best(task), task.metric)
     return (1 if higher_is_better(task.metric) else -1) * (best - results.chance(task.name))
 
 
-def _curves(results: Results, task: Task) -> list[str]:
+def _curves(results: Results, task: TaskRow) -> list[str]:
     return [one for one in results.methods(task.name) if len(_points(results, task, one)) > 1]
 
 
-def _points(results: Results, task: Task, method: str) -> dict[float, list[float]]:
+def _points(results: Results, task: TaskRow, method: str) -> dict[float, list[float]]:
     found = {share: results.values(task.name, method, task.metric, share) for share in results.fractions}
     return {share: list(values.values()) for share, values in found.items() if values}
 
 
-def _curve(axis: Any, results: Results, task: Task, method: str) -> list[str]:
+def _curve(axis: Any, results: Results, task: TaskRow, method: str) -> list[str]:
     """One line with its band; the ids of its runs."""
     points = _points(results, task, method)
     shares, found = list(points), [summary(values) for values in points.values()]

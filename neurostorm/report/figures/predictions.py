@@ -27,7 +27,7 @@ from neurostorm.report.figures.drawing import (
     short,
 )
 from neurostorm.report.methods import look, ordered, references_of
-from neurostorm.report.results import CLASSIFICATION, REGRESSION, Predictions, Results, Task
+from neurostorm.report.results import CLASSIFICATION, REGRESSION, Predictions, Results, TaskRow
 from neurostorm.report.table import mean_sd, percent
 
 _ROOMY = 8  # classes whose cells hold a share and a count, two matrices beside each other
@@ -49,7 +49,7 @@ def scatters(results: Results) -> list[Drawn]:
     return [_scatter_figure(results, task, names[task.name]) for task in tasks]
 
 
-def _shown(results: Results, task: Task) -> list[str]:
+def _shown(results: Results, task: TaskRow) -> list[str]:
     """The best method that has predictions, and the first of its references that has."""
     having = [one for one in results.methods(task.name) if _pooled(results, task, one)]
     best = results.best(task, tuple(having))
@@ -60,7 +60,7 @@ def _shown(results: Results, task: Task) -> list[str]:
     return [best, reference] if reference else [best]
 
 
-def _pooled(results: Results, task: Task, method: str) -> Predictions | None:
+def _pooled(results: Results, task: TaskRow, method: str) -> Predictions | None:
     """The predictions of all replicates, one after the other."""
     parts = [trial.predictions for trial in results.at(task.name, method) if trial.predictions]
     if not parts:
@@ -73,7 +73,7 @@ def _pooled(results: Results, task: Task, method: str) -> Predictions | None:
     )
 
 
-def _confusion_figure(results: Results, task: Task, name: str) -> Drawn:
+def _confusion_figure(results: Results, task: TaskRow, name: str) -> Drawn:
     methods, classes = _shown(results, task), task.classes
     roomy = len(classes) <= _ROOMY
     side = min(4.6, 2.2 + 0.62 * len(classes)) if roomy else 2.2 + _CELL_INCHES * len(classes)
@@ -118,7 +118,7 @@ def _matrix(axis: Any, counts: np.ndarray[Any, Any], classes: Sequence[str], roo
         spine.set_visible(False)
 
 
-def _scatter_figure(results: Results, task: Task, name: str) -> Drawn:
+def _scatter_figure(results: Results, task: TaskRow, name: str) -> Drawn:
     methods = _shown(results, task)
     figure, axes = panels(len(methods), 2, 4.6, 4.9 * len(methods))
     found = {method: _pooled(results, task, method) for method in methods}
@@ -153,7 +153,7 @@ def _points(axis: Any, rows: Predictions, method: str, limits: tuple[float, floa
     )  # fmt: skip
 
 
-def _frame(axis: Any, task: Task, limits: tuple[float, float]) -> None:
+def _frame(axis: Any, task: TaskRow, limits: tuple[float, float]) -> None:
     quiet(axis, "")
     axis.grid(axis="x", color="#e4e7eb", linewidth=0.8)
     axis.plot(limits, limits, color=QUIET, linewidth=1.1, linestyle=(0, (4, 3)), zorder=2)
@@ -163,7 +163,7 @@ def _frame(axis: Any, task: Task, limits: tuple[float, float]) -> None:
     axis.set_ylabel(plain(short(f"predicted {task.name}{unit}", 48)), fontsize=TEXT_PT, color=QUIET)
 
 
-def _agreement(results: Results, task: Task, method: str) -> str:
+def _agreement(results: Results, task: TaskRow, method: str) -> str:
     lines = []
     for label, metric, unit in (("r", "r", ""), ("MAE", "mae", f" {task.unit}" if task.unit else "")):
         values = list(results.values(task.name, method, metric).values())
@@ -172,11 +172,11 @@ def _agreement(results: Results, task: Task, method: str) -> str:
     return "\n".join(lines)
 
 
-def _pair_words(results: Results, task: Task, methods: Sequence[str]) -> str:
+def _pair_words(results: Results, task: TaskRow, methods: Sequence[str]) -> str:
     what = "value, of one replicate" if task.name in results.single else "mean"
     best = f"{look(methods[0]).label} has the best {what}"
     return f"{best}; {look(methods[1]).label} is its reference." if len(methods) > 1 else f"{best}."
 
 
-def _ids(results: Results, task: Task, methods: Sequence[str]) -> tuple[str, ...]:
+def _ids(results: Results, task: TaskRow, methods: Sequence[str]) -> tuple[str, ...]:
     return tuple(trial.run_id for method in methods for trial in results.at(task.name, method))

@@ -29,7 +29,7 @@ from neurostorm.report.figures.drawing import (
     short,
 )
 from neurostorm.report.methods import references_of
-from neurostorm.report.results import IDENTIFICATION, REGRESSION, Results, Task
+from neurostorm.report.results import IDENTIFICATION, REGRESSION, Results, TaskRow
 from neurostorm.report.table import p_text
 from neurostorm.report.tables import METRICS, NO_CORRELATION, metric_label
 
@@ -110,7 +110,7 @@ def phenotype_bars(results: Results) -> list[Drawn]:
 
 
 def _panel(
-    axis: Any, results: Results, task: Task, metric: str, chance: float, made: Sequence[Comparison]
+    axis: Any, results: Results, task: TaskRow, metric: str, chance: float, made: Sequence[Comparison]
 ) -> list[str]:
     """Draw the bars of one metric with chance and brackets; the ids of the runs in it."""
     methods = _with_values(results, task, metric)
@@ -124,7 +124,7 @@ def _panel(
     return [trial.run_id for method in methods for trial in results.at(task.name, method)]
 
 
-def _brackets(results: Results, task: Task, methods: Sequence[str], made: Sequence[Comparison]) -> list[Bracket]:
+def _brackets(results: Results, task: TaskRow, methods: Sequence[str], made: Sequence[Comparison]) -> list[Bracket]:
     """The best of the methods that have references, against each of these."""
     best = results.best(task, tuple(one for one in methods if references_of(one, methods)))
     marks = []
@@ -141,11 +141,11 @@ def _equals(p: float) -> str:
     return p_text(p).replace("<", "< ") if p < 0.001 else f"= {p_text(p)}"
 
 
-def _with_values(results: Results, task: Task, metric: str) -> list[str]:
+def _with_values(results: Results, task: TaskRow, metric: str) -> list[str]:
     return [one for one in results.methods(task.name) if results.values(task.name, one, metric)]
 
 
-def _chance(results: Results, task: Task, metric: str) -> float:
+def _chance(results: Results, task: TaskRow, metric: str) -> float:
     """Of the primary metric what the trials say; of the other one what follows from the gallery's size."""
     level = results.chance(task.name)
     if metric == task.metric:

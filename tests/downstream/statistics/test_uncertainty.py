@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import t as student
@@ -106,6 +107,18 @@ def test_the_bootstrap_of_a_mean_has_its_standard_error() -> None:
     assert (found.high - found.low) / (2 * 1.96 * error) == pytest.approx(1, abs=0.1)
     narrow = bootstrap(names(80), score, score, mean_score, level=0.5)
     assert (narrow.high - narrow.low) / (2 * 0.6745 * error) == pytest.approx(1, abs=0.1)
+
+
+def test_the_bootstrap_is_that_of_scipy() -> None:
+    """One row a subject, no undefined draw: the same draws from the same seed, and the same interval."""
+    target, score = np.random.default_rng(10).normal(size=(2, 40))
+    metric = metric_of("mae")
+    found = bootstrap(names(40), target, score, metric, draws=300, seed=7, level=0.9)
+    theirs = scipy.stats.bootstrap(
+        (np.arange(40),), lambda rows: metric(target[rows], score[rows]), n_resamples=300, vectorized=False,
+        method="percentile", confidence_level=0.9, rng=np.random.default_rng(7),
+    )  # fmt: skip
+    assert (found.low, found.high) == pytest.approx(tuple(theirs.confidence_interval), rel=1e-12)
 
 
 def test_draws_are_of_whole_subjects() -> None:
