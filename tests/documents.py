@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+NO_AGENT, AGENT_S = "No available agent to submit job", 120  # what Ray answers then, and for how long it may
 ROOT = Path(__file__).resolve().parents[1]
 _FENCE = re.compile(r"\s*```\s*([\w+-]*)\s*$")
 _MARK = re.compile(r"\s*<!--\s*(.*?)\s*-->\s*$")
@@ -205,7 +206,17 @@ class Project:
         return self.shell(text, str(block), timeout_s)
 
     def shell(self, text: str, name: str, timeout_s: float = 900) -> str:
-        """As `run`, for lines of shell."""
+        """As `run`, for lines of shell; again when a cluster that is starting or busy had no agent to take a job."""
+        end_s = time.monotonic() + AGENT_S
+        while True:
+            status, output = self._finished(text, name, timeout_s)
+            if status == 0:
+                return output
+            if NO_AGENT not in output or time.monotonic() > end_s:
+                raise AssertionError(f"{name} ended with status {status}:\n{text}\n{output[-6000:]}")
+            time.sleep(2)
+
+    def _finished(self, text: str, name: str, timeout_s: float) -> tuple[int, str]:
         process = self._start(text)
         try:
             output, _ = process.communicate(timeout=timeout_s)
@@ -213,8 +224,7 @@ class Project:
             os.killpg(process.pid, signal.SIGKILL)
             output, _ = process.communicate()
             raise AssertionError(f"{name} took longer than {timeout_s:g} s:\n{text}\n{output[-6000:]}") from None
-        assert process.returncode == 0, f"{name} ended with status {process.returncode}:\n{text}\n{output[-6000:]}"
-        return output
+        return process.returncode, output
 
     def serve(self, block: Block) -> None:
         """Starts a server block, waits until its --port answers HTTP, and stops it.
