@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
 from chaos.job import ROOT, Job, JobError, Ledger, entries
 from chaos.scene import EVERY, Scene, end
 

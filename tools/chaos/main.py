@@ -36,7 +36,6 @@ from chaos.services import OF_SERVICES
 from chaos.soak import soak
 from chaos.storage import OF_STORAGE
 from chaos.withdrawn import WITHDRAWN
-
 from neurostorm.commands.options import refuse_missing_folder
 
 FAULTS: dict[str, Fault] = LOCAL | OF_STORAGE | OF_SERVICES | ON_NODES | WITHDRAWN

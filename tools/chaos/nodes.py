@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
 from chaos.faults import Fault
 from chaos.job import JobError, entries, kill_all, training_workers
 from chaos.ray_nodes import RAY, RayNodes
