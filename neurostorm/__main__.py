@@ -3,7 +3,6 @@
 neurostorm COMMAND [OPTION VALUE ...]          each command is a module of `commands/` with `main()`
 """
 
-import difflib
 import sys
 from importlib import import_module
 
@@ -34,9 +33,12 @@ def main() -> int:
         print(f"neurostorm {__version__}")
         return 0
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        print(f"neurostorm: there is no command {name!r}{hint}\nSee: neurostorm --help", file=sys.stderr)
+        from neurostorm.io.errors import did_you_mean
+
+        print(
+            f"neurostorm: there is no command {name!r}{did_you_mean(name, COMMANDS)}\nSee: neurostorm --help",
+            file=sys.stderr,
+        )
         return 2
     sys.argv = [sys.argv[0], *rest]
     try:

@@ -15,10 +15,11 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from neurostorm.commands.suggest import nearest_name, nearest_option
+from neurostorm.commands.suggest import nearest_option
 from neurostorm.config import Config, ConfigError, Section
 from neurostorm.config.base import SQLITE
 from neurostorm.config.presets import PRESETS
+from neurostorm.io.errors import did_you_mean
 
 Tree = dict[str, dict[str, Any]]
 
@@ -110,9 +111,9 @@ def dict_from_text(text: str) -> dict[Any, Any]:
 def preset(name: str) -> Tree:
     """The partial tree of a preset; ConfigError with the nearest name for a wrong one."""
     if name not in PRESETS:
-        near = nearest_name(name, list(PRESETS))
-        hint = f"did you mean {near}? There are" if near else "there are"
-        raise ConfigError(f"--preset {name}: no such preset; {hint} {', '.join(PRESETS)}")
+        meant = did_you_mean(name, PRESETS)
+        there = f"{meant} There are" if meant else "; there are"
+        raise ConfigError(f"--preset {name}: no such preset{there} {', '.join(PRESETS)}")
     return PRESETS[name]
 
 
@@ -187,11 +188,10 @@ def descriptions(targets: Sequence[str], prefix: str = "") -> dict[str, str]:
 def _meant(path: Sequence[str]) -> str:
     """`; did you mean train.lr?` for the steps of a setting that does not exist; "" without a guess."""
     if len(path) == 1:
-        near = nearest_name(path[0], list(Config.model_fields))
-    else:
-        own = targets_of([path[0]]) if path[0] in Config.model_fields else []
-        every = targets_of(tuple(Config.model_fields))
-        near = nearest_option(".".join(path), descriptions(own)) or nearest_option(".".join(path), descriptions(every))
+        return did_you_mean(path[0], Config.model_fields)
+    own = targets_of([path[0]]) if path[0] in Config.model_fields else []
+    every = targets_of(tuple(Config.model_fields))
+    near = nearest_option(".".join(path), descriptions(own)) or nearest_option(".".join(path), descriptions(every))
     return f"; did you mean {near}?" if near else ""
 
 

@@ -5,7 +5,9 @@
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+
+from neurostorm.io.errors import nearest_names
 
 # Last part of an option -> what other tools call it.
 SYNONYMS: dict[str, tuple[str, ...]] = {
@@ -63,12 +65,6 @@ def nearest_option(typed: str, descriptions: Mapping[str, str]) -> str | None:
     return best if best is not None and score[best] >= _FAR else None
 
 
-def nearest_name(typed: str, names: Sequence[str]) -> str | None:
-    """The one of `names` that is spelled most like `typed`, or None."""
-    near = difflib.get_close_matches(typed, names, n=1, cutoff=0.4)
-    return near[0] if near else None
-
-
 def _likeness(leaf: str, option: str) -> float:
     """How much `leaf` is like an option's last part or a synonym of it, 0 to 1; a synonym wins by little less."""
     last = option.rpartition(".")[2].lstrip("-").replace("-", "_")
@@ -89,7 +85,7 @@ def _described(words: str, descriptions: Mapping[str, str]) -> str | None:
     wanted = [word for word in words.split() if len(word) > 3]
     for option, text in descriptions.items():
         known = _words(text).split()
-        if wanted and all(difflib.get_close_matches(word, known, n=1, cutoff=_CLOSE) for word in wanted):
+        if wanted and all(nearest_names(word, known, cutoff=_CLOSE) for word in wanted):
             return option
     return None
 

@@ -27,6 +27,7 @@ from neurostorm.downstream.splits import (
 from neurostorm.downstream.tasks.examples import Examples
 from neurostorm.downstream.tasks.find import find_task
 from neurostorm.downstream.tasks.task import REGISTRY, Task, UnknownTask
+from neurostorm.io.errors import nearest_names
 from neurostorm.io.paths import AnyPath, to_path
 
 CLIP_FRAMES = 20  # without a model that says
@@ -72,8 +73,8 @@ def task_of(text: str, settings: TaskConfig, *, option: str = "--task") -> Task:
     except UnknownTask as error:
         columns = column_names(settings.store, settings.labels)
         name, table = text.partition(":")[0], settings.labels or "the participants table"
-        near = difflib.get_close_matches(name.lower(), [column.lower() for column in columns], n=1, cutoff=0.6)
-        tasks = difflib.get_close_matches(name, REGISTRY, n=1, cutoff=0.4)
+        near = nearest_names(name.lower(), [column.lower() for column in columns], cutoff=0.6)
+        tasks = nearest_names(name, REGISTRY)
         if not near or (tasks and _likeness(name, tasks[0]) >= _likeness(name.lower(), near[0])):
             raise
         column = next(column for column in columns if column.lower() == near[0])

@@ -9,7 +9,6 @@ report, and two rows of one subject that disagree are refused.
 """
 
 import csv
-import difflib
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from neurostorm.ingest.layouts.layout import safe_label, slug
-from neurostorm.io.errors import UserError
+from neurostorm.io.errors import UserError, nearest_names
 from neurostorm.io.paths import AnyPath
 from neurostorm.io.tsv import number, read_rows
 from neurostorm.store import StoreError, read_participants
@@ -256,7 +255,7 @@ def _require(table: _Table, column: str, what: str) -> None:
     if count > 1:
         raise LabelError(f"{table.where}: has {count} columns named {column}: rename or drop all but one")
     if count == 0:
-        near = difflib.get_close_matches(column, table.names, n=1, cutoff=0.5)
+        near = nearest_names(column, table.names, cutoff=0.5)
         guess = f" Did you mean {near[0]}?" if near else ""
         more = ", ..." if len(table.names) > _LISTED_COLUMNS else ""
         names = ", ".join(table.names[:_LISTED_COLUMNS]) or "none"

@@ -6,9 +6,10 @@
 Ray wraps what its workers raise in errors of its own. Nothing here loads Ray: its classes are known by their module.
 """
 
+import difflib
 import importlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 LONGEST = 600  # characters of a message that is not ours
 _LAST_LINE = re.compile(r"^([A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Mismatch|Exit)): (.*)$", re.MULTILINE)
@@ -122,3 +123,14 @@ def _described(error: BaseException) -> str:
     if not _ours(error) and len(message) > LONGEST:
         message = f"{message[:LONGEST].rstrip()} ..."
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def nearest_names(typed: str, known: Iterable[str], count: int = 1, cutoff: float = 0.4) -> list[str]:
+    """Those of `known` that are spelled most like `typed`, at most `count` of them; maybe none."""
+    return difflib.get_close_matches(typed, list(known), n=count, cutoff=cutoff)
+
+
+def did_you_mean(typed: str, known: Iterable[str], cutoff: float = 0.4) -> str:
+    """`; did you mean NAME?` for a name that is not among `known`, or "" when none is like it."""
+    near = nearest_names(typed, known, cutoff=cutoff)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -7,13 +7,14 @@ arXiv:1911.02116, with alpha = 1 / temperature). Temperature 1 takes the dataset
 datasets count as much as large ones.
 """
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+
+from neurostorm.io.errors import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,8 @@ class Sampling:
     def weight_of(self, datasets: Sequence[str]) -> NDArray[np.float64]:
         """The weight of each dataset. ValueError: a weight names none of them, or all are left out."""
         for name in sorted(set(self.weights) - set(datasets)):
-            near = difflib.get_close_matches(name, datasets, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(
-                f"data.weights: there is no dataset {name!r}{hint} (the datasets are {', '.join(sorted(datasets))})"
-            )
+            meant, known = did_you_mean(name, datasets), ", ".join(sorted(datasets))
+            raise ValueError(f"data.weights: there is no dataset {name!r}{meant} (the datasets are {known})")
         weights = np.array([float(self.weights.get(name, 1.0)) for name in datasets])
         if len(weights) and not weights.any():
             raise ValueError("data.weights leaves every dataset out: give at least one a weight above 0")

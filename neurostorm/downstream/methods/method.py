@@ -13,11 +13,11 @@
 For identification, ridge and logistic give way to a map that shrinks what differs within a subject (`vectors.py`).
 """
 
-import difflib
 from dataclasses import dataclass
 from typing import Literal
 
 from neurostorm.config import ConfigError
+from neurostorm.io.errors import did_you_mean
 
 Sees = Literal["nothing", "attributes", "regions", "tokens", "clips", "matrices"]
 Weights = Literal["", "pretrained", "random", "contrastive"]
@@ -78,7 +78,6 @@ METHODS: dict[str, Method] = {
 def find_method(name: str) -> Method:
     """The method with this name; ConfigError with the nearest one."""
     if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"adapt.method={name}: no such method; {hint} (methods: {', '.join(METHODS)})")
+        meant = did_you_mean(name, METHODS)
+        raise ConfigError(f"adapt.method={name}: no such method{meant} (methods: {', '.join(METHODS)})")
     return METHODS[name]

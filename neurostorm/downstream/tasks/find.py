@@ -1,6 +1,5 @@
 """Finding a task by its name, or in a file of one's own."""
 
-import difflib
 import hashlib
 import importlib.util
 import inspect
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from neurostorm.config import ConfigError
 from neurostorm.downstream.tasks.task import REGISTRY, Task, UnknownTask
+from neurostorm.io.errors import did_you_mean
 
 
 def find_task(text: str, column: str | None = None) -> Task:
@@ -25,8 +25,8 @@ def find_task(text: str, column: str | None = None) -> Task:
     name, _, asked = text.partition(":")
     file = Path(name) if name.endswith(".py") else Path(f"{name}.py")
     if name not in REGISTRY and not file.is_file():
-        near = difflib.get_close_matches(name, REGISTRY, n=1, cutoff=0.6)
-        hint = f"; did you mean {near[0]}? Tasks" if near else "; tasks"
+        meant = did_you_mean(name, REGISTRY, cutoff=0.6)
+        hint = f"{meant} Tasks" if meant else "; tasks"
         raise UnknownTask(
             f"task.name={text}: no such task, and no file {file} in {Path.cwd()}{hint} are "
             f"{', '.join(sorted(REGISTRY))}; a column of your table is phenotype:COLUMN or diagnosis:COLUMN"

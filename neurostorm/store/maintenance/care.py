@@ -8,12 +8,12 @@ Each step may be done twice: whatever cuts them off, starting again finishes the
 """
 
 import contextlib
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from neurostorm.io.atomic import put_if_absent
+from neurostorm.io.errors import nearest_names
 from neurostorm.io.paths import AnyPath, list_files, remove_tree
 from neurostorm.store.files import StorePath, is_node, read_header, read_many, store_place
 from neurostorm.store.layout import (
@@ -157,7 +157,7 @@ def find_subject(path: StorePath, name: str) -> tuple[str, str]:
         raise StoreError(f"{root} has {subject} in several datasets, maybe different people: name one of {choices}")
     if dataset and _quarantined(root, subject):
         return dataset, subject
-    near = difflib.get_close_matches(name, {text for key in known for text in (key[1], "/".join(key))}, n=3)
+    near = nearest_names(name, {text for key in known for text in (key[1], "/".join(key))}, count=3, cutoff=0.6)
     hint = f"; the nearest: {', '.join(near)}" if near else ""
     raise StoreError(f"{root} has no subject {name!r}{hint}")
 

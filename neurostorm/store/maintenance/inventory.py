@@ -8,7 +8,6 @@ A listing costs an object store a request per thousand files, a look at each run
 """
 
 import contextlib
-import difflib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from neurostorm.io.errors import nearest_names
 from neurostorm.io.paths import AnyPath, list_files
 from neurostorm.store.files import find_runs, is_node
 from neurostorm.store.layout import METADATA, RUNS, StoreError
@@ -100,7 +100,7 @@ def find_run(root: AnyPath, name: str) -> str:
         names = "".join(f"\n  {run.removeprefix(f'{RUNS}/')}" for run in found[:LISTED])
         more = f"\n  ... and {len(found) - LISTED:,} more" if len(found) > LISTED else ""
         raise StoreError(f"{name!r} means {len(found):,} runs of {root}, name one of them:{names}{more}")
-    near = difflib.get_close_matches(wanted, runs, n=3, cutoff=0.3)
+    near = nearest_names(wanted, runs, count=3, cutoff=0.3)
     hint = f"; the nearest: {', '.join(near)}" if near else f"; it holds {len(runs):,} runs"
     raise StoreError(f"{root} has no run {name!r}{hint}. `python tools/store.py list {root}` lists them")
 
