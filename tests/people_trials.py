@@ -50,7 +50,7 @@ def make_trial(config: Config) -> Trial:
     plain = Trial(config, task, split_of(open_config(config, None), config.split, seed=0), None, cache, cache, "")
     method, backbone, frames = plain.method, None, None
     if method.needs_model:
-        found = open_pretrained(config.adapt.model, config.adapt.normalise, section="adapt")
+        found = open_pretrained(config.adapt.model, config.adapt.normalize, section="adapt")
         frames = found.model.config.frames
     evaluation = open_config(config, frames)
     if method.needs_model:

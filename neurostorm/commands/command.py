@@ -42,6 +42,7 @@ from neurostorm.commands.suggest import nearest_option
 from neurostorm.config import Config, ConfigError
 from neurostorm.config.base import SQLITE
 from neurostorm.config.presets import PRESETS
+from neurostorm.config.renamed import RENAMED, old_names, say_renamed, with_new_names
 from neurostorm.io.errors import UserError, reason_of
 from neurostorm.runtime import ray_output
 from neurostorm.runtime.interrupts import interruptible
@@ -185,6 +186,9 @@ class Job:
             default = self.defaults.get(section, {}).get(name)
             default = field_of(target).get_default(call_default_factory=True) if default is None else default
             groups[section].add_argument(f"--{target}", **argparse_options(target), help=explain(target, default))
+        for old, new in RENAMED.items():
+            if new in self.targets:
+                parser.add_argument(f"--{old}", **argparse_options(new) | {"dest": old}, help=argparse.SUPPRESS)
         return parser
 
     def _read(self, argv: Sequence[str]) -> tuple[argparse.Namespace, Config]:
@@ -194,9 +198,15 @@ class Job:
         options.preset = getattr(options, "preset", None)
         tree = self._tree(options.preset)
         if options.config is not None:
-            overlay(tree, read_yaml(options.config))
+            written = read_yaml(options.config)
+            for old in old_names(written):
+                say_renamed(old)
+            overlay(tree, with_new_names(written))
         for target, text in vars(options).items():
             if text is not None and "." in target:
+                if target in RENAMED:
+                    say_renamed(target)
+                    target = RENAMED[target]
                 section, name = target.split(".")
                 try:
                     value = value_of(text, field_of(target))

@@ -62,7 +62,7 @@ def work(config: Config) -> int:
         loss = held_out(
             done["loss/validation"],
             done["loss/validation_predicting_mean"],
-            normalise_targets=config.model.normalise_targets,
+            normalise_targets=config.model.normalize_targets,
             longer="--train.max_steps" if config.train.max_steps else "--train.epochs",
         )
         print(f"\n{config.run.name}: {done['steps']} steps done.", *loss, sep="\n")

@@ -18,6 +18,7 @@ from neurostorm.config.base import ConfigError, Section
 from neurostorm.config.data import DataConfig, EmbedConfig, IngestConfig
 from neurostorm.config.evaluation import AdaptConfig, ReportConfig, SplitConfig, SweepConfig, TaskConfig
 from neurostorm.config.model import AugmentConfig, MaskConfig, ModelConfig, StrdConfig
+from neurostorm.config.renamed import with_new_names
 from neurostorm.config.training import CheckpointConfig, RunConfig, ScaleConfig, TrackingConfig, TrainConfig
 
 __all__ = [
@@ -47,6 +48,11 @@ class Config(Section):
     adapt: AdaptConfig = Field(default_factory=AdaptConfig)
     sweep: SweepConfig = Field(default_factory=SweepConfig)
     report: ReportConfig = Field(default_factory=ReportConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _takes_old_names(cls, tree: Any) -> Any:
+        return with_new_names(tree) if isinstance(tree, dict) else tree
 
     @model_validator(mode="after")
     def _batches_divide(self) -> "Config":

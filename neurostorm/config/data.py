@@ -31,10 +31,12 @@ class IngestConfig(Section):
     chunk_frames: Positive | None = Field(
         None, description="frames under one checksum; default: as many as come nearest to 128 kB"
     )
-    codec: Literal["none", "zstd"] = Field("none", description="compression of frames; zstd pays on a slow network")
+    compression: Literal["none", "zstd"] = Field(
+        "none", description="compression of frames; zstd pays on a slow network"
+    )
     cpus_per_run: float = Field(1.0, gt=0, description="CPU cores that Ray reserves while one run is ingested")
     dry_run: bool = Field(False, description="only say what would be done, with bytes and time; write nothing")
-    readmit: tuple[str, ...] = Field(
+    allow_removed: tuple[str, ...] = Field(
         (), description="participants who withdrew and may come back: DATASET/sub-ID, or sub-ID in any dataset"
     )
 
@@ -63,7 +65,7 @@ class DataConfig(Section):
         "worker", description="where clips are read: in the training worker, ahead of it, or in Ray tasks on all nodes"
     )
     read_threads: Positive = Field(2, description="reads at a time in a worker; an object store wants 16 or more")
-    steps_ahead: Positive = Field(2, description="steps read ahead of training: bounds the feed's memory")
+    prefetch_steps: Positive = Field(2, description="steps read ahead of training: bounds the loader's memory")
     batch_timeout_s: Positive = Field(
         1800,
         description="longest wait of a worker for the clips of one step, seconds; then it says what is missing; above "
@@ -75,7 +77,7 @@ class DataConfig(Section):
     verify: Literal["first", "always"] = Field(
         "first", description="which reads compare checksums: a process's first of each frame, or all"
     )
-    normalise: Literal["voxel", "global"] = Field(
+    normalize: Literal["voxel", "global"] = Field(
         "voxel", description="signal the model sees: z of each voxel over time, or z over all brain voxels and frames"
     )
     max_bad_fraction: float = Field(
@@ -111,7 +113,7 @@ class EmbedConfig(Section):
     out: Location = Field(
         Path("outputs/embeddings"), description="place of the result; a folder shared by all nodes, or s3:// gs://"
     )
-    normalise: Literal["voxel", "global"] | None = Field(
+    normalize: Literal["voxel", "global"] | None = Field(
         None, description="for a model that does not say what it was trained on (released weights: global)"
     )
     clip_stride_frames: Positive | None = Field(None, description="frames between clip starts; default: a clip's")

@@ -77,7 +77,7 @@ class AdaptConfig(Section):
     model: Location | None = Field(
         None, description="a model (model.safetensors, config.json), a run that made one, or a released .ckpt"
     )
-    normalise: Literal["voxel", "global"] | None = Field(
+    normalize: Literal["voxel", "global"] | None = Field(
         None, description="for a model that does not say what it was trained on (released weights: global)"
     )
     fraction: Share = Field(1.0, description="share of the training subjects whose labels are used; nested")

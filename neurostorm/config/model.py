@@ -32,7 +32,7 @@ class ModelConfig(Section):
     full_last: bool = Field(False, description="the last stage's window spans all of space")
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth at the deepest block")
     loss_on: Literal["brain", "all"] = Field("brain", description="voxels of masked patches that the loss counts")
-    normalise_targets: bool = Field(False, description="the loss sees each patch with mean 0 and variance 1")
+    normalize_targets: bool = Field(False, description="the loss sees each patch with mean 0 and variance 1")
     decoder: Literal["paper", "light"] = Field(
         "paper",
         description="paper: all tokens pass through encoder and decoder, as released; light: the encoder sees visible "

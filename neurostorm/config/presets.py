@@ -25,7 +25,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "scale": {"workers": 2},
     },
     "paper": {
-        "data": {"normalise": "global"},
+        "data": {"normalize": "global"},
         "model": {"mixer": "mamba", "layout": "paper", "loss_on": "all", "full_last": True},
         "train": {"lr": 5e-5, "clip_norm": 0.0, "min_lr_fraction": 1.0, "warmup_fraction": 0.0},
         "scale": {"workers": 4, "gpus_per_worker": 1, "cpus_per_worker": 8},

@@ -74,7 +74,9 @@ class CheckpointConfig(Section):
 
     every: Positive = Field(500, description="steps between checkpoints")
     keep: Positive = Field(3, description="newest checkpoints that stay; the newest has a copy")
-    notice_every: Positive = Field(10, description="steps between looks for the notice that a node will be taken away")
+    preemption_check_every: Positive = Field(
+        10, description="steps between checks for a preemption notice: that a node will be taken away"
+    )
     resume: Literal["auto", "never", "must"] = Field(
         "auto", description="auto: go on from the newest checkpoint if any; never: refuse a used folder; must: need one"
     )

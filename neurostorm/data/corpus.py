@@ -108,9 +108,9 @@ def open_corpus(config: Config, manifest: pa.Table | None = None) -> Corpus:
         origin=origin,
         sampling=sampling,
     )
-    runs = RunIndex(manifest, moments=data.normalise == "global")
+    runs = RunIndex(manifest, moments=data.normalize == "global")
     withdrawals = Withdrawals.read(store.path)
-    reader = ClipReader(store, runs, data.clip_frames, data.normalise, data.unavailable_s, withdrawals)
+    reader = ClipReader(store, runs, data.clip_frames, data.normalize, data.unavailable_s, withdrawals)
     rows = validation_rows(parted.validation, clip_frames=data.clip_frames, count=data.val_clips)
     content = store.content_hash(manifest)
     return Corpus(store, reader, plan, rows, len(set(subjects)), int(frames.sum()), parted.description, content)

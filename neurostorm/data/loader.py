@@ -9,7 +9,7 @@ The list of tasks stays short however long the run is: a task stands for thousan
 tasks as their rows arrive. Each block says which step and rank it is for, and `batches` refuses any other: a wrong
 order stops the run instead of silently training on other clips. `ClipReader` does the reading, in either place.
 
-Memory: with read_in=worker a worker holds `data.steps_ahead` + 2 of its batches, and nothing passes through Ray's
+Memory: with read_in=worker a worker holds `data.prefetch_steps` + 2 of its batches, and nothing passes through Ray's
 object store; with a GPU that memory is pinned (with read_in=tasks, two batches of it), and the GPU holds two batches.
 With read_in=tasks that store holds `feed_bytes` in blocks. Reading in the worker costs the least by far
 (tools/bench/feed.py); tasks use the cores of nodes that do not train.
@@ -130,19 +130,19 @@ def clip_dataset(
 
 
 def loader_options(
-    reader: ClipReader, plan: ClipPlan, *, read_in: ReadIn, steps_ahead: int
+    reader: ClipReader, plan: ClipPlan, *, read_in: ReadIn, prefetch_steps: int
 ) -> ray.data.ExecutionOptions:
     """What Ray Data needs to keep the order, and to bound what it holds of clips."""
     options = ray.data.ExecutionOptions(preserve_order=True)
     if read_in == "tasks":
-        held = loader_bytes(reader, plan.global_batch, steps_ahead)
+        held = loader_bytes(reader, plan.global_batch, prefetch_steps)
         options.resource_limits = ray.data.ExecutionResources(object_store_memory=held)
     return options
 
 
-def loader_bytes(reader: ClipReader, global_batch: int, steps_ahead: int) -> int:
+def loader_bytes(reader: ClipReader, global_batch: int, prefetch_steps: int) -> int:
     """What Ray's object store may hold of clips with read_in=tasks: blocks being made, waiting and in use."""
-    return (2 * steps_ahead + 2) * global_batch * reader.clip_bytes
+    return (2 * prefetch_steps + 2) * global_batch * reader.clip_bytes
 
 
 @dataclass(frozen=True)
@@ -197,8 +197,8 @@ class _Feeding:
 
 
 def batches(
-    shard: Any, reader: ClipReader, *, rank: int, first_step: int, clips: int, threads: int = 2, steps_ahead: int = 2,
-    timeout_s: float = 1800, copies: "DeviceCopies | None" = None,
+    shard: Any, reader: ClipReader, *, rank: int, first_step: int, clips: int, threads: int = 2,
+    prefetch_steps: int = 2, timeout_s: float = 1800, copies: "DeviceCopies | None" = None,
 ) -> BatchStream:  # fmt: skip
     """A worker's shard of the dataset as ClipBatches for steps first_step, first_step + 1, ...
 
@@ -212,7 +212,7 @@ def batches(
         first_step: step of the first batch.
         clips: of one batch.
         threads: reads at a time (read_in=worker).
-        steps_ahead: batches that are begun before they are asked for.
+        prefetch_steps: batches that are begun before they are asked for.
         timeout_s: longest wait for one batch, seconds.
         copies: sends batches to the GPU of this worker; None leaves them on the CPU.
 
@@ -221,16 +221,16 @@ def batches(
         BatchTimeout: a batch did not come in time.
     """
     feeding = _Feeding(reader, clips)
-    blocks = shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=steps_ahead)
+    blocks = shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=prefetch_steps)
     parts = _steps(feeding.blocks(blocks), rank=rank, first_step=first_step, clips=clips)
-    made = _read(parts, reader, threads, steps_ahead, copies)
+    made = _read(parts, reader, threads, prefetch_steps, copies)
     return BatchStream(
         made, rank=rank, first_step=first_step, timeout_s=timeout_s, words=feeding.words, ask_ahead=copies is not None
     )
 
 
 def _read(
-    parts: Iterator[Columns], reader: ClipReader, threads: int, steps_ahead: int, copies: "DeviceCopies | None"
+    parts: Iterator[Columns], reader: ClipReader, threads: int, prefetch_steps: int, copies: "DeviceCopies | None"
 ) -> Iterator[ClipBatch]:
     """Converts the parts to batches; reads the clips first if the parts hold plan rows only."""
     first = next(parts, None)
@@ -241,7 +241,7 @@ def _read(
         yield from map(as_batch if copies is None else copies.send_shared, whole)
     else:
         orders = ((_rows(part), part["path"].tolist()) for part in whole)
-        read = reader.read_ahead(orders, threads=threads, ahead=steps_ahead, copies=copies)
+        read = reader.read_ahead(orders, threads=threads, ahead=prefetch_steps, copies=copies)
         yield from map(as_batch if copies is None else copies.send, read)
 
 

@@ -77,7 +77,7 @@ def prepare(config: Config, wanted: Sequence[Wanted], say: Say = logger.info) ->
     found = None
     if any(method.needs_model for method in methods.values()):
         settings = config.adapt
-        found = open_pretrained(settings.model, settings.normalise, section="adapt", converted=cache / "models")
+        found = open_pretrained(settings.model, settings.normalize, section="adapt", converted=cache / "models")
     evaluations = _evaluations(config, wanted, found)
     labels = _say_labels(home, evaluations, say)
     parcels = _parcels(config.adapt, wanted, methods, evaluations)

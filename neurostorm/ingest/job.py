@@ -67,10 +67,10 @@ def ingest(config: Config) -> IngestReport:
         for dataset, subject in found.readmitted:
             allow_removed(store, dataset, subject)
         participants, notes = store_participants(store, found.sources)
-    notes += [f"ingest.readmit: nobody called {entry} withdrew from this store" for entry in found.strangers]
+    notes += [f"ingest.allow_removed: nobody called {entry} withdrew from this store" for entry in found.strangers]
     _warn_of_space(found, store, settings.tr_s, int(mask.sum()))
     work = partial(
-        attempt, store=store, chunk_frames=settings.chunk_frames, compression=settings.codec,
+        attempt, store=store, chunk_frames=settings.chunk_frames, compression=settings.compression,
         threads=max(1, int(settings.cpus_per_run)),
     )  # fmt: skip
     waiting = found.waiting

@@ -81,7 +81,7 @@ def with_reasons(title: str, outcomes: Sequence[RunOutcome]) -> list[str]:
 def withdrawn_lines(outcomes: Sequence[RunOutcome]) -> list[str]:
     """Who withdrew, with how many runs each."""
     people = Counter("/".join(outcome.run.split("/")[1:3]) for outcome in outcomes)
-    title = f"left out, {len(people)} participant(s) withdrew (--ingest.readmit names who may come back)"
+    title = f"left out, {len(people)} participant(s) withdrew (--ingest.allow_removed names who may come back)"
     return listed(title, [f"{person}: {runs} run(s)" for person, runs in sorted(people.items())])
 
 

@@ -31,8 +31,8 @@ class Survey:
         known: by the text of a source's path, outcomes that need no task.
         unsure: sources whose run is complete, and whose file has the size but not the time that it had: it will be read
             to tell.
-        readmitted: dataset and subject of participants who withdrew and are named in `ingest.readmit`.
-        strangers: entries of `ingest.readmit` that name nobody who withdrew.
+        readmitted: dataset and subject of participants who withdrew and are named in `ingest.allow_removed`.
+        strangers: entries of `ingest.allow_removed` that name nobody who withdrew.
     """
 
     sources: tuple[Source, ...]
@@ -60,10 +60,10 @@ def survey(settings: IngestConfig, store: AnyPath) -> Survey:
         raise ConfigError("ingest.source is not set: give the folder of your NIfTI files, --source DIR")
     sources = tuple(discover(settings.source, settings.dataset))
     if not is_node(store):
-        return Survey(sources, {}, (), (), settings.readmit)
+        return Survey(sources, {}, (), (), settings.allow_removed)
     gone = withdrawn_subjects(store)
-    back = {person for person in gone for entry in settings.readmit if _names(entry, person)}
-    strangers = tuple(entry for entry in settings.readmit if not any(_names(entry, person) for person in gone))
+    back = {person for person in gone for entry in settings.allow_removed if _names(entry, person)}
+    strangers = tuple(entry for entry in settings.allow_removed if not any(_names(entry, person) for person in gone))
     known = {
         str(source.path): RunOutcome(str(source.path), source.run, "withdrawn", "its participant withdrew")
         for source in sources

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from neurostorm.config import AugmentConfig, Config, ConfigError
+from neurostorm.config.renamed import with_new_names
 from neurostorm.io.atomic import atomic_write
 from neurostorm.io.paths import AnyPath
 from neurostorm.tracking.tracker import RUN_FILE
@@ -27,7 +28,7 @@ PLACED = frozenset({"run.output", "task.store", "adapt.cache", "adapt.gpus", "ad
 RESUMABLE = frozenset(
     {
         "run.output", "run.name", "data.store", "data.max_bad_fraction", "data.read_in", "data.read_threads",
-        "data.steps_ahead", "data.batch_timeout_s", "data.unavailable_s", "data.verify", "train.micro_batch",
+        "data.prefetch_steps", "data.batch_timeout_s", "data.unavailable_s", "data.verify", "train.micro_batch",
         "train.zero_stage", "train.compile", "train.max_skipped_steps", "train.log_every", "train.validate_every",
     }
 )  # fmt: skip
@@ -120,6 +121,7 @@ def differing_keys(saved: dict[str, Any], current: Config) -> list[str]:
     none, differs too, unless it is known what that version did. Raises ValidationError for an unknown one.
     """
     sections = ("run", "data", "model", "mask", "strd", "augment", "train")
+    saved = with_new_names(saved)
     before, after = Config.model_validate(saved).flat(*sections), current.flat(*sections)
     for key in before:
         section, field = key.split(".")

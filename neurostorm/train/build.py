@@ -94,7 +94,7 @@ def build_model(config: Config, store: FrameStore) -> MaskedAutoencoder:
         strd=StrdConfig(**config.strd.model_dump()),
         loss_on=config.model.loss_on,
         brain=torch.from_numpy(store.mask),
-        normalise_targets=config.model.normalise_targets,
+        normalise_targets=config.model.normalize_targets,
         atlas=atlas_of(config, store),
         decoder=config.model.decoder,
         decoder_depth=config.model.decoder_depth,
@@ -198,7 +198,7 @@ def export(loop: Loop, corpus: Corpus, folder: AnyPath) -> None:
         return
     store = corpus.store
     extra = {
-        "normalise": loop.config.data.normalise,
+        "normalise": loop.config.data.normalize,
         "grid": {"name": store.grid.name, "shape": list(store.grid.shape), "affine": store.grid.affine.tolist()},
         "tr_s": store.tr_s,
         "mask_sha256": store.mask_sha256,

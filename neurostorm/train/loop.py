@@ -181,7 +181,7 @@ class Loop:
                 self.log(done, outcome.gradient_norm)
             if done % self.config.train.validate_every == 0 or done == self.total_steps:
                 result = self.validate(done)
-            notice = not told and done % self.config.checkpoint.notice_every == 0 and self.notice()
+            notice = not told and done % self.config.checkpoint.preemption_check_every == 0 and self.notice()
             if notice:
                 told = True
                 self.say("preemption", step=done)

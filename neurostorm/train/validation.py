@@ -109,7 +109,7 @@ class Validation:
         boxes = (target, target.masked_fill(hidden, 0), prediction, hidden.float())
         seen, masked, predicted, unseen = [self.model.to_volume(box)[0, 0, ..., frame].cpu().numpy() for box in boxes]
         store = self.reader.store
-        unit = "z over time" if self.config.data.normalise == "voxel" else "z over the run"
+        unit = "z over time" if self.config.data.normalize == "voxel" else "z over the run"
         return reconstruction_figure(
             seen,
             masked,

@@ -53,7 +53,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     try:
         feed = partial(
             batches, ray.train.get_dataset_shard("train"), corpus.reader, rank=rank, clips=config.clips_per_worker,
-            threads=config.data.read_threads, steps_ahead=config.data.steps_ahead,
+            threads=config.data.read_threads, prefetch_steps=config.data.prefetch_steps,
             timeout_s=config.data.batch_timeout_s,
             copies=DeviceCopies(Cuda(device)) if device.type == "cuda" else None,
         )  # fmt: skip

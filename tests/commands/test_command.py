@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from neurostorm.commands.command import Job
-from neurostorm.commands.options import build
+from neurostorm.commands.options import build, field_of
 from neurostorm.config import Config, ConfigError
 from neurostorm.config.presets import PRESETS
+from neurostorm.config.renamed import RENAMED
 from neurostorm.runtime.run_folder import differing_keys
 from neurostorm.store import StoreError
 
@@ -67,7 +68,7 @@ def test_names_with_values_are_read_as_yaml(text):
         (["--stochastic_depth", "0.1"], ["did you mean --model.drop_path"]),
         (["--preset", "tny"], ["tny", "tiny", "paper"]),
         (["--train.lr", "7"], ["train.lr=7", "> 0 and <= 1"]),
-        (["--data.normalise", "z"], ["data.normalise=z", "voxel or global"]),
+        (["--data.normalize", "z"], ["data.normalize=z", "voxel or global"]),
         (["--data.clip_stride_frames", "0"], ["data.clip_stride_frames=0", ">= 1"]),
         (["--train.global_batch", "7", "--workers", "2"], ["train.global_batch=7", "scale.workers=2"]),
         (["--train.micro_batch", "5"], ["train.micro_batch=5", "32"]),
@@ -137,7 +138,7 @@ def test_the_papers_preset_is_the_papers():
 def test_our_presets_have_head_widths_that_fused_kernels_like(name):
     model = build(PRESETS[name]).model
     assert {model.embed_dim * 2**i // heads for i, heads in enumerate(model.heads)} <= {16, 32}
-    assert build(PRESETS[name]).data.normalise == "voxel"
+    assert build(PRESETS[name]).data.normalize == "voxel"
 
 
 @pytest.mark.parametrize("name", ["ingest", "pretrain", "embed", "finetune", "sweep", "report"])
@@ -312,3 +313,21 @@ def test_a_run_that_was_kept_before_there_was_a_light_decoder_or_a_view_goes_on(
     assert differing_keys(saved, views) == ["augment.enabled: False -> True"]
     light = Config.model_validate({**saved, "model": {**saved["model"], "decoder": "light"}})
     assert differing_keys(saved, light) == ["model.decoder: paper -> light"]
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_an_old_name_of_a_setting_is_taken_with_a_word_on_the_new_one(old, new, tmp_path, caplog):
+    job = Job("pretrain", "Test.", tuple(Config.model_fields))
+    section, field = new.split(".")
+    kind = field_of(new).annotation
+    special = {"normalize": "global", "compression": "zstd", "allow_removed": "sub-1"}
+    value = special.get(field, "true" if kind is bool else "7")
+    expected = getattr(getattr(job.load([f"--{new}", value]), section), field)
+    assert caplog.messages == []
+    assert getattr(getattr(job.load([f"--{old}", value]), section), field) == expected
+    assert caplog.messages == [f"--{old} is called --{new} now; the old name is accepted for one more version"]
+    file = tmp_path / "old.yaml"
+    file.write_text(yaml.safe_dump({section: {old.split(".")[1]: [value] if field == "allow_removed" else value}}))
+    assert getattr(getattr(job.load(["--config", str(file)]), section), field) == expected
+    assert len(caplog.messages) == 2
+    assert f"--{old}" not in job.parser().format_help()

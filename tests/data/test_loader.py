@@ -61,7 +61,7 @@ def late_first_reader(uneven):
 def feed(reader, plan, first_step, read_in):
     """What each of two workers gets from `first_step` on, taken at the same time as in training; by rank."""
     dataset = clip_dataset(reader, plan, first_step=first_step, last_step=STEPS, workers=WORKERS, read_in=read_in)
-    options = loader_options(reader, plan, read_in=read_in, steps_ahead=2)
+    options = loader_options(reader, plan, read_in=read_in, prefetch_steps=2)
     shards = ray.train.DataConfig(execution_options=options).configure({"train": dataset}, WORKERS, None, None)
     taken = [[] for _ in shards]
 
@@ -157,8 +157,8 @@ def test_a_long_plan_is_few_tasks_of_true_size(per_rank, parts, uneven, plan, mo
 
 def test_what_ray_may_hold_of_clips_is_bounded_where_it_holds_any(uneven, plan):
     reader = uneven.reader()
-    assert loader_options(reader, plan, read_in="worker", steps_ahead=2).preserve_order
-    limited = loader_options(reader, plan, read_in="tasks", steps_ahead=2).resource_limits.object_store_memory
+    assert loader_options(reader, plan, read_in="worker", prefetch_steps=2).preserve_order
+    limited = loader_options(reader, plan, read_in="tasks", prefetch_steps=2).resource_limits.object_store_memory
     block = reader.batch(plan.step_rows(0, 0, 1)).frames.nbytes
     assert limited == loader_bytes(reader, plan.global_batch, 2) == 6 * block
 
@@ -197,7 +197,7 @@ def test_a_batch_that_does_not_come_ends_the_wait_with_what_it_was_for(
     monkeypatch.setattr(batch_stream, "SAY_EVERY_S", 0.02)
     reader = uneven.reader()
     shard = Stuck(*(block_of(plan, reader, step, read_in) for step in range(given)))
-    stream = batches(shard, reader, rank=0, first_step=0, clips=plan.global_batch, steps_ahead=1, timeout_s=0.3)
+    stream = batches(shard, reader, rank=0, first_step=0, clips=plan.global_batch, prefetch_steps=1, timeout_s=0.3)
     taken = []
     with pytest.raises(BatchTimeout) as late:
         taken += (batch.row.tolist() for batch in stream)

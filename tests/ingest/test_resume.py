@@ -90,7 +90,7 @@ def test_who_withdrew_stays_out_until_readmitted(dataset: Path, filled: Path) ->
     settings = IngestConfig(source=dataset)
     assert status_of(survey(settings, filled)) == {"sub-1": "complete", "sub-2": "withdrawn", "sub-3": "complete"}
     for entry in ("sub-2", "bids/sub-2"):
-        found = survey(settings.model_copy(update={"readmit": (entry, "sub-9", "other/sub-2")}), filled)
+        found = survey(settings.model_copy(update={"allow_removed": (entry, "sub-9", "other/sub-2")}), filled)
         assert status_of(found) == {"sub-1": "complete", "sub-3": "complete"}
         assert found.readmitted == (("bids", "sub-2"),)
         assert found.strangers == ("sub-9", "other/sub-2")

@@ -13,7 +13,7 @@ STEPS, NEVER = 150, 10_000
 def test_a_run_saves_and_stops_on_usr1_and_the_same_command_finishes_it(ball_config):
     config = ball_config(
         train={"epochs": 100, "max_steps": STEPS, "log_every": 1, "validate_every": NEVER},
-        checkpoint={"every": NEVER, "notice_every": NEVER}, tracking={"clip_ledger": True, "pictures": False},
+        checkpoint={"every": NEVER, "preemption_check_every": NEVER}, tracking={"clip_ledger": True, "pictures": False},
     )  # fmt: skip
     config.run.folder.mkdir(parents=True)
     (config.run.folder / STOP_FILE).write_text("")  # of a driver that was killed

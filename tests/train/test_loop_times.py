@@ -78,7 +78,7 @@ def run(clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Callabl
 
         config = SimpleNamespace(
             train=SimpleNamespace(log_every=log_every, validate_every=total, global_batch=8),
-            checkpoint=SimpleNamespace(every=total, notice_every=100, keep=1),
+            checkpoint=SimpleNamespace(every=total, preemption_check_every=100, keep=1),
             tracking=SimpleNamespace(clip_ledger=False),
         )
         account = TimeAccount(clock_ns=lambda: round(clock() * S))

@@ -129,7 +129,7 @@ class Pipeline:
         work = self.work
         last = WARM_STEPS + work.steps
         dataset = clip_dataset(work.reader, work.plan, first_step=0, last_step=last, workers=1, read_in=self.read_in)
-        options = loader_options(work.reader, work.plan, read_in=self.read_in, steps_ahead=2)
+        options = loader_options(work.reader, work.plan, read_in=self.read_in, prefetch_steps=2)
         (shards,) = ray.train.DataConfig(execution_options=options).configure({"train": dataset}, 1, None, None)
         spent_s, waiting = ray.get(self.worker.take.remote(shards["train"], step_s))
         return spent_s, waiting

@@ -46,7 +46,7 @@ class Setting:
                 "global_batch": 2, "epochs": self.steps / STEPS_PER_EPOCH, "log_every": LOG_EVERY,
                 "validate_every": 10**6,
             },
-            "checkpoint": {"every": EVERY, "notice_every": 2},
+            "checkpoint": {"every": EVERY, "preemption_check_every": 2},
             "scale": {"max_failures": 20, "collective_timeout_s": 120, "min_collective_timeout_s": 5},
             "tracking": {"pictures": False, "uri": f"sqlite:///{self.folder / 'mlflow.db'}"},
         }  # fmt: skip

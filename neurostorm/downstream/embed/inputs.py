@@ -60,7 +60,7 @@ class Input:
 
 def open_input(settings: EmbedConfig) -> Input:
     """Read and check what the settings name. Errors as `embed.embed`."""
-    found = open_pretrained(settings.model, settings.normalise, section="embed")
+    found = open_pretrained(settings.model, settings.normalize, section="embed")
     if (settings.store is None) == (settings.source is None):
         raise ConfigError("give either the store to embed, --store STORE, or a folder of NIfTI files, --source DIR")
     folder, model = found.place, found.model

@@ -47,7 +47,7 @@ def open_pretrained(
 
     Args:
         address: a model's folder, a run's folder with `model/` in it, or a released Lightning `.ckpt`.
-        normalise: for a model that does not say; the field `section`.normalise.
+        normalise: for a model that does not say; the field `section`.normalize.
         section: of the configuration, for messages.
         converted: where a released checkpoint is kept as a model's folder; None: a checkpoint is refused.
 
@@ -70,11 +70,11 @@ def open_pretrained(
     own = model.extra.get("normalise")
     if own is None and normalise is None:
         raise ConfigError(
-            f"{section}.model={address} does not say how its clips were normalised: give --{section}.normalise global "
+            f"{section}.model={address} does not say how its clips were normalised: give --{section}.normalize global "
             "(the released models) or voxel"
         )
     if own is not None and normalise is not None and own != normalise:
-        raise ConfigError(f"{section}.normalise={normalise}, but the model was trained on {own}: leave the option away")
+        raise ConfigError(f"{section}.normalize={normalise}, but the model was trained on {own}: leave the option away")
     return Pretrained(folder, model, sha256, cast(Normalise, own or normalise))
 
 

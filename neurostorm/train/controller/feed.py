@@ -21,7 +21,7 @@ class TrainData(ray.train.DataConfig):
 
     def __init__(self, config: Config, corpus: Corpus) -> None:
         data = config.data
-        options = loader_options(corpus.reader, corpus.plan, read_in=data.read_in, steps_ahead=data.steps_ahead)
+        options = loader_options(corpus.reader, corpus.plan, read_in=data.read_in, prefetch_steps=data.prefetch_steps)
         super().__init__(execution_options=options, enable_shard_locality=False)
         self._config = config
 

@@ -86,7 +86,7 @@ def held_out(
     Args:
         loss: `loss/validation`, the squared error averaged over hidden voxels of held-out clips; None without one.
         baseline: `loss/validation_predicting_mean`, the same of predicting the mean.
-        normalise_targets: the run's `model.normalise_targets`: the mean is then each patch's own (baseline 1), else
+        normalise_targets: the run's `model.normalize_targets`: the mean is then each patch's own (baseline 1), else
             each voxel's over its run.
         longer: the option that makes the run longer.
     """
@@ -102,7 +102,7 @@ def held_out(
             f"Held-out masked loss {loss:.4f}, and no held-out voxel varies, so there is nothing to compare it with: "
             "check the store with `python tools/store.py verify STORE`."
         ]
-    mean = "each patch's own mean (model.normalise_targets)" if normalise_targets else "each voxel's mean over its run"
+    mean = "each patch's own mean (model.normalize_targets)" if normalise_targets else "each voxel's mean over its run"
     if loss < baseline:
         return [
             f"Held-out masked loss {loss:.4f}: {100 * (1 - loss / baseline):.1f} % below the {baseline:.4f} of "

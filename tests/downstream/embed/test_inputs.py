@@ -106,7 +106,7 @@ def test_settings_that_are_missing_or_contradict_are_refused(tmp_path: Path, bal
         ({"model": model}, "give either the store to embed"),
         ({"model": model, "store": ball_store, "source": tmp_path}, "give either the store to embed"),
         ({"model": tmp_path / "none", "store": ball_store}, r"embed\.model: there is no folder .*none"),
-        ({"model": model, "store": ball_store, "normalise": "global"}, "the model was trained on voxel"),
+        ({"model": model, "store": ball_store, "normalize": "global"}, "the model was trained on voxel"),
     ):
         with pytest.raises(ConfigError, match=words):
             open_input(EmbedConfig(**settings))
@@ -117,9 +117,9 @@ def test_a_model_of_unknown_clips_embeds_a_store_when_told_the_normalisation(
 ) -> None:
     swin = SwinConfig((24, 24, 24, 6), embed_dim=8, depths=(1, 1), heads=(1, 2), layout="paper")
     save_pretrained(SwinEncoder(swin), tmp_path / "released")
-    with pytest.raises(ConfigError, match=r"how its clips were normalised: give --embed\.normalise global"):
+    with pytest.raises(ConfigError, match=r"how its clips were normalised: give --embed\.normalize global"):
         open_input(EmbedConfig(model=tmp_path / "released", store=ball_store))
     with pytest.raises(HubError, match=r"extra\.grid\.affine"):
-        open_input(EmbedConfig(model=tmp_path / "released", source=tmp_path, normalise="global"))
-    done = here(tmp_path / "out", model=tmp_path / "released", store=ball_store, normalise="global")
+        open_input(EmbedConfig(model=tmp_path / "released", source=tmp_path, normalize="global"))
+    done = here(tmp_path / "out", model=tmp_path / "released", store=ball_store, normalize="global")
     assert (done.runs, done.clips) == (6, 48)

@@ -69,12 +69,12 @@ def test_what_is_no_model_is_named_with_the_option(tmp_path: Path, people_store:
 
 def test_the_normalisation_is_known_and_not_contradicted(tmp_path: Path, people_store: Path) -> None:
     silent = write_model(tmp_path / "silent", people_store, normalise=None)
-    with pytest.raises(ConfigError, match=r"does not say how its clips were normalised.*--adapt\.normalise global"):
+    with pytest.raises(ConfigError, match=r"does not say how its clips were normalised.*--adapt\.normalize global"):
         open_it(silent)
     assert open_it(silent, "global").normalise == "global"
     says = write_model(tmp_path / "says", people_store, normalise="voxel")
     assert open_it(says, "voxel").normalise == "voxel"
-    with pytest.raises(ConfigError, match=r"adapt\.normalise=global, but the model was trained on voxel"):
+    with pytest.raises(ConfigError, match=r"adapt\.normalize=global, but the model was trained on voxel"):
         open_it(says, "global")
 
 

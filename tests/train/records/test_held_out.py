@@ -15,7 +15,7 @@ def test_a_loss_below_the_baseline_says_by_how_much():
 
 def test_normalised_targets_are_compared_with_each_patchs_mean():
     (line,) = held_out(0.9, 1.0, normalise_targets=True)
-    assert line.endswith("10.0 % below the 1.0000 of predicting each patch's own mean (model.normalise_targets).")
+    assert line.endswith("10.0 % below the 1.0000 of predicting each patch's own mean (model.normalize_targets).")
 
 
 @pytest.mark.parametrize("loss", [1.0, 1.02])

@@ -92,7 +92,7 @@ def test_a_worker_asks_an_object_store_for_little_before_its_first_clips(
 ):
     far, output = to_path(make_bucket()) / "store", make_bucket()
     copy_files(ball_store, far, [name for name, _ in list_files(ball_store) if not name.endswith(".lock")])
-    config = ball_config(data={"store": far, "normalise": "global"}, run={"output": output})
+    config = ball_config(data={"store": far, "normalize": "global"}, run={"output": output})
     pinned_manifest.keep(config, pinned_manifest.choose(config))
     with bad_network(s3_server, monkeypatch) as network:
         corpus = pinned_manifest.planned(config)
