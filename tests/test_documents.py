@@ -197,12 +197,13 @@ def test_a_broken_block_is_named(text: str, words: str) -> None:
 @pytest.fixture(scope="module")
 def cluster(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A Ray of one node with the token of the project's home, to which the documents' dashboard address leads."""
-    gcs, dashboard, client = free_port(), free_port(), free_port()
+    gcs, dashboard, client, agent = (free_port() for _ in range(4))  # another Ray here may have the usual ones
     address = f"http://127.0.0.1:{dashboard}"
     start = (
         "export RAY_AUTH_MODE=token RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0\n"
         f"exec ray start --head --block --node-ip-address 127.0.0.1 --port {gcs} --num-cpus 2 "
-        f"--dashboard-host 127.0.0.1 --dashboard-port {dashboard} --ray-client-server-port {client}"
+        f"--dashboard-host 127.0.0.1 --dashboard-port {dashboard} --ray-client-server-port {client} "
+        f"--dashboard-agent-listen-port {agent}"
     )
     with project.running(start, "a Ray of one node", address):
         project.words["http://127.0.0.1:8265"] = address
